@@ -10,6 +10,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from torch.distributed.device_mesh import init_device_mesh
 
 from .ranks import CALLS_PER_POOL, RanksError, discard_pool, pids_of_pool, run_on_ranks
 
@@ -28,6 +29,16 @@ def sum_of_ranks(offset):
 
 def process_id():
     return os.getpid()
+
+
+def sum_over_each_axis_of_a_mesh():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "tp"))
+    sums = []
+    for axis in mesh.mesh_dim_names:
+        total = torch.tensor([dist.get_rank()])
+        dist.all_reduce(total, group=mesh.get_group(axis))
+        sums.append(total.item())
+    return sums
 
 
 def raise_on_rank_one():
@@ -121,6 +132,11 @@ def test_the_next_call_after_a_raise_works():
     with pytest.raises(RanksError):
         run_on_ranks(raise_on_rank_one, 2)
     assert run_on_ranks(sum_of_ranks, 2, 0) == [(0, 1), (1, 1)]
+
+
+def test_each_call_can_build_its_own_mesh():
+    for _ in range(3):
+        assert run_on_ranks(sum_over_each_axis_of_a_mesh, 4) == [[2, 1], [4, 1], [2, 5], [4, 5]]
 
 
 def test_an_expected_raise_is_returned_for_every_rank():
