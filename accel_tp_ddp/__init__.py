@@ -1,0 +1,27 @@
+"""Tensor parallelism inside plain DistributedDataParallel, for Hugging Face Accelerate."""
+
+from .errors import PlanError
+from .export import full_gradients, full_state_dict
+from .gradients import grad_scaler
+from .localize import localize
+from .parallelize import parallelize
+from .plan import Plan, resolve_plan
+from .plugin import TensorParallelDDPPlugin
+from .shard import ShardInfo
+from .styles import Style, register_style
+
+__version__ = "0.1.0"
+__all__ = [
+    "Plan",
+    "PlanError",
+    "ShardInfo",
+    "Style",
+    "TensorParallelDDPPlugin",
+    "full_gradients",
+    "full_state_dict",
+    "grad_scaler",
+    "localize",
+    "parallelize",
+    "register_style",
+    "resolve_plan",
+]

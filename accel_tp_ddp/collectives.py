@@ -1,0 +1,155 @@
+"""Every compute collective of the package, each named with its forward and its backward.
+
+| function         | forward                      | backward                             |
+| ---------------- | ---------------------------- | ------------------------------------ |
+| `copy_to_tp`     | identity                     | all-reduce (sum)                     |
+| `reduce_from_tp` | all-reduce (sum)             | identity                             |
+| `gather_from_tp` | all-gather along a dimension | keep this rank's slice               |
+| `split_to_tp`    | keep this rank's slice       | all-gather along a dimension         |
+
+The pairs are Megatron-LM's f/g functions (arXiv:1909.08053, section 3): `copy_to_tp` opens a tensor-parallel region,
+`reduce_from_tp` closes one. All take the one-dimensional tensor-parallel mesh and never change their input in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["copy_to_tp", "gather_from_tp", "reduce_from_tp", "split_to_tp"]
+
+
+def copy_to_tp(mesh: DeviceMesh, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Open a tensor-parallel region: forward identity, backward one all-reduce over all of `tensors` together.
+
+    The sum of the gradients is taken once, when every consumer of every copy has contributed, so modules that share
+    an input share the collective, and small parameters with partial gradients ride along for free.
+
+    Args:
+        mesh: One-dimensional tensor-parallel mesh.
+        tensors: Replicated tensors, any shapes. One that requires no gradient is returned as it is.
+    """
+    if not torch.is_grad_enabled():
+        return tensors
+    wanted = [tensor.requires_grad for tensor in tensors]
+    if not any(wanted):
+        return tensors
+    copies = iter(_CopyToTP.apply(mesh, *(tensor for tensor, want in zip(tensors, wanted) if want)))
+    return tuple(next(copies) if want else tensor for tensor, want in zip(tensors, wanted))
+
+
+def reduce_from_tp(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
+    """Close a tensor-parallel region: forward sums the ranks' partial `tensor`s, backward identity."""
+    return _ReduceFromTP.apply(mesh, tensor)
+
+
+def gather_from_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """Forward concatenates the ranks' slices along `dim`, backward keeps this rank's slice.
+
+    Right where what follows is computed alike on all ranks, so that the incoming gradient is replicated.
+
+    Args:
+        mesh: One-dimensional tensor-parallel mesh.
+        tensor: This rank's slice; every other dimension is equal on all ranks.
+        dim: Dimension that is sharded.
+        sizes: Length of each rank's slice along `dim`, in rank order; they may differ.
+    """
+    return _GatherFromTP.apply(mesh, tensor, dim, tuple(sizes))
+
+
+def split_to_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """Forward keeps this rank's slice of a replicated `tensor` along `dim`, backward concatenates the ranks' slices."""
+    return _SplitToTP.apply(mesh, tensor, dim, tuple(sizes))
+
+
+class _CopyToTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mesh: DeviceMesh, *tensors: Tensor):
+        ctx.mesh = mesh
+        ctx.set_materialize_grads(False)  # a copy that nobody used adds nothing to the collective
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor | None):
+        return None, *_all_reduce_together(ctx.mesh, grads)
+
+
+class _ReduceFromTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mesh: DeviceMesh, tensor: Tensor):
+        return _all_reduce(mesh, tensor)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, grad
+
+
+class _GatherFromTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]):
+        ctx.mesh, ctx.dim, ctx.sizes = mesh, dim, sizes
+        return _all_gather(mesh, tensor, dim, sizes)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, _own_slice(ctx.mesh, grad, ctx.dim, ctx.sizes), None, None
+
+
+class _SplitToTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]):
+        ctx.mesh, ctx.dim, ctx.sizes = mesh, dim, sizes
+        return _own_slice(mesh, tensor, dim, sizes)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, _all_gather(ctx.mesh, grad, ctx.dim, ctx.sizes), None, None
+
+
+def _all_reduce(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
+    # A copy, because an autograd engine may hand the same tensor to several consumers.
+    result = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(result, group=mesh.get_group())
+    return result
+
+
+def _all_reduce_together(mesh: DeviceMesh, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """One all-reduce per data type, whatever the number of tensors; `None` stays `None`."""
+    results: list[Tensor | None] = list(tensors)
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor is not None:
+            by_dtype.setdefault(tensor.dtype, []).append(index)
+    for indices in by_dtype.values():
+        if len(indices) == 1:
+            results[indices[0]] = _all_reduce(mesh, tensors[indices[0]])
+            continue
+        flat = torch.cat([tensors[index].reshape(-1) for index in indices])
+        dist.all_reduce(flat, group=mesh.get_group())
+        for index, part in zip(indices, flat.split([tensors[index].numel() for index in indices])):
+            results[index] = part.view(tensors[index].shape)
+    return results
+
+
+def _all_gather(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    # Collectives want equal shapes: pad to the longest slice, and cut the padding off again.
+    longest = max(sizes)
+    missing = longest - tensor.size(dim)
+    if missing:
+        padding = list(tensor.shape)
+        padding[dim] = missing
+        tensor = torch.cat([tensor, tensor.new_zeros(padding)], dim)
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in sizes]
+    dist.all_gather(parts, tensor, group=mesh.get_group())
+    return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes)], dim)
+
+
+def _own_slice(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    rank = mesh.get_local_rank()
+    return tensor.narrow(dim, sum(sizes[:rank]), sizes[rank]).contiguous()

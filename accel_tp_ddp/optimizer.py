@@ -1,0 +1,73 @@
+"""Optimizers that were built before their model was sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .shard import ShardInfo, shard_info
+
+__all__ = ["check_optimizer", "follow_model"]
+
+
+def check_optimizer(optimizer: Optimizer, models: Iterable[nn.Module]) -> None:
+    """Raise unless every parameter that `optimizer` trains belongs to one of `models`.
+
+    Raises:
+        ValueError: With the position and size of the first parameter that does not.
+    """
+    models = list(models)
+    known = {id(param) for model in models for param in model.parameters()}
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, param in enumerate(group["params"]):
+            if id(param) in known:
+                continue
+            same_size = [
+                name for model in models for name, own in model.named_parameters() if own.shape == param.shape
+            ]
+            hint = f" Parameters of that size in the model: {', '.join(same_size[:3])}." if same_size else ""
+            raise ValueError(
+                f"the optimizer {type(optimizer).__name__} trains a parameter that is in no model given to `prepare`: "
+                f"number {index} of group {group_index}, of size {tuple(param.shape)}.{hint} Build the optimizer from "
+                "`model.parameters()` of the model that you prepare, after anything that replaces its parameters, and "
+                "prepare the model before the optimizer or together with it."
+            )
+
+
+def follow_model(optimizer: Optimizer, mapping: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Let `optimizer` train the sharded parameters: put new objects for old ones, and cut its state to the shards.
+
+    Groups, hyper-parameters and their order stay. Does nothing to what has been done already.
+
+    Raises:
+        ValueError: If a state tensor is neither of the parameter's full size, nor of its local size, nor a scalar.
+    """
+    for group in optimizer.param_groups:
+        group["params"] = [mapping.get(param, param) for param in group["params"]]
+    for old, new in mapping.items():
+        if old in optimizer.state:
+            optimizer.state[new] = optimizer.state.pop(old)
+    for param, state in optimizer.state.items():
+        info = shard_info(param) if isinstance(param, Tensor) else None
+        if info is None or not info.is_sharded:
+            continue
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                state[key] = _local_state(type(optimizer).__name__, key, value, param, info)
+
+
+def _local_state(optimizer: str, key: str, value: Tensor, param: nn.Parameter, info: ShardInfo) -> Tensor:
+    if isinstance(value, torch.distributed.tensor.DTensor):
+        value = value.redistribute(placements=info.placements).to_local()
+    if value.numel() == 1 or value.shape == param.shape:
+        return value
+    if value.shape == info.global_shape:
+        return info.local_part(value)
+    raise ValueError(
+        f"the optimizer {optimizer} holds a state `{key}` of size {tuple(value.shape)} for a parameter of size "
+        f"{tuple(info.global_shape)}, sharded to {tuple(param.shape)}; it cannot be cut likewise. Prepare the model before "
+        "the first optimizer step, or use an optimizer whose state has its parameter's shape."
+    )

@@ -1,0 +1,144 @@
+"""Shard a model by a plan. Imports torch only: usable without Accelerate."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .export import save_full_checkpoints
+from .localize import has_dtensor_parameters, localize_with_map
+from .plan import Plan, PlanLike, resolve_plan
+from .region import ParallelForward, Region
+from .shard import shard_info
+from .transformers_tp import adopt
+
+__all__ = ["check_model", "is_parallelized", "parallelize", "parallelize_with_map", "tensor_parallel_mesh"]
+
+logger = logging.getLogger(__name__)
+
+
+def parallelize(model: nn.Module, tp_mesh: DeviceMesh, plan: PlanLike = "auto") -> nn.Module:
+    """Shard `model` over a tensor-parallel mesh by a plan, in place; its parameters are left localized.
+
+    The weights of the mesh's first rank count: they are sent to the others before they are cut. A model whose
+    parameters are DTensors already (parallelized by torch or transformers) is taken as it is, and localized.
+
+    Args:
+        model: A bare model, not yet wrapped in DDP. Plain parameters keep their identity.
+        tp_mesh: One-dimensional mesh, or one with a dimension named `tp`.
+        plan: See `resolve_plan`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: If the model is wrapped or parallelized already, or the plan cannot be carried out; on every rank
+            that finds it, before any weight is touched or any collective is entered.
+    """
+    mesh = tensor_parallel_mesh(tp_mesh)
+    if mesh.size() > 1:
+        parallelize_with_map(model, mesh, check_model(model, mesh.size(), plan))
+    return model
+
+
+def tensor_parallel_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The one-dimensional tensor-parallel mesh in `mesh`."""
+    if mesh.ndim == 1:
+        return mesh
+    if "tp" not in (mesh.mesh_dim_names or ()):
+        raise ValueError(f"{mesh} has no dimension named `tp`. Pass a one-dimensional mesh, or name its dimensions.")
+    return mesh["tp"]
+
+
+def check_model(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Plan | None:
+    """Everything that can be found wrong before a weight is touched. None for a model that is made of DTensors already.
+
+    Raises:
+        ValueError: See `parallelize`.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"the model is wrapped in DistributedDataParallel already, and cannot be sharded any more (tp_size={tp_size})."
+            " Pass the bare model; `Accelerator.prepare` wraps it after sharding."
+        )
+    if is_parallelized(model):
+        raise ValueError(
+            f"this {type(model).__name__} is sharded already (tp_size={tp_size}). Prepare a model once, and use what "
+            "`prepare` returned; to train it anew, build or load it again."
+        )
+    if has_dtensor_parameters(model):
+        for name, param in model.named_parameters():
+            mesh = getattr(param, "device_mesh", None)
+            if mesh is not None and mesh.size() != tp_size:
+                raise ValueError(
+                    f"`{name}` of size {tuple(param.shape)} is a DTensor over {mesh.size()} ranks, but tp_size={tp_size}. "
+                    "Parallelize the model with the same tp_size, or pass it unsharded."
+                )
+        return None
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(
+                f"`{name}` of size {tuple(tensor.shape)} is on the meta device and has no data to shard. Load the weights "
+                "first."
+            )
+    return resolve_plan(model, tp_size, plan)
+
+
+def is_parallelized(model: nn.Module) -> bool:
+    """Whether `model` holds localized parameters."""
+    return any(shard_info(param) is not None for param in model.parameters())
+
+
+def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) -> dict[nn.Parameter, nn.Parameter]:
+    """Carry out a verified plan; None localizes a model of DTensors. Collective over the mesh.
+
+    Returns:
+        Old parameter to new one, for those whose object had to change: none for a plain model.
+    """
+    if plan is None:
+        mapping = localize_with_map(model)
+        adopt(model, Region(mesh))
+    else:
+        _agree_on_weights(model, mesh)
+        plain = dict(model.named_parameters(remove_duplicate=False))
+        region = Region(mesh)
+        for entry in plan.entries:
+            entry.style.apply(entry.site, region)
+        if has_dtensor_parameters(model):
+            localize_with_map(model, keep=plain)
+        link_partial_gradients(model)
+        mapping = {}
+        if dist.get_rank() == 0:
+            logger.info("%s", plan)
+    for param in model.parameters():
+        if shard_info(param) is None:
+            param.tp_shard = None
+    save_full_checkpoints(model)
+    return mapping
+
+
+def link_partial_gradients(model: nn.Module) -> None:
+    """Let small partial gradients ride on the all-reduce of the column-parallel modules beside them."""
+    for parent in model.modules():
+        calls = [child.__dict__.get("forward") for child in parent.children()]
+        calls = [call for call in calls if isinstance(call, ParallelForward)]
+        partial = tuple(call for call in calls if call.style.partial_gradients)
+        for call in calls:
+            if call.style.enters:
+                call.partners = partial
+
+
+@torch.no_grad()
+def _agree_on_weights(model: nn.Module, mesh: DeviceMesh) -> None:
+    """The first rank's values everywhere, as DDP does it over its ranks: seeds may differ, slices must fit together."""
+    group = mesh.get_group()
+    source = dist.get_global_rank(group, 0)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        sent = tensor.detach().to(mesh.device_type).contiguous()  # a backend takes tensors of its own device only
+        dist.broadcast(sent, src=source, group=group)
+        if sent.data_ptr() != tensor.data_ptr():
+            tensor.copy_(sent)

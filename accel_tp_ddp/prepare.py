@@ -1,0 +1,326 @@
+"""The hooked `Accelerator`: what `prepare` does under tensor parallelism, and which methods have to know of it.
+
+Only methods of one accelerator object are replaced, each by the method of the same name below; everything that is not
+about tensor parallelism is left to the accelerator's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import DistributedDataParallelKwargs, recursively_apply
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+
+from .export import full_state_dict, save_config
+from .gradients import clip_grad_norm_, grad_scaler
+from .optimizer import check_optimizer, follow_model
+from .parallelize import check_model, is_parallelized, parallelize_with_map
+from .plan import Plan
+from .wrappers import unwrap
+
+if TYPE_CHECKING:
+    from .plugin import TensorParallelDDPPlugin
+
+__all__ = ["hook_accelerator"]
+
+_PREPARED = "_accel_tp_ddp_prepared"
+
+
+def hook_accelerator(accelerator: Accelerator, plugin: TensorParallelDDPPlugin) -> None:
+    """Replace the methods of `accelerator` that tensor parallelism concerns."""
+    hooks = _Hooks(accelerator, plugin)
+    for name in _Hooks.REPLACED:
+        setattr(accelerator, name, getattr(hooks, name))
+
+
+class _Hooks:
+    REPLACED = (
+        "prepare",
+        "prepare_model",
+        "prepare_data_loader",
+        "prepare_scheduler",
+        "clip_grad_norm_",
+        "gather_for_metrics",
+        "get_state_dict",
+        "save_model",
+        "save_state",
+        "load_state",
+    )
+
+    def __init__(self, accelerator: Accelerator, plugin: TensorParallelDDPPlugin):
+        self.accelerator = accelerator
+        self.plugin = plugin
+        self.tp_mesh = plugin.device_mesh["tp"]
+        self.dp_size = plugin.dp_replicate_size
+        self.dp_group = plugin.device_mesh["dp_replicate"].get_group()
+        self.stock = {name: getattr(accelerator, name) for name in self.REPLACED}
+        self._sharded: list[nn.Module] = []  # by `prepare`, and about to reach `prepare_model`
+
+    # ---------------------------------------------------------------------------------------------------- prepare
+
+    def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
+        models = [arg for arg in args if isinstance(arg, nn.Module) and not _is_prepared(arg)]
+        optimizers = [arg for arg in args if isinstance(arg, Optimizer) and not _is_prepared(arg)]
+        self._shard(models, optimizers)
+        with self.plugin.posing_as_plain():
+            return self.stock["prepare"](*args, device_placement=device_placement)
+
+    def prepare_model(
+        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> nn.Module:
+        if not _is_prepared(model) and not any(model is sharded for sharded in self._sharded):
+            self._shard([model], [])
+        self._sharded = [sharded for sharded in self._sharded if sharded is not model]
+        # One replica needs no DDP; the evaluation mode does all the rest.
+        plainly = evaluation_mode or self.dp_size == 1
+        with self.plugin.posing_as_plain(), self._ddp_over_replicas():
+            return self.stock["prepare_model"](model, device_placement=device_placement, evaluation_mode=plainly)
+
+    def _shard(self, models: list[nn.Module], optimizers: list[Optimizer]) -> None:
+        """Plan -> check -> shard -> localize -> optimizers. Raises on every rank, before a weight is touched."""
+        plans = self._agree(models, lambda: self._check(models, optimizers))
+        mapping: dict[nn.Parameter, nn.Parameter] = {}
+        for model, plan in zip(models, plans):
+            if not is_parallelized(model):
+                mapping.update(parallelize_with_map(model, self.tp_mesh, plan))
+            setattr(model, _PREPARED, True)
+            self._sharded.append(model)
+        for optimizer in [*optimizers, *(_bare(prepared) for prepared in self.accelerator._optimizers)]:
+            follow_model(optimizer, mapping)
+        if models:
+            self._agree_on_randomness()
+            self._agree_on_overflow()
+
+    def _check(self, models: list[nn.Module], optimizers: list[Optimizer]) -> list[Plan | None]:
+        plans = []
+        for model in models:
+            if getattr(unwrap(model), _PREPARED, False):
+                raise ValueError(
+                    f"this {type(unwrap(model)).__name__} has been prepared already (tp_size={self.plugin.tp_size}). "
+                    "Prepare a model once, and go on with what `prepare` returned."
+                )
+            if self.accelerator.verify_device_map(model):
+                raise ValueError(
+                    f"this {type(model).__name__} was loaded with a device_map over several devices "
+                    f"({model.hf_device_map}), which cannot be combined with tp_size={self.plugin.tp_size}. Load it without "
+                    "device_map: the plugin spreads it over the devices itself."
+                )
+            by_hand = is_parallelized(model) and not isinstance(model, nn.parallel.DistributedDataParallel)
+            plans.append(None if by_hand else check_model(model, self.plugin.tp_size, self.plugin.tp_plan))
+        known = [*models, *self.accelerator._models]
+        for optimizer in optimizers if known else []:
+            check_optimizer(optimizer, known)
+        return plans
+
+    def _agree(self, models: list[nn.Module], check: Callable[[], list[Plan | None]]) -> list[Plan | None]:
+        """Run `check` on every rank; raise on all of them if it fails on any, or if they would not do the same."""
+        plans, problem = [], None
+        try:
+            plans = check()
+        except ValueError as error:
+            problem = error
+        if not models:  # nothing that the other ranks would wait for
+            if problem is not None:
+                raise problem
+            return plans
+        signature = [plan.signature() if plan is not None else "parallelized" for plan in plans]
+        reports: list[Any] = [None] * self.accelerator.num_processes
+        dist.all_gather_object(reports, (None if problem is None else str(problem), signature))
+        if problem is not None:
+            raise problem
+        for rank, (message, other) in enumerate(reports):
+            if message is not None:
+                raise ValueError(f"rank {rank} cannot prepare: {message}")
+            if other != signature:
+                ours, theirs = _first_difference("\n".join(signature), "\n".join(other))
+                raise ValueError(
+                    f"rank {rank} would shard otherwise than rank {self.accelerator.process_index} "
+                    f"({theirs!r} against {ours!r}). Build the same model and give the same plan on every rank."
+                )
+        return plans
+
+    def _agree_on_randomness(self) -> None:
+        """One random stream in a tensor-parallel group: what is replicated has to be dropped out alike."""
+        group = self.tp_mesh.get_group()
+        source, device = dist.get_global_rank(group, 0), self.accelerator.device
+        state = torch.get_rng_state().to(device)
+        dist.broadcast(state, source, group=group)
+        torch.set_rng_state(state.cpu())
+        if device.type == "cuda":
+            state = torch.cuda.get_rng_state(device).to(device)
+            dist.broadcast(state, source, group=group)
+            torch.cuda.set_rng_state(state.cpu(), device)
+
+    def _agree_on_overflow(self) -> None:
+        """An overflow in one rank's gradients has to skip the step on all of them."""
+        scaler = self.accelerator.scaler
+        if scaler is not None and not self.accelerator._optimizers:
+            handler = self.accelerator.scaler_handler
+            kwargs = handler.to_kwargs() if handler is not None else {}
+            self.accelerator.scaler = grad_scaler(self.tp_mesh, self.accelerator.device.type, **kwargs)
+
+    @contextmanager
+    def _ddp_over_replicas(self) -> Iterator[None]:
+        handler = self.accelerator.ddp_handler
+        self.accelerator.ddp_handler = _OverReplicas(handler or DistributedDataParallelKwargs(), self.dp_group)
+        try:
+            yield
+        finally:
+            self.accelerator.ddp_handler = handler
+
+    def prepare_data_loader(self, data_loader: DataLoader, *args: Any, **kwargs: Any) -> DataLoader:
+        if _is_prepared(data_loader):
+            return self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
+        config = self.accelerator.dataloader_config
+        dispatch = config.dispatch_batches
+        if dispatch:
+            raise ValueError(
+                "dispatch_batches=True sends every replica the same batch under tensor parallelism "
+                f"(tp_size={self.plugin.tp_size}). Set DataLoaderConfiguration(dispatch_batches=False)."
+            )
+        # Unless told otherwise, Accelerate dispatches iterable datasets; its dispatcher does not know our mesh.
+        if isinstance(data_loader.dataset, IterableDataset):
+            config.dispatch_batches = False
+        try:
+            prepared = self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
+        finally:
+            config.dispatch_batches = dispatch
+        if self.dp_size == 1 and isinstance(getattr(data_loader, "sampler", None), RandomSampler):
+            # Accelerate shares a sampler's seed between replicas only, and here there is one.
+            prepared.rng_types = [*(prepared.rng_types or []), "torch"]
+        return prepared
+
+    def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:
+        prepared = self.stock["prepare_scheduler"](scheduler)
+        if isinstance(prepared, _SchedulerOverReplicas):
+            return prepared
+        schedulers = self.accelerator._schedulers
+        schedulers[schedulers.index(prepared)] = ours = _SchedulerOverReplicas(prepared, self.dp_size)
+        return ours
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
+        self.accelerator.unscale_gradients()
+        return clip_grad_norm_(parameters, max_norm, norm_type)
+
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        state = self.accelerator.gradient_state
+        samples = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
+        if use_gather_object or not _holds_tensors_only(input_data):
+            gathered: list[Any] = [None] * self.dp_size
+            dist.all_gather_object(gathered, input_data, group=self.dp_group)
+            return [item for part in gathered for item in part][:samples]
+        return recursively_apply(self._gather_samples, input_data, samples)
+
+    def _gather_samples(self, tensor: Tensor, samples: int | None) -> Tensor:
+        """Each sample once: its rank's tensor-parallel peers hold copies. Scalars keep Accelerate's world-wide way."""
+        if tensor.ndim == 0:
+            tp_size = self.plugin.tp_size
+            return self.accelerator.gather(tensor)[: None if samples is None else samples * tp_size]
+        tensor = tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(self.dp_size)]
+        dist.all_gather(parts, tensor, group=self.dp_group)
+        return torch.cat(parts)[:samples]
+
+    # ----------------------------------------------------------------------------------------------------- saving
+
+    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
+        state = full_state_dict(model)
+        wrapped = isinstance(model, nn.parallel.DistributedDataParallel) and not unwrap
+        return {f"module.{name}": tensor for name, tensor in state.items()} if wrapped else state
+
+    def save_model(self, model: nn.Module, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        self.stock["save_model"](model, save_directory, *args, **kwargs)
+        if self.accelerator.is_main_process:
+            save_config(unwrap(model), save_directory)
+
+    def save_state(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(_NO_STATE.format("save_state"))
+
+    def load_state(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(_NO_STATE.format("load_state"))
+
+
+_NO_STATE = (
+    "accelerator.{} is not available under tensor parallelism yet: Accelerate's own would keep the first rank's shards "
+    "only. Save the model with accelerator.save_model or unwrap_model(model).save_pretrained."
+)
+
+
+class _OverReplicas:
+    """The user's DDP settings, over the data-parallel group; communication hooks too."""
+
+    def __init__(self, handler: DistributedDataParallelKwargs, group: dist.ProcessGroup):
+        self.handler = handler
+        self.group = group
+
+    def to_kwargs(self) -> dict[str, Any]:
+        return {**self.handler.to_kwargs(), "process_group": self.group}
+
+    def register_comm_hook(self, model: nn.parallel.DistributedDataParallel) -> None:
+        self.handler.register_comm_hook(_CommHookTarget(model, self.group))
+
+
+class _CommHookTarget:
+    def __init__(self, model: nn.parallel.DistributedDataParallel, group: dist.ProcessGroup):
+        self.model = model
+        self.group = group
+
+    def register_comm_hook(self, state: Any, hook: Callable) -> None:
+        if state is None:  # torch's compression hooks then take the whole world
+            state = self.group
+        else:
+            state.process_group = self.group
+        self.model.register_comm_hook(state=state, hook=hook)
+
+
+class _SchedulerOverReplicas(AcceleratedScheduler):
+    """Steps once for every replica, where Accelerate steps once for every process."""
+
+    def __init__(self, prepared: AcceleratedScheduler, dp_size: int):
+        super().__init__(prepared.scheduler, prepared.optimizers, prepared.step_with_optimizer, prepared.split_batches)
+        self._dp_size = dp_size
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        if self.split_batches or not self.step_with_optimizer or not self.gradient_state.sync_gradients:
+            super().step(*args, **kwargs)
+            return
+        if any(optimizer.step_was_skipped for optimizer in self.optimizers):
+            return
+        for _ in range(self._dp_size):
+            total = getattr(self.scheduler, "total_steps", None)
+            if total is None or self.scheduler._step_count <= total:  # OneCycleLR raises beyond its end
+                self.scheduler.step(*args, **kwargs)
+
+
+def _is_prepared(obj: Any) -> bool:
+    return bool(getattr(obj, "_is_accelerate_prepared", False))
+
+
+def _bare(optimizer: Optimizer) -> Optimizer:
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _holds_tensors_only(data: Any) -> bool:
+    try:
+        recursively_apply(lambda tensor: tensor, data, error_on_other_type=True)
+    except TypeError:
+        return False
+    return True
+
+
+def _first_difference(ours: str, theirs: str) -> tuple[str, str]:
+    pairs = zip(ours.split("\n"), theirs.split("\n"))
+    return next(((a, b) for a, b in pairs if a != b), (f"{len(ours)} characters", f"{len(theirs)} characters"))

@@ -1,0 +1,149 @@
+"""The tensor-parallel region of a model: what its parallelized modules share while they run."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .collectives import copy_to_tp
+from .shard import ShardInfo, shard_info
+
+if TYPE_CHECKING:
+    from .styles.base import Style
+
+__all__ = ["ParallelForward", "Region"]
+
+
+class Region:
+    """Remembers the last tensor that entered, so that modules with one input (q/k/v, gate/up) share one copy node.
+
+    One copy node means one all-reduce in the backward, of the sum of all their gradients.
+    """
+
+    def __init__(self, mesh: DeviceMesh):
+        self.mesh = mesh
+        self._source: weakref.ref[Tensor] | None = None
+        self._version = -1
+        # Held strongly only until the region is left: torch does not keep the Python object alive by itself.
+        self._copy: Tensor | None = None
+
+    def enter(self, tensor: Tensor, partners: tuple[ParallelForward, ...] = (), keep: bool = True) -> Tensor:
+        """`copy_to_tp` of `tensor`, or the copy that another module has just made of the same tensor.
+
+        Args:
+            tensor: Replicated input of a column-parallel module.
+            partners: Modules whose replicated parameters get partial gradients inside this region; their gradients
+                are summed in the same collective.
+            keep: Whether a later module is expected to want this copy, until `leave` is called.
+        """
+        if not torch.is_grad_enabled():
+            return tensor
+        if self._copy is not None and self._source() is tensor and self._version == tensor._version:
+            return self._copy
+        partial = [(partner, name) for partner in partners for name in partner.partial_names()]
+        copy, *params = copy_to_tp(self.mesh, tensor, *(partner.module._parameters[name] for partner, name in partial))
+        for (partner, name), param in zip(partial, params):
+            partner.offered[name] = param
+        if keep:
+            self._source, self._version, self._copy = weakref.ref(tensor), tensor._version, copy
+        return copy
+
+    def leave(self) -> None:
+        """Forget the last input, so that it is freed as early as without tensor parallelism."""
+        self._source, self._copy = None, None
+
+    def __deepcopy__(self, memo: dict) -> Region:
+        return memo.setdefault(id(self), Region(self.mesh))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"mesh": self.mesh, "_source": None, "_version": -1, "_copy": None}
+
+
+class ParallelForward:
+    """Stands in for `module.forward` and runs it under a style.
+
+    It sits inside the module's hooks, so a user's hooks see what they would see without tensor parallelism,
+    and it survives `copy.deepcopy` and pickling together with its module.
+    """
+
+    def __init__(self, module: nn.Module, style: Style, region: Region, shards: dict[str, ShardInfo]):
+        self.module = module
+        self.style = style
+        self.region = region
+        self.shards = shards
+        self.partners: tuple[ParallelForward, ...] = ()
+        self.offered: dict[str, Tensor] = {}
+        self._inner: Callable | None = module.__dict__.get("forward")
+        self._entered = False
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        return self.region.mesh
+
+    def __call__(self, *args, **kwargs):
+        for name, info in self.shards.items():  # deepcopy drops a parameter's attributes
+            param = self.module._parameters[name]
+            if param is not None and shard_info(param) is None:
+                param.tp_shard = info
+        return self.style.forward(self, *args, **kwargs)
+
+    def inner(self, *args, **kwargs):
+        """The module's own forward."""
+        if self._inner is not None:
+            return self._inner(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def enter_hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Forward pre-hook: open the region on the module's first argument.
+
+        A hook, because torch gives every module a tensor of its own after the pre-hooks if it has backward hooks.
+        """
+        if args:
+            args = (self.enter(args[0]), *args[1:])
+        else:
+            name = next(iter(kwargs))
+            kwargs = {**kwargs, name: self.enter(kwargs[name])}
+        self._entered = True
+        return args, kwargs
+
+    def entered(self, tensor: Tensor) -> Tensor:
+        """`tensor`, inside the region; also where somebody calls `module.forward` and so passes by the hook."""
+        if not self._entered:
+            return self.enter(tensor)
+        self._entered = False
+        return tensor
+
+    def enter(self, tensor: Tensor) -> Tensor:
+        return self.region.enter(tensor, self.partners, self.style.shares_input)
+
+    def partial_names(self) -> list[str]:
+        """Own replicated parameters whose gradients are partial and wanted."""
+        params = self.module._parameters.items()
+        return [name for name, param in params if param is not None and param.requires_grad]
+
+    def summed_parameters(self) -> dict[str, Tensor]:
+        """Own parameters with their gradients summed over the ranks: as offered by `Region.enter`, or by themselves."""
+        names = self.partial_names() if torch.is_grad_enabled() else []
+        offered, self.offered = self.offered, {}
+        missing = [name for name in names if name not in offered]
+        own = copy_to_tp(self.mesh, *(self.module._parameters[name] for name in missing))
+        return {**{name: offered[name] for name in names if name in offered}, **dict(zip(missing, own))}
+
+    @contextmanager
+    def replacing(self, **params: Tensor | None) -> Iterator[None]:
+        """Let the module compute with other tensors in place of some of its parameters."""
+        saved = {name: self.module._parameters[name] for name in params}
+        self.module._parameters.update(params)
+        try:
+            yield
+        finally:
+            self.module._parameters.update(saved)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "offered": {}, "_entered": False}

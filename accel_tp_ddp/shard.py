@@ -1,0 +1,122 @@
+"""How one parameter is laid out over the tensor-parallel ranks, and the cutting and joining that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement, Replicate, Shard
+
+Ranges = tuple[tuple[int, int], ...]
+
+__all__ = ["Layout", "ShardInfo", "chunk_ranges", "packed_ranges", "shard_info"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One dimension of a tensor, dealt out to the ranks.
+
+    Attributes:
+        dim: Tensor dimension that is cut (non-negative).
+        ranges: For each rank the half-open index ranges that it holds along `dim`, in the order it holds them.
+    """
+
+    dim: int
+    ranges: tuple[Ranges, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Length of each rank's part along `dim`."""
+        return tuple(sum(stop - start for start, stop in ranges) for ranges in self.ranges)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether each rank holds one unbroken range."""
+        return all(len(ranges) == 1 for ranges in self.ranges)
+
+
+def chunk_ranges(size: int, parts: int) -> tuple[Ranges, ...]:
+    """Cut `size` as `torch.chunk` and DTensor's `Shard` do: equal parts, a shorter last one, then empty ones."""
+    step = -(-size // parts)
+    return tuple(((min(rank * step, size), min((rank + 1) * step, size)),) for rank in range(parts))
+
+
+def packed_ranges(sections: Sequence[int], parts: int) -> tuple[Ranges, ...]:
+    """Cut each of several sections that are packed along one dimension (gate and up; q, k and v) by itself.
+
+    A rank then holds its part of the first section, its part of the second, and so on.
+    """
+    per_rank: list[list[tuple[int, int]]] = [[] for _ in range(parts)]
+    offset = 0
+    for section in sections:
+        for rank, ((start, stop),) in enumerate(chunk_ranges(section, parts)):
+            per_rank[rank].append((offset + start, offset + stop))
+        offset += section
+    return tuple(tuple(ranges) for ranges in per_rank)
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What a localized parameter is a part of. Read it from `param.tp_shard`.
+
+    Attributes:
+        mesh: One-dimensional tensor-parallel mesh.
+        placements: The DTensor placements on `mesh`. A packed weight shows the dimension it is cut along; `layout`
+            has the exact ranges.
+        global_shape: Shape of the unsharded parameter.
+        layout: The dimension and index ranges of every rank; None where the parameter is replicated.
+    """
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    global_shape: torch.Size
+    layout: Layout | None
+
+    @classmethod
+    def sharded(cls, mesh: DeviceMesh, global_shape: torch.Size, layout: Layout) -> ShardInfo:
+        return cls(mesh, (Shard(layout.dim),), torch.Size(global_shape), layout)
+
+    @classmethod
+    def replicated(cls, mesh: DeviceMesh, global_shape: torch.Size) -> ShardInfo:
+        return cls(mesh, (Replicate(),), torch.Size(global_shape), None)
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.layout is not None
+
+    def local_part(self, full: Tensor) -> Tensor:
+        """This rank's part of `full` (shape `global_shape`), in storage of its own."""
+        if self.layout is None:
+            return full.detach().clone()
+        dim, own = self.layout.dim, self.layout.ranges[self.mesh.get_local_rank()]
+        return torch.cat([full.detach().narrow(dim, start, stop - start) for start, stop in own], dim)
+
+    def full_tensor(self, local: Tensor) -> Tensor:
+        """The unsharded tensor, from every rank's `local` part. Collective over the tensor-parallel group."""
+        local = local.detach()
+        if self.layout is None:
+            return local.clone()
+        dim, sizes = self.layout.dim, self.layout.sizes
+        longest = max(sizes)
+        padded_shape = list(local.shape)
+        padded_shape[dim] = longest
+        padded = local.new_zeros(padded_shape)
+        padded.narrow(dim, 0, local.size(dim)).copy_(local)
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=self.mesh.get_group())
+        full = local.new_empty(self.global_shape)
+        for part, ranges in zip(parts, self.layout.ranges):
+            taken = 0
+            for start, stop in ranges:
+                full.narrow(dim, start, stop - start).copy_(part.narrow(dim, taken, stop - start))
+                taken += stop - start
+        return full
+
+
+def shard_info(param: nn.Parameter) -> ShardInfo | None:
+    """`param.tp_shard`, or None for a parameter that no plan has touched."""
+    return getattr(param, "tp_shard", None)

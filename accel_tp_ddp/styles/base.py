@@ -1,0 +1,156 @@
+"""What a style is: how it lays out a module's parameters, and what it does around the module's forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import PlanError
+from ..region import ParallelForward, Region
+from ..shard import Layout, ShardInfo, chunk_ranges
+
+__all__ = ["Site", "Style"]
+
+# What attention modules call the width of one head.
+_HEAD_WIDTH_NAMES = ("head_dim", "head_size", "attention_head_size")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model where a style is applied.
+
+    Attributes:
+        name: Full module name.
+        module: The module.
+        parent: The module that holds it; None at the root.
+        config: The nearest model config (the parent's, else the model's); None without one.
+        tp_size: Number of tensor-parallel ranks.
+        style: The style's name, for messages.
+        tied: Whether a parameter of the module is shared with another module.
+    """
+
+    name: str
+    module: nn.Module
+    parent: nn.Module | None
+    config: Any
+    tp_size: int
+    style: str
+    tied: bool = False
+
+    def parameter(self, name: str) -> str:
+        return f"{self.name}.{name}" if self.name else name
+
+    def error(self, problem: str, fix: str) -> PlanError:
+        return PlanError(
+            f"tensor-parallel plan: `{self.name}: {self.style}` with tp_size={self.tp_size}: {problem} {fix}"
+        )
+
+    def head_width(self) -> int | None:
+        """Width of one attention head where the parent is an attention module, else None."""
+        for name in _HEAD_WIDTH_NAMES:
+            width = getattr(self.parent, name, None)
+            if isinstance(width, int) and width > 0:
+                return width
+        return None
+
+    def head_counts(self) -> dict[str, int]:
+        """The attention head counts that the config states."""
+        names = ("num_attention_heads", "num_key_value_heads")
+        return {name: count for name in names if isinstance(count := getattr(self.config, name, None), int)}
+
+
+class Style:
+    """How a module is run in parallel. Subclass it, and `register_style` an instance under a name for plans.
+
+    A style is stateless: one instance serves every module of every model.
+    """
+
+    #: Module types that the style can take.
+    accepts: tuple[type[nn.Module], ...] = (nn.Module,)
+    #: Whether the dimension that is cut may leave ranks with parts of different length.
+    uneven: bool = False
+    #: Whether the module opens a tensor-parallel region on its input; its forward takes `call.entered(input)`.
+    enters: bool = False
+    #: Whether other modules are expected to open the region on the same input.
+    shares_input: bool = True
+    #: Whether the module's replicated parameters get only a part of their gradient on each rank.
+    partial_gradients: bool = False
+
+    def layouts(self, site: Site) -> dict[str, Layout]:
+        """The layout of each parameter that is sharded, by its name in the module; others stay replicated."""
+        return {}
+
+    def forward(self, call: ParallelForward, *args, **kwargs):
+        """Run `call.inner(*args, **kwargs)`, the module's own forward, on this rank's part of the parameters."""
+        return call.inner(*args, **kwargs)
+
+    def verify(self, site: Site) -> None:
+        """Raise `PlanError` if the style cannot be applied at `site`. Touches nothing, communicates nothing."""
+        if not isinstance(site.module, self.accepts):
+            kinds = " or ".join(f"{kind.__module__.removesuffix('.linear')}.{kind.__name__}" for kind in self.accepts)
+            raise site.error(
+                f"the module is a {type(site.module).__name__}, the style takes {kinds}.",
+                "Name another style, or `replicate`.",
+            )
+        for name, layout in self.layouts(site).items():
+            self._verify_parameter(site, name, layout)
+
+    def _verify_parameter(self, site: Site, name: str, layout: Layout) -> None:
+        param = site.module._parameters[name]
+        size = f"`{site.parameter(name)}` of size {tuple(param.shape)}"
+        if not (param.is_floating_point() or param.is_complex()):
+            raise site.error(
+                f"{size} has dtype {param.dtype}.", "Quantized weights cannot be sharded; load it unquantized."
+            )
+        even = len(set(layout.sizes)) == 1
+        if self.uneven:
+            if min(layout.sizes) == 0:
+                raise site.error(
+                    f"{size} leaves ranks without a part of dimension {layout.dim}.",
+                    "Use a smaller tp_size, or `replicate`.",
+                )
+        elif not even:
+            raise site.error(
+                f"dimension {layout.dim} of {size} is not divisible by tp_size.",
+                "Choose a tp_size that divides it, or set the style to `replicate`.",
+            )
+
+    def apply(self, site: Site, region: Region) -> None:
+        """Shard the module's parameters in place (each keeps its identity) and install the style's forward."""
+        shards = {}
+        for name, layout in self.layouts(site).items():
+            param = site.module._parameters[name]
+            shards[name] = info = _existing(param, layout) or ShardInfo.sharded(region.mesh, param.shape, layout)
+            shard_in_place(param, info)
+        self.install(site.module, region, shards)
+
+    def install(self, module: nn.Module, region: Region, shards: dict[str, ShardInfo]) -> None:
+        """Put the style's forward in the place of the module's."""
+        call = ParallelForward(module, self, region, shards)
+        module.forward = call
+        if self.enters:
+            module.register_forward_pre_hook(call.enter_hook, prepend=True, with_kwargs=True)
+
+
+def _existing(param: nn.Parameter, layout: Layout) -> ShardInfo | None:
+    """The shard of a tied parameter that another module has already cut."""
+    info = getattr(param, "tp_shard", None)
+    assert info is None or info.layout == layout, "the plan was to verify that tied weights agree"
+    return info
+
+
+def shard_in_place(param: nn.Parameter, info: ShardInfo) -> None:
+    """Give `param` its local data and its `tp_shard`. The object stays, and with it optimizers, ties and hooks."""
+    if getattr(param, "tp_shard", None) is info:
+        return
+    grad, param.grad = param.grad, None
+    param.data = info.local_part(param.data)
+    if grad is not None:
+        param.grad = info.local_part(grad)
+    param.tp_shard = info
+
+
+def even_layout(size: int, dim: int, tp_size: int) -> Layout:
+    return Layout(dim, chunk_ranges(size, tp_size))

@@ -1,0 +1,79 @@
+"""Embeddings, sharded over the vocabulary or over the hidden dimension. Ids are replicated on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..collectives import gather_from_tp, reduce_from_tp
+from ..region import ParallelForward
+from ..shard import Layout
+from .base import Site, Style, even_layout
+
+__all__ = ["EmbeddingColwise", "EmbeddingRowwise"]
+
+
+class EmbeddingRowwise(Style):
+    """Vocab-parallel: each rank holds a range of the vocabulary. Forward: masked lookup, all-reduce; backward: nothing.
+
+    The vocabulary need not divide by the number of ranks.
+    """
+
+    accepts = (nn.Embedding,)
+    uneven = True
+
+    def layouts(self, site: Site) -> dict[str, Layout]:
+        return {"weight": even_layout(site.module.num_embeddings, 0, site.tp_size)}
+
+    def verify(self, site: Site) -> None:
+        super().verify(site)
+        refuse_options(site, "max_norm", "scale_grad_by_freq", "sparse")
+
+    def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
+        ((start, stop),) = call.shards["weight"].layout.ranges[call.mesh.get_local_rank()]
+        elsewhere = (input < start) | (input >= stop)
+        with local_padding_idx(call.module, start, stop):
+            output = call.inner((input - start).masked_fill(elsewhere, 0))
+        return reduce_from_tp(call.mesh, torch.masked_fill(output, elsewhere.unsqueeze(-1), 0))
+
+
+class EmbeddingColwise(Style):
+    """Each rank holds a slice of every vector. Forward: all-gather; backward: slice."""
+
+    accepts = (nn.Embedding,)
+    uneven = True
+
+    def layouts(self, site: Site) -> dict[str, Layout]:
+        return {"weight": even_layout(site.module.embedding_dim, 1, site.tp_size)}
+
+    def verify(self, site: Site) -> None:
+        super().verify(site)
+        refuse_options(site, "max_norm", "sparse")
+
+    def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
+        return gather_from_tp(call.mesh, call.inner(input), -1, call.shards["weight"].layout.sizes)
+
+
+@contextmanager
+def local_padding_idx(module: nn.Embedding, start: int, stop: int) -> Iterator[None]:
+    """Let the module see the padding row by its local number, or not at all where another rank holds it."""
+    padding_idx = module.padding_idx
+    if padding_idx is not None:
+        module.padding_idx = padding_idx - start if start <= padding_idx < stop else None
+    try:
+        yield
+    finally:
+        module.padding_idx = padding_idx
+
+
+def refuse_options(site: Site, *names: str) -> None:
+    for name in names:
+        if getattr(site.module, name):
+            raise site.error(
+                f"`{site.parameter('weight')}` of size {tuple(site.module.weight.shape)} is an embedding with "
+                f"{name}={getattr(site.module, name)}, which a shard cannot follow.",
+                f"Build the embedding without {name}, or set the style to `replicate`.",
+            )

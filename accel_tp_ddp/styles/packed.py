@@ -1,0 +1,121 @@
+"""Fused linear layers: several weights packed along one dimension, each of which is sharded by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..region import Region
+from ..shard import Layout, packed_ranges
+from .base import Site
+from .linear import Colwise, Rowwise
+
+__all__ = ["PackedColwise", "PackedQKVColwise", "PackedRowwise"]
+
+
+class PackedColwise(Colwise):
+    """Column-parallel for a weight whose output features are `sections` equal sections, such as gate and up.
+
+    Cut as one piece, the first rank would hold all of gate and the second all of up.
+    """
+
+    def __init__(self, sections: int = 2):
+        self.sections = sections
+
+    def section_sizes(self, site: Site) -> list[int]:
+        return equal_sections(site, site.module.out_features, self.sections)
+
+    def output_layout(self, site: Site) -> Layout:
+        return Layout(0, packed_ranges(self.section_sizes(site), site.tp_size))
+
+    def verify(self, site: Site) -> None:
+        if isinstance(site.module, nn.Linear):
+            verify_sections(site, self.section_sizes(site))
+        super().verify(site)
+
+
+class PackedQKVColwise(PackedColwise):
+    """Column-parallel for queries, keys and values packed one after the other, with fewer key/value heads or not.
+
+    The attention module slices its activations by head counts, so it is shown this rank's counts.
+    """
+
+    def __init__(self):
+        super().__init__(sections=3)
+
+    def section_sizes(self, site: Site) -> list[int]:
+        width, counts = site.head_width(), site.head_counts()
+        heads = counts.get("num_attention_heads")
+        if width is None or heads is None:
+            raise site.error(
+                "the parent module states no head width or its config no num_attention_heads.",
+                "Use `colwise_gather_output` with `rowwise_split_input` on the output projection.",
+            )
+        key_value = counts.get("num_key_value_heads", heads) * width
+        return [heads * width, key_value, key_value]
+
+    def apply(self, site: Site, region: Region) -> None:
+        super().apply(site, region)
+        for name, count in site.head_counts().items():
+            if getattr(site.parent, name, None) == count:
+                setattr(site.parent, name, count // site.tp_size)
+        if site.parent is not None and getattr(site.parent, "config", None) is site.config:
+            site.parent.config = LocalHeads(site.config, site.tp_size)
+
+
+class PackedRowwise(Rowwise):
+    """Row-parallel for a weight whose input features are `sections` equal sections."""
+
+    def __init__(self, sections: int = 2):
+        self.sections = sections
+
+    def input_layout(self, site: Site) -> Layout:
+        sizes = equal_sections(site, site.module.in_features, self.sections)
+        return Layout(1, packed_ranges(sizes, site.tp_size))
+
+    def verify(self, site: Site) -> None:
+        if isinstance(site.module, nn.Linear):
+            verify_sections(site, equal_sections(site, site.module.in_features, self.sections))
+        super().verify(site)
+
+
+class LocalHeads:
+    """A model config as one attention module should see it: this rank's head counts, everything else unchanged."""
+
+    def __init__(self, config: Any, tp_size: int):
+        self.__dict__.update(_config=config, _tp_size=tp_size)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_config", "_tp_size"):  # not yet there while being copied or unpickled
+            raise AttributeError(name)
+        value = getattr(self._config, name)
+        return value // self._tp_size if name in ("num_attention_heads", "num_key_value_heads") else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._config, name, value)
+
+
+def equal_sections(site: Site, features: int, sections: int) -> list[int]:
+    if features % sections:
+        raise site.error(
+            f"`{site.parameter('weight')}` of size {tuple(site.module.weight.shape)} is not {sections} equal sections.",
+            "Register a style with the right number of sections, or use `colwise_gather_output`.",
+        )
+    return [features // sections] * sections
+
+
+def verify_sections(site: Site, sizes: list[int]) -> None:
+    weight = site.module.weight
+    if not any(sum(sizes) == size for size in weight.shape):
+        raise site.error(
+            f"`{site.parameter('weight')}` of size {tuple(weight.shape)} does not hold sections of {sizes}.",
+            "Use `colwise_gather_output` with `rowwise_split_input` on the next layer.",
+        )
+    for size in sizes:
+        if size % site.tp_size:
+            raise site.error(
+                f"`{site.parameter('weight')}` of size {tuple(weight.shape)} has a packed section of {size}, which "
+                "is not divisible by tp_size.",
+                f"Choose a tp_size that divides {size}, or set the style to `replicate`.",
+            )

@@ -1,0 +1,38 @@
+"""Modules that every rank holds whole."""
+
+from __future__ import annotations
+
+from ..collectives import reduce_from_tp
+from ..region import ParallelForward, Region
+from .base import Site, Style
+
+__all__ = ["AllReduce", "Replicate", "ReplicatedWithGradAllReduce"]
+
+
+class Replicate(Style):
+    """Leaves the module as it is: replicated input, weights and output."""
+
+    def apply(self, site: Site, region: Region) -> None:
+        pass
+
+
+class ReplicatedWithGradAllReduce(Style):
+    """Replicated parameters on sharded activations, such as a norm over each head's queries.
+
+    Each rank's gradient covers its own heads only. The sum is taken in the graph, so it happens once for every
+    backward and never for what was accumulated before. Where the module sits beside column-parallel ones, the sum
+    rides on their all-reduce.
+    """
+
+    partial_gradients = True
+
+    def forward(self, call: ParallelForward, *args, **kwargs):
+        with call.replacing(**call.summed_parameters()):
+            return call.inner(*args, **kwargs)
+
+
+class AllReduce(Style):
+    """Sums the module's partial output over the ranks. Forward: all-reduce; backward: nothing."""
+
+    def forward(self, call: ParallelForward, *args, **kwargs):
+        return reduce_from_tp(call.mesh, call.inner(*args, **kwargs))

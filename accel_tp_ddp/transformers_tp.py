@@ -1,0 +1,26 @@
+"""What a model needs that transformers' own tensor parallelism has parallelized, beyond localizing its DTensors."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .region import Region
+from .styles import get_style
+
+__all__ = ["adopt"]
+
+
+def adopt(model: nn.Module, region: Region) -> None:
+    """Replace transformers' sum of partial gradients of replicated parameters by ours.
+
+    Its hook all-reduces the accumulated `.grad` again at every backward, so what an earlier microbatch has contributed
+    is counted tp times (transformers `distributed/tensor_parallel.py`, `ReplicatedWithGradAllReduce`). The modules are
+    those that the model's public `tp_plan` names with that style and whose forward has been replaced.
+    """
+    rules = getattr(model, "tp_plan", None) or {}
+    wanted = {rule for rule, style in rules.items() if style == "replicated_with_grad_allreduce"}
+    for name, module in model.named_modules():
+        generic = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        if (name in wanted or generic in wanted) and "forward" in module.__dict__:
+            del module.forward
+            get_style("replicated_with_grad_allreduce", name).install(module, region, {})

@@ -1,0 +1,19 @@
+"""Every test is CPU-only, offline and single-threaded; the processes of `ranks.py` end with the session."""
+
+import os
+
+os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+
+import pytest  # noqa: E402
+
+from .ranks import close_pools  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: a full cross product of which a fixed slice also runs unmarked")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ranks_end_with_the_session():
+    yield
+    close_pools()

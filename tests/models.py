@@ -1,0 +1,63 @@
+"""Tiny causal language models from configs with seeded random weights: no hub, no files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 131  # odd, so that no split of it is even
+LAYERS = 2
+
+_SIZES = {
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,  # large enough for each weight to matter to the loss
+}
+_GROUPED = {"num_key_value_heads": 4, "intermediate_size": 96, "pad_token_id": 0}
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": _GROUPED,
+    "qwen3": {**_GROUPED, "head_dim": 16},
+    "mistral": {**_GROUPED, "sliding_window": 8},
+    "gpt_neox": {"intermediate_size": 128, "rotary_pct": 0.5, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "gemma2": {**_GROUPED, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    "phi3": {**_GROUPED, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": None},
+}
+ARCHITECTURES = tuple(_CONFIGS)
+
+
+def build_config(architecture: str, *, tied: bool = False, layers: int = LAYERS, **overrides: Any) -> Any:
+    sizes = {**_SIZES, "num_hidden_layers": layers, "tie_word_embeddings": tied, **_CONFIGS[architecture]}
+    return AutoConfig.for_model(architecture, **{**sizes, **overrides})
+
+
+def build_model(
+    architecture: str,
+    *,
+    tied: bool = False,
+    layers: int = LAYERS,
+    attention: str | None = None,
+    seed: int = 0,
+    noise: float = 0.0,
+    **overrides: Any,
+) -> PreTrainedModel:
+    """The same weights wherever it is called; the global random state is left alone.
+
+    Norm weights and biases start at one and zero, where a swapped, doubled or dropped one would not show, so they are
+    moved off by a tenth. `attention` None: what transformers takes by itself, sdpa where there is one. `noise` changes
+    every weight by about so much, relatively.
+    """
+    config = build_config(architecture, tied=tied, layers=layers, **overrides)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+        if noise:
+            for parameter in model.parameters():
+                parameter *= 1 + noise * torch.randn_like(parameter)
+    return model
