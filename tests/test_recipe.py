@@ -1,0 +1,55 @@
+"""The recipe, launched as its first line says, at a scale of seconds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "--max_train_steps 12 --num_warmup_steps 2 --learning_rate 1e-2 --per_device_train_batch_size 4 --logging_steps 4 "
+    "--vocab_size 512 --hidden_size 128 --num_hidden_layers 2 --max_corpus_mb 0.3 --block_size 64 "
+    "--max_eval_blocks 27 --required_drop 2"
+).split()
+
+
+def launch(config, *arguments, timeout=150):
+    """Runs the recipe under the launcher; its processes do not outlive a timeout. Returns what it printed."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env.pop("ACCELERATE_USE_CPU", None)
+    if torch.accelerator.is_available():
+        env["ACCELERATE_USE_CPU"] = "true"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "recipes/configs" / config]
+    process = subprocess.Popen(
+        [*command, ROOT / "recipes/finetune_causal_lm.py", *arguments],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_recipe_learns_and_its_checkpoint_is_the_trained_model(tmp_path):
+    output = launch("cpu_tp2_dp2.yaml", *TINY, "--output_dir", str(tmp_path))
+
+    assert "2 replicas of 2 ranks" in output
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["steps"] == 12
+    assert results["perplexity_before"] == pytest.approx(512, rel=0.3), "an untrained model knows nothing"
+    assert results["perplexity_after"] < results["perplexity_before"] / 2
+    assert results["perplexity_reloaded"] == pytest.approx(results["perplexity_after"], rel=1e-4)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in tmp_path.iterdir()}
