@@ -32,7 +32,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The unsharded gradients of the parameters that have one, by name, on the CPU. Collective as `full_state_dict`."""
+    """The unsharded gradient of each parameter that has one, by name, on the CPU. Collective as `full_state_dict`."""
     gather = _Gather()
     return {
         name: gather(param, param.grad, shard_info(param))

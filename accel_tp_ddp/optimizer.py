@@ -68,6 +68,6 @@ def _local_state(optimizer: str, key: str, value: Tensor, param: nn.Parameter, i
         return info.local_part(value)
     raise ValueError(
         f"the optimizer {optimizer} holds a state `{key}` of size {tuple(value.shape)} for a parameter of size "
-        f"{tuple(info.global_shape)}, sharded to {tuple(param.shape)}; it cannot be cut likewise. Prepare the model before "
-        "the first optimizer step, or use an optimizer whose state has its parameter's shape."
+        f"{tuple(info.global_shape)}, sharded to {tuple(param.shape)}; it cannot be cut likewise. Prepare the model "
+        "before the first optimizer step, or use an optimizer whose state has its parameter's shape."
     )

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from .export import save_full_checkpoints
 from .localize import has_dtensor_parameters, localize_with_map
@@ -55,15 +56,15 @@ def tensor_parallel_mesh(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def check_model(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Plan | None:
-    """Everything that can be found wrong before a weight is touched. None for a model that is made of DTensors already.
+    """Everything that can be found wrong before a weight is touched. None for a model that is made of DTensors.
 
     Raises:
         ValueError: See `parallelize`.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
-            f"the model is wrapped in DistributedDataParallel already, and cannot be sharded any more (tp_size={tp_size})."
-            " Pass the bare model; `Accelerator.prepare` wraps it after sharding."
+            f"the model is wrapped in DistributedDataParallel already, and cannot be sharded (tp_size={tp_size}). "
+            "Pass the bare model; `Accelerator.prepare` wraps it after sharding."
         )
     if is_parallelized(model):
         raise ValueError(
@@ -72,18 +73,18 @@ def check_model(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Plan
         )
     if has_dtensor_parameters(model):
         for name, param in model.named_parameters():
-            mesh = getattr(param, "device_mesh", None)
-            if mesh is not None and mesh.size() != tp_size:
+            ranks = param.device_mesh.size() if isinstance(param, DTensor) else tp_size
+            if ranks != tp_size:
                 raise ValueError(
-                    f"`{name}` of size {tuple(param.shape)} is a DTensor over {mesh.size()} ranks, but tp_size={tp_size}. "
+                    f"`{name}` of size {tuple(param.shape)} is a DTensor over {ranks} ranks, but tp_size={tp_size}. "
                     "Parallelize the model with the same tp_size, or pass it unsharded."
                 )
         return None
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ValueError(
-                f"`{name}` of size {tuple(tensor.shape)} is on the meta device and has no data to shard. Load the weights "
-                "first."
+                f"`{name}` of size {tuple(tensor.shape)} is on the meta device and has no data to shard. "
+                "Load the weights first."
             )
     return resolve_plan(model, tp_size, plan)
 
@@ -134,7 +135,7 @@ def link_partial_gradients(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _agree_on_weights(model: nn.Module, mesh: DeviceMesh) -> None:
-    """The first rank's values everywhere, as DDP does it over its ranks: seeds may differ, slices must fit together."""
+    """The first rank's values everywhere, as DDP does it over its ranks: seeds may differ, slices must fit."""
     group = mesh.get_group()
     source = dist.get_global_rank(group, 0)
     for tensor in [*model.parameters(), *model.buffers()]:

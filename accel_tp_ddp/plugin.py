@@ -29,8 +29,8 @@ _OTHER_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
 class TensorParallelDDPPlugin(ParallelismConfig):
     """Tensor parallelism inside plain DDP, as a `ParallelismConfig`.
 
-    Pass it as `Accelerator(parallelism_config=...)` or `TrainingArguments(parallelism_config=...)`. A field that is not
-    given comes from the environment that `accelerate launch` sets from its YAML, then from the default.
+    Pass it as `Accelerator(parallelism_config=...)` or `TrainingArguments(parallelism_config=...)`. A field that is
+    not given comes from the environment that `accelerate launch` sets from its YAML, then from the default.
 
     Args:
         tp_size: Ranks that share one model replica, neighbours in rank order. Env `PARALLELISM_CONFIG_TP_SIZE`,
@@ -62,8 +62,8 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             size = _whole(name, getattr(self, name), f"PARALLELISM_CONFIG_{name.upper()}", 1, least=1)
             if size != 1:
                 raise ValueError(
-                    f"{name}={size}: this plugin combines tensor parallelism with plain DDP only. Set {name}=1, or use "
-                    "accelerate.ParallelismConfig for that."
+                    f"{name}={size}: this plugin combines tensor parallelism with plain DDP only. Set {name}=1, or "
+                    "use accelerate.ParallelismConfig for that."
                 )
         dp_size = self.dp_replicate_size
         if dp_size is None:
@@ -94,7 +94,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
 
     @property
     def tp_enabled(self) -> bool:
-        """Whether tensor parallelism is on. False while Accelerate's own code is to prepare the model for plain DDP."""
+        """Whether tensor parallelism is on. False while Accelerate's own code prepares the model for plain DDP."""
         return self.tp_size > 1 and not self._posing_as_plain
 
     @property
@@ -104,7 +104,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
 
     @contextmanager
     def posing_as_plain(self) -> Iterator[None]:
-        """Let Accelerate take its plain DDP path: by now the model is sharded, and each rank's part is an ordinary one."""
+        """Let Accelerate take its plain DDP path: the model is sharded, and each rank's part is an ordinary one."""
         before, self._posing_as_plain = self._posing_as_plain, True
         try:
             yield
@@ -124,8 +124,9 @@ class TensorParallelDDPPlugin(ParallelismConfig):
     def _settle_sizes(self, world_size: int) -> None:
         if world_size % self.tp_size:
             raise ValueError(
-                f"tp_size={self.tp_size} does not divide the {world_size} processes that were launched. Launch a multiple of "
-                f"{self.tp_size} (`accelerate launch --num_processes`), or set tp_size to one of {_divisors(world_size)}."
+                f"tp_size={self.tp_size} does not divide the {world_size} processes that were launched. Launch a "
+                f"multiple of {self.tp_size} (`accelerate launch --num_processes`), or set tp_size to one of "
+                f"{_divisors(world_size)}."
             )
         if self._dp_is_open:
             self._set_size("dp_replicate", world_size // self.tp_size)

@@ -111,8 +111,8 @@ class _Hooks:
             if self.accelerator.verify_device_map(model):
                 raise ValueError(
                     f"this {type(model).__name__} was loaded with a device_map over several devices "
-                    f"({model.hf_device_map}), which cannot be combined with tp_size={self.plugin.tp_size}. Load it without "
-                    "device_map: the plugin spreads it over the devices itself."
+                    f"({model.hf_device_map}), which cannot be combined with tp_size={self.plugin.tp_size}. Load it "
+                    "without device_map: the plugin spreads it over the devices itself."
                 )
             by_hand = is_parallelized(model) and not isinstance(model, nn.parallel.DistributedDataParallel)
             plans.append(None if by_hand else check_model(model, self.plugin.tp_size, self.plugin.tp_plan))
@@ -252,8 +252,8 @@ class _Hooks:
 
 
 _NO_STATE = (
-    "accelerator.{} is not available under tensor parallelism yet: Accelerate's own would keep the first rank's shards "
-    "only. Save the model with accelerator.save_model or unwrap_model(model).save_pretrained."
+    "accelerator.{} is not available under tensor parallelism yet: Accelerate's own would keep the first rank's "
+    "shards only. Save the model with accelerator.save_model or unwrap_model(model).save_pretrained."
 )
 
 

@@ -128,7 +128,7 @@ class ParallelForward:
         return [name for name, param in params if param is not None and param.requires_grad]
 
     def summed_parameters(self) -> dict[str, Tensor]:
-        """Own parameters with their gradients summed over the ranks: as offered by `Region.enter`, or by themselves."""
+        """Own parameters, their gradients summed over the ranks: as offered by `Region.enter`, or by themselves."""
         names = self.partial_names() if torch.is_grad_enabled() else []
         offered, self.offered = self.offered, {}
         missing = [name for name in names if name not in offered]
