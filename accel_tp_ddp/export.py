@@ -72,10 +72,26 @@ def _save_pretrained(
     """The model's own `save_pretrained`, with the full weights. Collective: call it on every rank."""
     stock = type(self).save_pretrained
     if state_dict is None:
-        state_dict = full_state_dict(self)
+        state_dict = full_state_dict_of_all(self, "save_pretrained")
         if not is_main_process or dist.get_rank() != 0:
             return
     stock(self, save_directory, is_main_process, state_dict, *args, **kwargs)
+
+
+def full_state_dict_of_all(model: nn.Module, caller: str) -> dict[str, Tensor]:
+    """`full_state_dict`, for callers that scripts often reach on the main process only.
+
+    Raises:
+        RuntimeError: If the other ranks do not come within the process group's timeout; it says what to change.
+    """
+    try:
+        return full_state_dict(model)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"`{caller}` could not gather the sharded weights. Every rank holds a part of them, so every rank has to "
+            f"call it: take `{caller}` out of `if accelerator.is_main_process:`, and pass "
+            "`is_main_process=accelerator.is_main_process` where it takes that."
+        ) from error
 
 
 def save_config(model: nn.Module, save_directory: str | os.PathLike) -> None:

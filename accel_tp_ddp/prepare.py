@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
-from .export import full_state_dict, save_config
+from .export import full_state_dict_of_all, save_config
 from .gradients import clip_grad_norm_, grad_scaler
 from .optimizer import check_optimizer, follow_model
 from .parallelize import check_model, is_parallelized, parallelize_with_map
@@ -54,6 +54,7 @@ class _Hooks:
         "save_model",
         "save_state",
         "load_state",
+        "end_training",
     )
 
     def __init__(self, accelerator: Accelerator, plugin: TensorParallelDDPPlugin):
@@ -235,7 +236,7 @@ class _Hooks:
     # ----------------------------------------------------------------------------------------------------- saving
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
-        state = full_state_dict(model)
+        state = full_state_dict_of_all(model, "get_state_dict")
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel) and not unwrap
         return {f"module.{name}": tensor for name, tensor in state.items()} if wrapped else state
 
@@ -249,6 +250,11 @@ class _Hooks:
 
     def load_state(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(_NO_STATE.format("load_state"))
+
+    def end_training(self) -> None:
+        # A rank that takes its groups down while others still talk makes them abort at exit.
+        self.accelerator.wait_for_everyone()
+        self.stock["end_training"]()
 
 
 _NO_STATE = (
