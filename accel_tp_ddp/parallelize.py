@@ -16,6 +16,7 @@ from .plan import Plan, PlanLike, resolve_plan
 from .region import ParallelForward, Region
 from .shard import shard_info
 from .transformers_tp import adopt
+from .wrappers import unwrap
 
 __all__ = ["check_model", "is_parallelized", "parallelize", "parallelize_with_map", "tensor_parallel_mesh"]
 
@@ -29,7 +30,7 @@ def parallelize(model: nn.Module, tp_mesh: DeviceMesh, plan: PlanLike = "auto") 
     parameters are DTensors already (parallelized by torch or transformers) is taken as it is, and localized.
 
     Args:
-        model: A bare model, not yet wrapped in DDP. Plain parameters keep their identity.
+        model: A bare or compiled model, not yet wrapped in DDP. Plain parameters keep their identity.
         tp_mesh: One-dimensional mesh, or one with a dimension named `tp`.
         plan: See `resolve_plan`.
 
@@ -42,7 +43,7 @@ def parallelize(model: nn.Module, tp_mesh: DeviceMesh, plan: PlanLike = "auto") 
     """
     mesh = tensor_parallel_mesh(tp_mesh)
     if mesh.size() > 1:
-        parallelize_with_map(model, mesh, check_model(model, mesh.size(), plan))
+        parallelize_with_map(unwrap(model), mesh, check_model(model, mesh.size(), plan))
     return model
 
 
@@ -66,6 +67,7 @@ def check_model(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Plan
             f"the model is wrapped in DistributedDataParallel already, and cannot be sharded (tp_size={tp_size}). "
             "Pass the bare model; `Accelerator.prepare` wraps it after sharding."
         )
+    model = unwrap(model)
     if is_parallelized(model):
         raise ValueError(
             f"this {type(model).__name__} is sharded already (tp_size={tp_size}). Prepare a model once, and use what "

@@ -325,9 +325,9 @@ def _settle_tied(model: nn.Module, names: _Names, entries: list[PlanEntry], tp_s
                 size = tuple(names.modules[name]._parameters[key].shape)
                 other = f"`{name}: {entry.label}`" if entry else "no rule"
                 raise PlanError(
-                    f"tensor-parallel plan: `{full}` of size {size} is tied to a weight of `{first.name}: {first.style}`,"
-                    f" but {other} would leave it cut otherwise (tp_size={tp_size}). Give `{name}` a style that cuts the "
-                    "same dimension, or both `replicate`."
+                    f"tensor-parallel plan: `{full}` of size {size} is tied to a weight of "
+                    f"`{first.name}: {first.style}`, but {other} would leave it cut otherwise (tp_size={tp_size}). "
+                    f"Give `{name}` a style that cuts the same dimension, or both `replicate`."
                 )
     return [by_name[name] for name in names.modules if name in by_name]
 

@@ -7,8 +7,8 @@ about tensor parallelism is left to the accelerator's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,25 +17,34 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedDataParallelKwargs, recursively_apply
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
-from .export import full_state_dict, save_config
+from .export import full_state_dict_of_all, save_config
 from .gradients import clip_grad_norm_, grad_scaler
 from .optimizer import check_optimizer, follow_model
 from .parallelize import check_model, is_parallelized, parallelize_with_map
-from .plan import Plan
+from .plan import Plan, PlanLike
 from .wrappers import unwrap
 
-if TYPE_CHECKING:
-    from .plugin import TensorParallelDDPPlugin
-
-__all__ = ["hook_accelerator"]
+__all__ = ["Settings", "hook_accelerator"]
 
 _PREPARED = "_accel_tp_ddp_prepared"
 
 
-def hook_accelerator(accelerator: Accelerator, plugin: TensorParallelDDPPlugin) -> None:
+class Settings(Protocol):
+    """What the hooks need to know; the plugin has it."""
+
+    tp_size: int
+    dp_replicate_size: int
+    device_mesh: DeviceMesh
+    tp_plan: PlanLike
+
+    def posing_as_plain(self) -> AbstractContextManager[None]: ...
+
+
+def hook_accelerator(accelerator: Accelerator, plugin: Settings) -> None:
     """Replace the methods of `accelerator` that tensor parallelism concerns."""
     hooks = _Hooks(accelerator, plugin)
     for name in _Hooks.REPLACED:
@@ -54,9 +63,10 @@ class _Hooks:
         "save_model",
         "save_state",
         "load_state",
+        "end_training",
     )
 
-    def __init__(self, accelerator: Accelerator, plugin: TensorParallelDDPPlugin):
+    def __init__(self, accelerator: Accelerator, plugin: Settings):
         self.accelerator = accelerator
         self.plugin = plugin
         self.tp_mesh = plugin.device_mesh["tp"]
@@ -91,8 +101,8 @@ class _Hooks:
         mapping: dict[nn.Parameter, nn.Parameter] = {}
         for model, plan in zip(models, plans):
             if not is_parallelized(model):
-                mapping.update(parallelize_with_map(model, self.tp_mesh, plan))
-            setattr(model, _PREPARED, True)
+                mapping.update(parallelize_with_map(unwrap(model), self.tp_mesh, plan))
+            setattr(unwrap(model), _PREPARED, True)
             self._sharded.append(model)
         for optimizer in [*optimizers, *(_bare(prepared) for prepared in self.accelerator._optimizers)]:
             follow_model(optimizer, mapping)
@@ -235,7 +245,7 @@ class _Hooks:
     # ----------------------------------------------------------------------------------------------------- saving
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
-        state = full_state_dict(model)
+        state = full_state_dict_of_all(model, "get_state_dict")
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel) and not unwrap
         return {f"module.{name}": tensor for name, tensor in state.items()} if wrapped else state
 
@@ -249,6 +259,11 @@ class _Hooks:
 
     def load_state(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(_NO_STATE.format("load_state"))
+
+    def end_training(self) -> None:
+        # A rank that takes its groups down while others still talk makes them abort at exit.
+        self.accelerator.wait_for_everyone()
+        self.stock["end_training"]()
 
 
 _NO_STATE = (

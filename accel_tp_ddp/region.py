@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from .collectives import copy_to_tp
 from .shard import ShardInfo, shard_info
 
-if TYPE_CHECKING:
-    from .styles.base import Style
-
 __all__ = ["ParallelForward", "Region"]
+
+
+class Runner(Protocol):
+    """The part of a style that runs."""
+
+    enters: bool
+    shares_input: bool
+    partial_gradients: bool
+
+    def forward(self, call: ParallelForward, *args, **kwargs): ...
 
 
 class Region:
@@ -72,7 +79,7 @@ class ParallelForward:
     and it survives `copy.deepcopy` and pickling together with its module.
     """
 
-    def __init__(self, module: nn.Module, style: Style, region: Region, shards: dict[str, ShardInfo]):
+    def __init__(self, module: nn.Module, style: Runner, region: Region, shards: dict[str, ShardInfo]):
         self.module = module
         self.style = style
         self.region = region
