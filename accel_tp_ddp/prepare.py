@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
+from accelerate.state import PartialState
 from accelerate.utils import DistributedDataParallelKwargs, recursively_apply
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -28,7 +30,7 @@ from .optimizer import check_optimizer, follow_model
 from .parallelize import check_model, is_parallelized, parallelize_with_map
 from .plan import Plan, PlanLike
 from .randomness import agree_on_randomness, draw_by_replica
-from .replicas import ReplicaGuard
+from .replicas import ReplicaGuard, is_replicated
 from .wrappers import unwrap
 
 __all__ = ["Settings", "hook_accelerator"]
@@ -64,6 +66,8 @@ class _Hooks:
         "prepare_scheduler",
         "clip_grad_norm_",
         "gather_for_metrics",
+        "reduce",
+        "split_between_processes",
         "get_state_dict",
         "save_model",
         "save_state",
@@ -245,6 +249,27 @@ class _Hooks:
         parts = [torch.empty_like(tensor) for _ in range(self.dp_size)]
         dist.all_gather(parts, tensor, group=self.dp_group)
         return torch.cat(parts)[:samples]
+
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        if not isinstance(tensor, Tensor) or not self._is_shard(tensor):
+            return self.stock["reduce"](tensor, reduction=reduction, scale=scale)
+        # LocalSGD averages the parameters themselves, and another rank's shard is another part of the weight.
+        total = tensor.detach().clone()
+        dist.all_reduce(total, group=self.dp_group)
+        return total * (scale / self.dp_size if reduction == "mean" else scale)
+
+    def _is_shard(self, tensor: Tensor) -> bool:
+        shards = (param for guard in self._guards for param in guard.model.parameters() if not is_replicated(param))
+        return any(param.data_ptr() == tensor.data_ptr() for param in shards)
+
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> AbstractContextManager[Any]:
+        # The ranks of one replica work together, so they get the same part.
+        replica = SimpleNamespace(
+            num_processes=self.dp_size,
+            process_index=self.plugin.device_mesh.get_local_rank("dp_replicate"),
+            device=self.accelerator.device,
+        )
+        return PartialState.split_between_processes(replica, inputs, apply_padding=apply_padding)
 
     # ----------------------------------------------------------------------------------------------------- saving
 
