@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from .export import save_full_checkpoints
 from .localize import has_dtensor_parameters, localize_with_map
 from .plan import Plan, PlanLike, resolve_plan
+from .randomness import draws_dropout
 from .region import ParallelForward, Region
 from .shard import shard_info
 from .transformers_tp import adopt
@@ -108,9 +109,10 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
     else:
         _agree_on_weights(model, mesh)
         plain = dict(model.named_parameters(remove_duplicate=False))
-        region = Region(mesh)
+        region = Region(mesh, draws_dropout(model))
         for entry in plan.entries:
             entry.style.apply(entry.site, region)
+        model.register_forward_hook(region.leave_hook, always_call=True)
         if has_dtensor_parameters(model):
             localize_with_map(model, keep=plain)
         link_partial_gradients(model)
