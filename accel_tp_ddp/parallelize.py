@@ -13,9 +13,11 @@ from torch.distributed.tensor import DTensor
 from .export import save_full_checkpoints
 from .localize import has_dtensor_parameters, localize_with_map
 from .plan import Plan, PlanLike, resolve_plan
+from .randomness import draws_dropout
 from .region import ParallelForward, Region
 from .shard import shard_info
 from .transformers_tp import adopt
+from .wrappers import unwrap
 
 __all__ = ["check_model", "is_parallelized", "parallelize", "parallelize_with_map", "tensor_parallel_mesh"]
 
@@ -29,7 +31,7 @@ def parallelize(model: nn.Module, tp_mesh: DeviceMesh, plan: PlanLike = "auto") 
     parameters are DTensors already (parallelized by torch or transformers) is taken as it is, and localized.
 
     Args:
-        model: A bare model, not yet wrapped in DDP. Plain parameters keep their identity.
+        model: A bare or compiled model, not yet wrapped in DDP. Plain parameters keep their identity.
         tp_mesh: One-dimensional mesh, or one with a dimension named `tp`.
         plan: See `resolve_plan`.
 
@@ -42,7 +44,7 @@ def parallelize(model: nn.Module, tp_mesh: DeviceMesh, plan: PlanLike = "auto") 
     """
     mesh = tensor_parallel_mesh(tp_mesh)
     if mesh.size() > 1:
-        parallelize_with_map(model, mesh, check_model(model, mesh.size(), plan))
+        parallelize_with_map(unwrap(model), mesh, check_model(model, mesh.size(), plan))
     return model
 
 
@@ -66,6 +68,7 @@ def check_model(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Plan
             f"the model is wrapped in DistributedDataParallel already, and cannot be sharded (tp_size={tp_size}). "
             "Pass the bare model; `Accelerator.prepare` wraps it after sharding."
         )
+    model = unwrap(model)
     if is_parallelized(model):
         raise ValueError(
             f"this {type(model).__name__} is sharded already (tp_size={tp_size}). Prepare a model once, and use what "
@@ -106,9 +109,10 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
     else:
         _agree_on_weights(model, mesh)
         plain = dict(model.named_parameters(remove_duplicate=False))
-        region = Region(mesh)
+        region = Region(mesh, draws_dropout(model))
         for entry in plan.entries:
             entry.style.apply(entry.site, region)
+        model.register_forward_hook(region.leave_hook, always_call=True)
         if has_dtensor_parameters(model):
             localize_with_map(model, keep=plain)
         link_partial_gradients(model)

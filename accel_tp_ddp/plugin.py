@@ -43,7 +43,9 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         sequence_parallel: Norms and residuals sharded over the sequence. Env `ACCEL_TP_DDP_SEQUENCE_PARALLEL`. Not
             available yet.
         replica_check_steps: How often replicated parameters and the batch are compared over the ranks of a replica;
-            0: never. Env `ACCEL_TP_DDP_REPLICA_CHECK_STEPS`, default 100. The comparison itself is not available yet.
+            0: never. Env `ACCEL_TP_DDP_REPLICA_CHECK_STEPS`, default 100.
+        replica_drift: What happens if replicated parameters differ: `"heal"` sends the first rank's values to the
+            others and logs their names, `"raise"` raises. Env `ACCEL_TP_DDP_REPLICA_DRIFT`, default `"heal"`.
 
     Raises:
         ValueError: If a value is out of range or not available; it says what is allowed.
@@ -53,6 +55,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
     loss_parallel: bool | None = field(default=None, kw_only=True)
     sequence_parallel: bool | None = field(default=None, kw_only=True)
     replica_check_steps: int | None = field(default=None, kw_only=True)
+    replica_drift: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         self._posing_as_plain = False
@@ -81,6 +84,10 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         self.replica_check_steps = _whole(
             "replica_check_steps", self.replica_check_steps, "ACCEL_TP_DDP_REPLICA_CHECK_STEPS", 100, least=0
         )
+        if self.replica_drift is None:
+            self.replica_drift = os.environ.get("ACCEL_TP_DDP_REPLICA_DRIFT", "heal")
+        if self.replica_drift not in ("heal", "raise"):
+            raise ValueError(f'replica_drift is {self.replica_drift!r}; it has to be "heal" or "raise".')
         # The base class refuses tensor parallelism with replicas, which is what this plugin is for.
         self.dp_replicate_size = 1
         super().__post_init__()
