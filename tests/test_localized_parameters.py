@@ -6,6 +6,7 @@ Each test has the unsharded model beside the sharded one on every rank, and comp
 import copy
 import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -550,12 +551,14 @@ def check_copy(kind, when, how):
     assert_gradients_close(full_gradients_of(twin), full_gradients_of(twin_reference))
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+OWN_STYLES = [llama("plan"), ("llama", True, "plan"), ("qwen3", False, "plan"), ("phi3", False, "plan")]
+
+
 @pytest.mark.parametrize("when", ["before a step", "after a step"])
 @pytest.mark.parametrize(
-    "kind",
-    [llama("plan"), ("llama", True, "plan"), ("qwen3", False, "plan"), ("phi3", False, "plan")]
-    + [llama(source) for source in SOURCES[1:]],
+    "how, kind",
+    [("deepcopy", kind) for kind in OWN_STYLES + [llama(source) for source in SOURCES[1:]]]
+    + [("pickle", kind) for kind in OWN_STYLES],  # torch's own styles hang lambdas on the modules
     ids=str,
 )
 def test_a_copy_is_independent_and_computes_and_clips_rightly(kind, when, how):
@@ -574,9 +577,23 @@ def test_the_full_state_dict_of_a_copy_that_never_ran_is_full(kind):
     run_on_ranks(check_unused_copy, 2, kind)
 
 
-def check_deleted_model_is_freed():
-    import weakref
+def check_copy_of_sharded_model_prepared():
+    """It is sharded already: computed with rightly, or refused, but not cut a second time."""
+    model, reference = build_mlp(), build_mlp()
+    twin = copy.deepcopy(parallelize(model, tp_mesh(), MLP_PLAN))
+    try:
+        twin = accelerator_for(2, MLP_PLAN).prepare(twin)
+    except ValueError as refusal:
+        assert "sharded already" in str(refusal)
+    else:
+        assert relative_error(twin(torch.ones(2, 8)), reference(torch.ones(2, 8))) < TOLERANCE
 
+
+def test_a_copy_of_a_sharded_model_is_not_sharded_again():
+    run_on_ranks(check_copy_of_sharded_model_prepared, 2)
+
+
+def check_deleted_model_is_freed():
     model, _ = both()
     full_backward(model, token_batch())
     watch = [weakref.ref(param) for param in model.parameters()]
