@@ -78,8 +78,9 @@ class Plan:
             names = entry.layouts or {}
             cells = [
                 f"{name} {_show(sizes[full])} -> {_show(_local_size(sizes[full], layout))}"
-                for name, layout in names.items()
                 if (full := entry.site.parameter(name)) in sizes
+                else f"{name} tied"
+                for name, layout in names.items()
             ]
             row = (_wildcards(entry.site.name), entry.label, entry.source, ", ".join(cells) or "whole on every rank")
             rows[row] = rows.get(row, 0) + 1
@@ -305,7 +306,7 @@ def _settle_tied(model: nn.Module, names: _Names, entries: list[PlanEntry], tp_s
         torch_styled = [entry for entry, _ in planned if isinstance(entry.style, TorchStyle)]
         if not sharded and not torch_styled:
             continue
-        first = (sharded[0][0] if sharded else torch_styled[0]).site
+        first = (torch_styled[0] if torch_styled else sharded[0][0]).site
         for name, key in places:
             entry = by_name.get(name)
             if entry is None and sharded:
