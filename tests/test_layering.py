@@ -100,7 +100,8 @@ def test_no_module_imports_itself_in_a_circle():
         module: {
             other
             for other in modules
-            if other not in (module, "__init__") and f"accel_tp_ddp.{other}" in imported(SOURCES[name], name)
+            if other not in (module, "__init__")
+            and f"accel_tp_ddp.{other}" in imported(SOURCES[name], name)
             # `from .base import Site` inside a package names the package's module, not the package
             and not module.startswith(f"{other}.")
         }
@@ -137,7 +138,9 @@ def test_other_things_of_that_name_are_not_collectives():
 
 
 def test_an_import_is_found_in_a_function_and_passed_over_for_types():
-    source = "def f():\n    import accelerate.utils\nif TYPE_CHECKING:\n    import transformers\nelse:\n    import peft"
+    source = (
+        "def f():\n    import accelerate.utils\nif TYPE_CHECKING:\n    import transformers\nelse:\n    import peft"
+    )
     assert {name.partition(".")[0] for name in imported(source, "plan.py")} == {"accelerate", "peft"}
     assert "accel_tp_ddp.region" in imported("from ..region import Region", "styles/base.py")
     assert "accel_tp_ddp.styles.base" in imported("from .base import Site", "styles/linear.py")
