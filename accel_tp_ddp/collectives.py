@@ -62,7 +62,7 @@ def gather_from_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[i
 
 
 def split_to_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
-    """Forward keeps this rank's slice of a replicated `tensor` along `dim`, backward concatenates the ranks' slices."""
+    """Forward keeps this rank's slice of a replicated `tensor` along `dim`, backward joins the ranks' slices."""
     return _SplitToTP.apply(mesh, tensor, dim, tuple(sizes))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 from types import MethodType
 from typing import Any
 
@@ -14,6 +15,10 @@ from .shard import ShardInfo, shard_info
 from .wrappers import unwrap
 
 __all__ = ["full_gradients", "full_state_dict", "save_config", "save_full_checkpoints"]
+
+#: Seconds that the main process waits for its peers when weights are to be gathered.
+PEERS_TIMEOUT = 60.0
+_VISITS = "_accel_tp_ddp_visits"
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -32,7 +37,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The unsharded gradients of the parameters that have one, by name, on the CPU. Collective as `full_state_dict`."""
+    """The unsharded gradient of each parameter that has one, by name, on the CPU. Collective as `full_state_dict`."""
     gather = _Gather()
     return {
         name: gather(param, param.grad, shard_info(param))
@@ -72,10 +77,48 @@ def _save_pretrained(
     """The model's own `save_pretrained`, with the full weights. Collective: call it on every rank."""
     stock = type(self).save_pretrained
     if state_dict is None:
-        state_dict = full_state_dict(self)
+        state_dict = full_state_dict_of_all(self, "save_pretrained")
         if not is_main_process or dist.get_rank() != 0:
             return
     stock(self, save_directory, is_main_process, state_dict, *args, **kwargs)
+
+
+def full_state_dict_of_all(model: nn.Module, caller: str) -> dict[str, Tensor]:
+    """`full_state_dict`, for callers that a script may have left to the main process alone.
+
+    Raises:
+        RuntimeError: On the main process, if the peers of its replica do not come; it says what to change.
+    """
+    model = unwrap(model)
+    groups = {info.mesh.get_group() for param in model.parameters() if (info := shard_info(param)) is not None}
+    for group in groups:
+        _meet_main_process(model, group, caller)
+    return full_state_dict(model)
+
+
+def _meet_main_process(model: nn.Module, group: dist.ProcessGroup, caller: str) -> None:
+    """Let the main process wait until its peers have arrived, and give up long before a collective would.
+
+    Only this way round: the peers have nothing else to do, the main process may well be late.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    if 0 not in ranks:
+        return
+    visit = model.__dict__.get(_VISITS, 0) + 1
+    key = f"accel_tp_ddp/{caller}/{group.group_name}/{visit}"
+    store = dist.distributed_c10d._get_default_store()
+    arrived, deadline = store.add(key, int(dist.get_rank() != 0)), time.monotonic() + PEERS_TIMEOUT
+    while dist.get_rank() == 0 and arrived < len(ranks) - 1:
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"`{caller}` was called on the main process, but {len(ranks) - 1 - arrived} of its {len(ranks) - 1} "
+                f"tensor-parallel peers did not come within {PEERS_TIMEOUT:.0f} s. Each of them holds a part of the "
+                f"weights, so every rank has to call it: take it out of `if accelerator.is_main_process:`, and pass "
+                "`is_main_process=accelerator.is_main_process` where it takes that."
+            )
+        time.sleep(0.01)
+        arrived = store.add(key, 0)
+    setattr(model, _VISITS, visit)
 
 
 def save_config(model: nn.Module, save_directory: str | os.PathLike) -> None:

@@ -26,7 +26,7 @@ def full_grad_norm(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """p-norm of the full gradient of `parameters`, as if it were one vector; the same bits on every rank of a TP group.
+    """p-norm of the full gradient of `parameters`, as if it were one vector; the same bits on all ranks of a TP group.
 
     For finite p: (sum over shards of |g|^p, plus |g|^p of replicated parameters once)^(1/p); for infinity the maximum.
 

@@ -13,13 +13,27 @@ from .shard import ShardInfo, shard_info
 __all__ = ["check_optimizer", "follow_model"]
 
 
+#: Optimizers whose step looks at a whole matrix, or at a norm of it: on a shard each would do something else.
+LOOKS_AT_MATRICES = frozenset(
+    "AdaLomo Adafactor AdamMini APOLLO CAME GaLoreAdafactor GaLoreAdamW GaLoreAdamW8bit LAMB LARS Lamb Lars Muon SOAP "
+    "Shampoo DistributedShampoo".split()
+)
+
+
 def check_optimizer(optimizer: Optimizer, models: Iterable[nn.Module]) -> None:
-    """Raise unless every parameter that `optimizer` trains belongs to one of `models`.
+    """Raise unless `optimizer` is right on shards, and every parameter that it trains belongs to one of `models`.
 
     Raises:
-        ValueError: With the position and size of the first parameter that does not.
+        ValueError: With the optimizer's name, or the position and size of the first parameter that does not.
     """
     models = list(models)
+    for kind in type(optimizer).__mro__:
+        if kind.__name__ in LOOKS_AT_MATRICES:
+            raise ValueError(
+                f"the optimizer {kind.__name__} works on whole matrices (factored moments, orthogonalisation, norms), "
+                "and a tensor-parallel rank holds parts of them: its steps would differ from those without tensor "
+                "parallelism. Use one that works element by element, such as AdamW, SGD or Lion, or set tp_size=1."
+            )
     known = {id(param) for model in models for param in model.parameters()}
     for group_index, group in enumerate(optimizer.param_groups):
         for index, param in enumerate(group["params"]):
@@ -68,6 +82,6 @@ def _local_state(optimizer: str, key: str, value: Tensor, param: nn.Parameter, i
         return info.local_part(value)
     raise ValueError(
         f"the optimizer {optimizer} holds a state `{key}` of size {tuple(value.shape)} for a parameter of size "
-        f"{tuple(info.global_shape)}, sharded to {tuple(param.shape)}; it cannot be cut likewise. Prepare the model before "
-        "the first optimizer step, or use an optimizer whose state has its parameter's shape."
+        f"{tuple(info.global_shape)}, sharded to {tuple(param.shape)}; it cannot be cut likewise. Prepare the model "
+        "before the first optimizer step, or use an optimizer whose state has its parameter's shape."
     )

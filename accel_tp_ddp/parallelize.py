@@ -8,13 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from .export import save_full_checkpoints
 from .localize import has_dtensor_parameters, localize_with_map
 from .plan import Plan, PlanLike, resolve_plan
+from .randomness import draws_dropout
 from .region import ParallelForward, Region
 from .shard import shard_info
 from .transformers_tp import adopt
+from .wrappers import unwrap
 
 __all__ = ["check_model", "is_parallelized", "parallelize", "parallelize_with_map", "tensor_parallel_mesh"]
 
@@ -28,7 +31,7 @@ def parallelize(model: nn.Module, tp_mesh: DeviceMesh, plan: PlanLike = "auto") 
     parameters are DTensors already (parallelized by torch or transformers) is taken as it is, and localized.
 
     Args:
-        model: A bare model, not yet wrapped in DDP. Plain parameters keep their identity.
+        model: A bare or compiled model, not yet wrapped in DDP. Plain parameters keep their identity.
         tp_mesh: One-dimensional mesh, or one with a dimension named `tp`.
         plan: See `resolve_plan`.
 
@@ -41,7 +44,7 @@ def parallelize(model: nn.Module, tp_mesh: DeviceMesh, plan: PlanLike = "auto") 
     """
     mesh = tensor_parallel_mesh(tp_mesh)
     if mesh.size() > 1:
-        parallelize_with_map(model, mesh, check_model(model, mesh.size(), plan))
+        parallelize_with_map(unwrap(model), mesh, check_model(model, mesh.size(), plan))
     return model
 
 
@@ -55,16 +58,17 @@ def tensor_parallel_mesh(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def check_model(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Plan | None:
-    """Everything that can be found wrong before a weight is touched. None for a model that is made of DTensors already.
+    """Everything that can be found wrong before a weight is touched. None for a model that is made of DTensors.
 
     Raises:
         ValueError: See `parallelize`.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
-            f"the model is wrapped in DistributedDataParallel already, and cannot be sharded any more (tp_size={tp_size})."
-            " Pass the bare model; `Accelerator.prepare` wraps it after sharding."
+            f"the model is wrapped in DistributedDataParallel already, and cannot be sharded (tp_size={tp_size}). "
+            "Pass the bare model; `Accelerator.prepare` wraps it after sharding."
         )
+    model = unwrap(model)
     if is_parallelized(model):
         raise ValueError(
             f"this {type(model).__name__} is sharded already (tp_size={tp_size}). Prepare a model once, and use what "
@@ -72,18 +76,18 @@ def check_model(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Plan
         )
     if has_dtensor_parameters(model):
         for name, param in model.named_parameters():
-            mesh = getattr(param, "device_mesh", None)
-            if mesh is not None and mesh.size() != tp_size:
+            ranks = param.device_mesh.size() if isinstance(param, DTensor) else tp_size
+            if ranks != tp_size:
                 raise ValueError(
-                    f"`{name}` of size {tuple(param.shape)} is a DTensor over {mesh.size()} ranks, but tp_size={tp_size}. "
+                    f"`{name}` of size {tuple(param.shape)} is a DTensor over {ranks} ranks, but tp_size={tp_size}. "
                     "Parallelize the model with the same tp_size, or pass it unsharded."
                 )
         return None
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ValueError(
-                f"`{name}` of size {tuple(tensor.shape)} is on the meta device and has no data to shard. Load the weights "
-                "first."
+                f"`{name}` of size {tuple(tensor.shape)} is on the meta device and has no data to shard. "
+                "Load the weights first."
             )
     return resolve_plan(model, tp_size, plan)
 
@@ -105,9 +109,10 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
     else:
         _agree_on_weights(model, mesh)
         plain = dict(model.named_parameters(remove_duplicate=False))
-        region = Region(mesh)
+        region = Region(mesh, draws_dropout(model))
         for entry in plan.entries:
             entry.style.apply(entry.site, region)
+        model.register_forward_hook(region.leave_hook, always_call=True)
         if has_dtensor_parameters(model):
             localize_with_map(model, keep=plain)
         link_partial_gradients(model)
@@ -134,7 +139,7 @@ def link_partial_gradients(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _agree_on_weights(model: nn.Module, mesh: DeviceMesh) -> None:
-    """The first rank's values everywhere, as DDP does it over its ranks: seeds may differ, slices must fit together."""
+    """The first rank's values everywhere, as DDP does it over its ranks: seeds may differ, slices must fit."""
     group = mesh.get_group()
     source = dist.get_global_rank(group, 0)
     for tensor in [*model.parameters(), *model.buffers()]:

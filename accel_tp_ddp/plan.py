@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +138,8 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
             if not targets:
                 if source == "user":
                     raise PlanError(
-                        f"tensor-parallel plan: the rule `{rule}: {style_label(value)}` (tp_size={tp_size}) matches no "
-                        f"module or parameter of {type(model).__name__}.{names.nearest(rule)} "
+                        f"tensor-parallel plan: the rule `{rule}: {style_label(value)}` (tp_size={tp_size}) matches "
+                        f"no module or parameter of {type(model).__name__}.{names.nearest(rule)} "
                         "Correct the name; `*` stands for exactly one dotted part."
                     )
                 if source == "model":
@@ -181,8 +181,8 @@ def load_plan(plan: PlanLike) -> dict[str, Any]:
         rules, where = _read_plan_file(Path(plan)), f"the file {os.fspath(plan)}"
     else:
         raise PlanError(
-            f'tensor-parallel plan: got a {type(plan).__name__}. Give "auto", a mapping of names to styles, or the path '
-            "of a YAML or JSON file."
+            f'tensor-parallel plan: got a {type(plan).__name__}. Give "auto", a mapping of names to styles, or the '
+            "path of a YAML or JSON file."
         )
     for name, value in rules.items():
         if not isinstance(name, str) or not isinstance(value, (str, Style, ParallelStyle)):
@@ -197,7 +197,8 @@ def _read_plan_file(path: Path) -> Mapping[str, Any]:
     if not os.path.isfile(path):  # also where the name is too long to be one
         raise PlanError(
             f"tensor-parallel plan: there is no file {path} (from {Path.cwd()})."
-            f'{nearest(str(path), _siblings(path))} Give "auto", or the path of a YAML or JSON file that every rank can read.'
+            f'{nearest(str(path), _siblings(path))} Give "auto", or the path of a YAML or JSON file that every rank '
+            "can read."
         )
     try:
         text = path.read_text(encoding="utf-8")
@@ -209,7 +210,8 @@ def _read_plan_file(path: Path) -> Mapping[str, Any]:
         ) from error
     if not isinstance(rules, Mapping):
         raise PlanError(
-            f"tensor-parallel plan: {path} holds a {type(rules).__name__}, not a mapping. Write one `name: style` per line."
+            f"tensor-parallel plan: {path} holds a {type(rules).__name__}, not a mapping. Write one "
+            "`name: style` per line."
         )
     return rules
 
@@ -224,7 +226,7 @@ def _shipped_plan(model: nn.Module) -> dict[str, Any]:
     return _read_shipped(model_type) if isinstance(model_type, str) else {}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _read_shipped(model_type: str) -> dict[str, Any]:
     path = _SHIPPED / f"{model_type}.yaml"
     return dict(_read_plan_file(path)) if path.is_file() else {}
@@ -243,7 +245,7 @@ class _Names:
         self.prefix = prefix if prefix and prefix in self.modules else ""
 
     def match(self, rule: str) -> list[str]:
-        """Names of the modules that `rule` means, in full or relative to the base model. A parameter means its owner."""
+        """Names of the modules that `rule` means, in full or relative to the base model."""
         targets = self._match_full(rule)
         if not targets and self.prefix:
             targets = self._match_full(f"{self.prefix}.{rule}")
@@ -322,10 +324,11 @@ def _settle_tied(model: nn.Module, names: _Names, entries: list[PlanEntry], tp_s
             if not alike:
                 full = f"{name}.{key}" if name else key
                 size = tuple(names.modules[name]._parameters[key].shape)
+                other = f"`{name}: {entry.label}`" if entry else "no rule"
                 raise PlanError(
-                    f"tensor-parallel plan: `{full}` of size {size} is tied to a weight of `{first.name}: {first.style}` "
-                    f"(tp_size={tp_size}), but {f'`{name}: {entry.label}`' if entry else 'no rule'} would leave it cut "
-                    f"otherwise. Give `{name}` a style that cuts the same dimension, or both `replicate`."
+                    f"tensor-parallel plan: `{full}` of size {size} is tied to a weight of "
+                    f"`{first.name}: {first.style}`, but {other} would leave it cut otherwise (tp_size={tp_size}). "
+                    f"Give `{name}` a style that cuts the same dimension, or both `replicate`."
                 )
     return [by_name[name] for name in names.modules if name in by_name]
 

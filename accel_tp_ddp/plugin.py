@@ -29,8 +29,8 @@ _OTHER_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
 class TensorParallelDDPPlugin(ParallelismConfig):
     """Tensor parallelism inside plain DDP, as a `ParallelismConfig`.
 
-    Pass it as `Accelerator(parallelism_config=...)` or `TrainingArguments(parallelism_config=...)`. A field that is not
-    given comes from the environment that `accelerate launch` sets from its YAML, then from the default.
+    Pass it as `Accelerator(parallelism_config=...)` or `TrainingArguments(parallelism_config=...)`. A field that is
+    not given comes from the environment that `accelerate launch` sets from its YAML, then from the default.
 
     Args:
         tp_size: Ranks that share one model replica, neighbours in rank order. Env `PARALLELISM_CONFIG_TP_SIZE`,
@@ -43,7 +43,9 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         sequence_parallel: Norms and residuals sharded over the sequence. Env `ACCEL_TP_DDP_SEQUENCE_PARALLEL`. Not
             available yet.
         replica_check_steps: How often replicated parameters and the batch are compared over the ranks of a replica;
-            0: never. Env `ACCEL_TP_DDP_REPLICA_CHECK_STEPS`, default 100. The comparison itself is not available yet.
+            0: never. Env `ACCEL_TP_DDP_REPLICA_CHECK_STEPS`, default 100.
+        replica_drift: What happens if replicated parameters differ: `"heal"` sends the first rank's values to the
+            others and logs their names, `"raise"` raises. Env `ACCEL_TP_DDP_REPLICA_DRIFT`, default `"heal"`.
 
     Raises:
         ValueError: If a value is out of range or not available; it says what is allowed.
@@ -53,6 +55,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
     loss_parallel: bool | None = field(default=None, kw_only=True)
     sequence_parallel: bool | None = field(default=None, kw_only=True)
     replica_check_steps: int | None = field(default=None, kw_only=True)
+    replica_drift: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         self._posing_as_plain = False
@@ -62,8 +65,8 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             size = _whole(name, getattr(self, name), f"PARALLELISM_CONFIG_{name.upper()}", 1, least=1)
             if size != 1:
                 raise ValueError(
-                    f"{name}={size}: this plugin combines tensor parallelism with plain DDP only. Set {name}=1, or use "
-                    "accelerate.ParallelismConfig for that."
+                    f"{name}={size}: this plugin combines tensor parallelism with plain DDP only. Set {name}=1, or "
+                    "use accelerate.ParallelismConfig for that."
                 )
         dp_size = self.dp_replicate_size
         if dp_size is None:
@@ -81,6 +84,10 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         self.replica_check_steps = _whole(
             "replica_check_steps", self.replica_check_steps, "ACCEL_TP_DDP_REPLICA_CHECK_STEPS", 100, least=0
         )
+        if self.replica_drift is None:
+            self.replica_drift = os.environ.get("ACCEL_TP_DDP_REPLICA_DRIFT", "heal")
+        if self.replica_drift not in ("heal", "raise"):
+            raise ValueError(f'replica_drift is {self.replica_drift!r}; it has to be "heal" or "raise".')
         # The base class refuses tensor parallelism with replicas, which is what this plugin is for.
         self.dp_replicate_size = 1
         super().__post_init__()
@@ -94,7 +101,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
 
     @property
     def tp_enabled(self) -> bool:
-        """Whether tensor parallelism is on. False while Accelerate's own code is to prepare the model for plain DDP."""
+        """Whether tensor parallelism is on. False while Accelerate's own code prepares the model for plain DDP."""
         return self.tp_size > 1 and not self._posing_as_plain
 
     @property
@@ -104,7 +111,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
 
     @contextmanager
     def posing_as_plain(self) -> Iterator[None]:
-        """Let Accelerate take its plain DDP path: by now the model is sharded, and each rank's part is an ordinary one."""
+        """Let Accelerate take its plain DDP path: the model is sharded, and each rank's part is an ordinary one."""
         before, self._posing_as_plain = self._posing_as_plain, True
         try:
             yield
@@ -124,8 +131,9 @@ class TensorParallelDDPPlugin(ParallelismConfig):
     def _settle_sizes(self, world_size: int) -> None:
         if world_size % self.tp_size:
             raise ValueError(
-                f"tp_size={self.tp_size} does not divide the {world_size} processes that were launched. Launch a multiple of "
-                f"{self.tp_size} (`accelerate launch --num_processes`), or set tp_size to one of {_divisors(world_size)}."
+                f"tp_size={self.tp_size} does not divide the {world_size} processes that were launched. Launch a "
+                f"multiple of {self.tp_size} (`accelerate launch --num_processes`), or set tp_size to one of "
+                f"{_divisors(world_size)}."
             )
         if self._dp_is_open:
             self._set_size("dp_replicate", world_size // self.tp_size)

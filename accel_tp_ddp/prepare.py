@@ -7,35 +7,51 @@ about tensor parallelism is left to the accelerator's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
+from accelerate.state import PartialState
 from accelerate.utils import DistributedDataParallelKwargs, recursively_apply
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
-from .export import full_state_dict, save_config
+from .batches import watch_batches
+from .export import full_state_dict_of_all, save_config
 from .gradients import clip_grad_norm_, grad_scaler
 from .optimizer import check_optimizer, follow_model
 from .parallelize import check_model, is_parallelized, parallelize_with_map
-from .plan import Plan
+from .plan import Plan, PlanLike
+from .randomness import agree_on_randomness, draw_by_replica
+from .replicas import ReplicaGuard, is_replicated
 from .wrappers import unwrap
 
-if TYPE_CHECKING:
-    from .plugin import TensorParallelDDPPlugin
-
-__all__ = ["hook_accelerator"]
+__all__ = ["Settings", "hook_accelerator"]
 
 _PREPARED = "_accel_tp_ddp_prepared"
 
 
-def hook_accelerator(accelerator: Accelerator, plugin: TensorParallelDDPPlugin) -> None:
+class Settings(Protocol):
+    """What the hooks need to know; the plugin has it."""
+
+    tp_size: int
+    dp_replicate_size: int
+    device_mesh: DeviceMesh
+    tp_plan: PlanLike
+    replica_check_steps: int
+    replica_drift: str
+
+    def posing_as_plain(self) -> AbstractContextManager[None]: ...
+
+
+def hook_accelerator(accelerator: Accelerator, plugin: Settings) -> None:
     """Replace the methods of `accelerator` that tensor parallelism concerns."""
     hooks = _Hooks(accelerator, plugin)
     for name in _Hooks.REPLACED:
@@ -50,13 +66,16 @@ class _Hooks:
         "prepare_scheduler",
         "clip_grad_norm_",
         "gather_for_metrics",
+        "reduce",
+        "split_between_processes",
         "get_state_dict",
         "save_model",
         "save_state",
         "load_state",
+        "end_training",
     )
 
-    def __init__(self, accelerator: Accelerator, plugin: TensorParallelDDPPlugin):
+    def __init__(self, accelerator: Accelerator, plugin: Settings):
         self.accelerator = accelerator
         self.plugin = plugin
         self.tp_mesh = plugin.device_mesh["tp"]
@@ -64,6 +83,7 @@ class _Hooks:
         self.dp_group = plugin.device_mesh["dp_replicate"].get_group()
         self.stock = {name: getattr(accelerator, name) for name in self.REPLACED}
         self._sharded: list[nn.Module] = []  # by `prepare`, and about to reach `prepare_model`
+        self._guards: list[ReplicaGuard] = []
 
     # ---------------------------------------------------------------------------------------------------- prepare
 
@@ -91,13 +111,17 @@ class _Hooks:
         mapping: dict[nn.Parameter, nn.Parameter] = {}
         for model, plan in zip(models, plans):
             if not is_parallelized(model):
-                mapping.update(parallelize_with_map(model, self.tp_mesh, plan))
-            setattr(model, _PREPARED, True)
+                mapping.update(parallelize_with_map(unwrap(model), self.tp_mesh, plan))
+            setattr(unwrap(model), _PREPARED, True)
             self._sharded.append(model)
+            self._guard(unwrap(model))
         for optimizer in [*optimizers, *(_bare(prepared) for prepared in self.accelerator._optimizers)]:
             follow_model(optimizer, mapping)
+        for optimizer in optimizers:
+            for guard in self._guards:
+                guard.watch(optimizer)
         if models:
-            self._agree_on_randomness()
+            agree_on_randomness(self.tp_mesh)
             self._agree_on_overflow()
 
     def _check(self, models: list[nn.Module], optimizers: list[Optimizer]) -> list[Plan | None]:
@@ -112,8 +136,8 @@ class _Hooks:
                 device_map = next(m.hf_device_map for m in model.modules() if len(getattr(m, "hf_device_map", ())) > 1)
                 raise ValueError(
                     f"this {type(model).__name__} was loaded with a device_map over several devices "
-                    f"({device_map}), which cannot be combined with tp_size={self.plugin.tp_size}. Load it without "
-                    "device_map: the plugin spreads it over the devices itself."
+                    f"({device_map}), which cannot be combined with tp_size={self.plugin.tp_size}. Load it "
+                    "without device_map: the plugin spreads it over the devices itself."
                 )
             by_hand = is_parallelized(model) and not isinstance(model, nn.parallel.DistributedDataParallel)
             plans.append(None if by_hand else check_model(model, self.plugin.tp_size, self.plugin.tp_plan))
@@ -149,17 +173,11 @@ class _Hooks:
                 )
         return plans
 
-    def _agree_on_randomness(self) -> None:
-        """One random stream in a tensor-parallel group: what is replicated has to be dropped out alike."""
-        group = self.tp_mesh.get_group()
-        source, device = dist.get_global_rank(group, 0), self.accelerator.device
-        state = torch.get_rng_state().to(device)
-        dist.broadcast(state, source, group=group)
-        torch.set_rng_state(state.cpu())
-        if device.type == "cuda":
-            state = torch.cuda.get_rng_state(device).to(device)
-            dist.broadcast(state, source, group=group)
-            torch.cuda.set_rng_state(state.cpu(), device)
+    def _guard(self, model: nn.Module) -> None:
+        every = self.plugin.replica_check_steps
+        watch_batches(model, self.tp_mesh, every)
+        draw_by_replica(model, self.plugin.device_mesh.get_local_rank("dp_replicate"), self.tp_mesh.device_type)
+        self._guards.append(ReplicaGuard(model, self.tp_mesh, every, self.plugin.replica_drift))
 
     def _agree_on_overflow(self) -> None:
         """An overflow in one rank's gradients has to skip the step on all of them."""
@@ -233,10 +251,31 @@ class _Hooks:
         dist.all_gather(parts, tensor, group=self.dp_group)
         return torch.cat(parts)[:samples]
 
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        if not isinstance(tensor, Tensor) or not self._is_shard(tensor):
+            return self.stock["reduce"](tensor, reduction=reduction, scale=scale)
+        # LocalSGD averages the parameters themselves, and another rank's shard is another part of the weight.
+        total = tensor.detach().clone()
+        dist.all_reduce(total, group=self.dp_group)
+        return total * (scale / self.dp_size if reduction == "mean" else scale)
+
+    def _is_shard(self, tensor: Tensor) -> bool:
+        shards = (param for guard in self._guards for param in guard.model.parameters() if not is_replicated(param))
+        return any(param.data_ptr() == tensor.data_ptr() for param in shards)
+
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> AbstractContextManager[Any]:
+        # The ranks of one replica work together, so they get the same part.
+        replica = SimpleNamespace(
+            num_processes=self.dp_size,
+            process_index=self.plugin.device_mesh.get_local_rank("dp_replicate"),
+            device=self.accelerator.device,
+        )
+        return PartialState.split_between_processes(replica, inputs, apply_padding=apply_padding)
+
     # ----------------------------------------------------------------------------------------------------- saving
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
-        state = full_state_dict(model)
+        state = full_state_dict_of_all(model, "get_state_dict")
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel) and not unwrap
         return {f"module.{name}": tensor for name, tensor in state.items()} if wrapped else state
 
@@ -251,10 +290,15 @@ class _Hooks:
     def load_state(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(_NO_STATE.format("load_state"))
 
+    def end_training(self) -> None:
+        # A rank that takes its groups down while others still talk makes them abort at exit.
+        self.accelerator.wait_for_everyone()
+        self.stock["end_training"]()
+
 
 _NO_STATE = (
-    "accelerator.{} is not available under tensor parallelism yet: Accelerate's own would keep the first rank's shards "
-    "only. Save the model with accelerator.save_model or unwrap_model(model).save_pretrained."
+    "accelerator.{} is not available under tensor parallelism yet: Accelerate's own would keep the first rank's "
+    "shards only. Save the model with accelerator.save_model or unwrap_model(model).save_pretrained."
 )
 
 

@@ -5,19 +5,27 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .collectives import copy_to_tp
+from .randomness import RandomStream
 from .shard import ShardInfo, shard_info
 
-if TYPE_CHECKING:
-    from .styles.base import Style
-
 __all__ = ["ParallelForward", "Region"]
+
+
+class Runner(Protocol):
+    """The part of a style that runs."""
+
+    enters: bool
+    shares_input: bool
+    partial_gradients: bool
+
+    def forward(self, call: ParallelForward, *args, **kwargs): ...
 
 
 class Region:
@@ -26,14 +34,17 @@ class Region:
     One copy node means one all-reduce in the backward, of the sum of all their gradients.
     """
 
-    def __init__(self, mesh: DeviceMesh):
+    def __init__(self, mesh: DeviceMesh, draws_dropout: bool = False):
         self.mesh = mesh
+        self.stream = RandomStream(mesh.get_local_rank(), mesh.device_type) if draws_dropout else None
         self._source: weakref.ref[Tensor] | None = None
         self._version = -1
         # Held strongly only until the region is left: torch does not keep the Python object alive by itself.
         self._copy: Tensor | None = None
 
-    def enter(self, tensor: Tensor, partners: tuple[ParallelForward, ...] = (), keep: bool = True) -> Tensor:
+    def enter(
+        self, tensor: Tensor, partners: tuple[ParallelForward, ...] = (), keep: bool = True, training: bool = True
+    ) -> Tensor:
         """`copy_to_tp` of `tensor`, or the copy that another module has just made of the same tensor.
 
         Args:
@@ -41,7 +52,10 @@ class Region:
             partners: Modules whose replicated parameters get partial gradients inside this region; their gradients
                 are summed in the same collective.
             keep: Whether a later module is expected to want this copy, until `leave` is called.
+            training: Whether the module is in training mode, and what follows may drop out sharded activations.
         """
+        if keep and training and self.stream is not None:
+            self.stream.enter()
         if not torch.is_grad_enabled():
             return tensor
         if self._copy is not None and self._source() is tensor and self._version == tensor._version:
@@ -55,14 +69,17 @@ class Region:
         return copy
 
     def leave(self) -> None:
-        """Forget the last input, so that it is freed as early as without tensor parallelism."""
+        """Close the region: forget its input, so that it is freed as early as without tensor parallelism."""
         self._source, self._copy = None, None
+        if self.stream is not None:
+            self.stream.leave()
 
-    def __deepcopy__(self, memo: dict) -> Region:
-        return memo.setdefault(id(self), Region(self.mesh))
+    def leave_hook(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the whole model, for regions that an exception has left open."""
+        self.leave()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"mesh": self.mesh, "_source": None, "_version": -1, "_copy": None}
+        return {"mesh": self.mesh, "stream": self.stream, "_source": None, "_version": -1, "_copy": None}
 
 
 class ParallelForward:
@@ -72,7 +89,7 @@ class ParallelForward:
     and it survives `copy.deepcopy` and pickling together with its module.
     """
 
-    def __init__(self, module: nn.Module, style: Style, region: Region, shards: dict[str, ShardInfo]):
+    def __init__(self, module: nn.Module, style: Runner, region: Region, shards: dict[str, ShardInfo]):
         self.module = module
         self.style = style
         self.region = region
@@ -120,7 +137,7 @@ class ParallelForward:
         return tensor
 
     def enter(self, tensor: Tensor) -> Tensor:
-        return self.region.enter(tensor, self.partners, self.style.shares_input)
+        return self.region.enter(tensor, self.partners, self.style.shares_input, self.module.training)
 
     def partial_names(self) -> list[str]:
         """Own replicated parameters whose gradients are partial and wanted."""
@@ -128,7 +145,7 @@ class ParallelForward:
         return [name for name, param in params if param is not None and param.requires_grad]
 
     def summed_parameters(self) -> dict[str, Tensor]:
-        """Own parameters with their gradients summed over the ranks: as offered by `Region.enter`, or by themselves."""
+        """Own parameters, their gradients summed over the ranks: as offered by `Region.enter`, or by themselves."""
         names = self.partial_names() if torch.is_grad_enabled() else []
         offered, self.offered = self.offered, {}
         missing = [name for name in names if name not in offered]

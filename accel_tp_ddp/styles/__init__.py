@@ -92,7 +92,7 @@ def style_label(value: str | Style | ParallelStyle) -> str:
 
 
 def tied_partner(module: nn.Module, dim: int) -> str | None:
-    """The style under which `module` uses a weight that its tied partner has cut along `dim`; None if there is none."""
+    """The style under which `module` can use a weight that its tied partner has cut along `dim`; None without one."""
     if isinstance(module, nn.Embedding):
         return ("embedding_rowwise", "embedding_colwise")[dim]
     if isinstance(module, nn.Linear):

@@ -17,8 +17,9 @@ __all__ = ["EmbeddingColwise", "EmbeddingRowwise"]
 
 
 class EmbeddingRowwise(Style):
-    """Vocab-parallel: each rank holds a range of the vocabulary. Forward: masked lookup, all-reduce; backward: nothing.
+    """Vocab-parallel: each rank holds a range of the vocabulary.
 
+    Forward: masked lookup, all-reduce; backward: nothing.
     The vocabulary need not divide by the number of ranks.
     """
 

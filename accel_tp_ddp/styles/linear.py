@@ -21,7 +21,7 @@ def has_bias(module: nn.Module) -> bool:
 
 
 class Colwise(Style):
-    """Each rank computes a slice of the output features. Forward: nothing; backward: all-reduce of the input's gradient."""
+    """Each rank computes a slice of the output. Forward: nothing; backward: all-reduce of the input's gradient."""
 
     accepts = (nn.Linear,)
     enters = True
@@ -103,7 +103,7 @@ class RowwiseSplitInput(Rowwise):
 
 
 def verify_whole_heads(site: Site, features: int, side: str) -> None:
-    """Attention computes head by head, so a rank has to hold whole heads, of the queries and of the keys and values."""
+    """Attention computes head by head, so a rank has to hold whole heads, of queries as of keys and values."""
     width = site.head_width()
     if width is None or features % width:
         return

@@ -99,7 +99,8 @@ class LocalHeads:
 def equal_sections(site: Site, features: int, sections: int) -> list[int]:
     if features % sections:
         raise site.error(
-            f"`{site.parameter('weight')}` of size {tuple(site.module.weight.shape)} is not {sections} equal sections.",
+            f"`{site.parameter('weight')}` of size {tuple(site.module.weight.shape)} is not {sections} equal "
+            "sections.",
             "Register a style with the right number of sections, or use `colwise_gather_output`.",
         )
     return [features // sections] * sections

@@ -23,7 +23,8 @@ class TorchStyle(Style):
             return
         if not isinstance(site.module, (nn.Linear, nn.Embedding)):
             raise site.error(
-                f"the module is a {type(site.module).__name__}, the style takes torch.nn.Linear or torch.nn.Embedding.",
+                f"the module is a {type(site.module).__name__}, the style takes torch.nn.Linear or "
+                "torch.nn.Embedding.",
                 "Name another style, or `replicate`.",
             )
         # Colwise cuts a linear layer's outputs and an embedding's vectors, rowwise the other dimension.

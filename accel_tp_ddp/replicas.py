@@ -1,0 +1,142 @@
+"""What is replicated over the tensor-parallel ranks stays equal there, bit by bit.
+
+Ranks compute the gradients of replicated parameters from equal inputs, but kernels whose order of additions varies
+(atomics on GPUs) give each of them other last bits, and the copies drift apart for good (pytorch#160169). Before every
+optimizer step the first rank's gradients are therefore sent to its peers, in one fused collective for each data type.
+A sentinel compares parameters, buffers and optimizer state now and then, for whatever else may change one rank's copy.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from .shard import shard_info
+
+__all__ = ["ReplicaGuard", "checksum"]
+
+_RANDOM_STATE = "torch's random state"
+_PIECE = 1 << 20
+logger = logging.getLogger(__name__)
+
+
+class ReplicaGuard:
+    """Keeps the replicated part of one model equal over the ranks of its tensor-parallel group.
+
+    Args:
+        model: The bare, parallelized model.
+        mesh: Tensor-parallel mesh.
+        every: Optimizer steps between two comparisons; 0: never.
+        on_drift: "heal": send the first rank's values to its peers and log the names; "raise": RuntimeError.
+    """
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, every: int, on_drift: str):
+        self.model = model
+        self.mesh = mesh
+        self.every = every
+        self.on_drift = on_drift
+        self._steps = 0
+
+    def watch(self, optimizer: Optimizer) -> None:
+        """Guard every step of `optimizer`."""
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.agree_on_gradients(optimizer)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._steps += 1
+        if self.every and self._steps % self.every == 0:
+            self.compare(optimizer)
+
+    @torch.no_grad()
+    def agree_on_gradients(self, optimizer: Optimizer) -> None:
+        """The first rank's gradients of replicated parameters, on all ranks: one broadcast for each data type."""
+        grads: dict[torch.dtype, list[Tensor]] = {}
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and param.grad.layout == torch.strided and is_replicated(param):
+                    grads.setdefault(param.grad.dtype, []).append(param.grad)
+        for same_dtype in grads.values():
+            flat = torch.cat([grad.reshape(-1) for grad in same_dtype])
+            self._broadcast(flat)
+            if self.mesh.get_local_rank() != 0:
+                parts = flat.split([grad.numel() for grad in same_dtype])
+                torch._foreach_copy_(same_dtype, [part.view_as(grad) for part, grad in zip(parts, same_dtype)])
+
+    @torch.no_grad()
+    def compare(self, optimizer: Optimizer | None = None) -> list[str]:
+        """Compare checksums over the ranks in one small collective, and mend what has drifted.
+
+        Returns:
+            Names of the tensors that differed.
+
+        Raises:
+            RuntimeError: On every rank, if something differs and `on_drift` is "raise".
+        """
+        named = {**dict(self._replicated(optimizer)), _RANDOM_STATE: torch.get_rng_state()}
+        sums = torch.stack([checksum(tensor) for tensor in named.values()])
+        # max(c) and -max(-c) = min(c) differ if any two ranks do.
+        bounds = torch.cat([sums, -sums]).to(self.mesh.device_type)
+        dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.mesh.get_group())
+        highest, lowest = bounds.cpu().split(len(sums))
+        drifted = [name for name, differs in zip(named, (highest != -lowest).tolist()) if differs]
+        if drifted:
+            message = (
+                f"after {self._steps} steps {len(drifted)} of {len(named)} things to be replicated differ over the "
+                f"tensor-parallel ranks: {', '.join(drifted[:10])}{', ...' if len(drifted) > 10 else ''}."
+            )
+            if self.on_drift == "raise":
+                raise RuntimeError(
+                    f"{message} Something changed them on one rank only; look for code that runs on a single rank."
+                )
+            for name in drifted:
+                self._broadcast(named[name])
+            if _RANDOM_STATE in drifted:
+                torch.set_rng_state(named[_RANDOM_STATE])
+            logger.warning("%s The first rank's values were sent to the others.", message)
+        return drifted
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        group = self.mesh.get_group()
+        sent = tensor.to(self.mesh.device_type).contiguous()
+        dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
+        if sent.data_ptr() != tensor.data_ptr():
+            tensor.copy_(sent)
+
+    def _replicated(self, optimizer: Optimizer | None) -> Iterator[tuple[str, Tensor]]:
+        names = {id(param): name for name, param in self.model.named_parameters() if is_replicated(param)}
+        for name, param in self.model.named_parameters():
+            if id(param) in names:
+                yield name, param.detach()
+        for name, buffer in self.model.named_buffers():
+            yield name, buffer
+        for param, state in (optimizer.state if optimizer is not None else {}).items():
+            if id(param) in names:
+                for key, value in state.items():
+                    if isinstance(value, Tensor):
+                        yield f"{names[id(param)]} ({key})", value
+
+
+def is_replicated(param: nn.Parameter) -> bool:
+    info = shard_info(param)
+    return info is None or not info.is_sharded
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """A whole number made of the bits of `tensor`, on the CPU: equal for equal bits, hardly ever for others."""
+    bits = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    bits = bits.view(torch.int32) if bits.numel() % 4 == 0 else bits
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for index, piece in enumerate(bits.split(_PIECE)):  # the sums need eight bytes an element
+        position = torch.arange(index * _PIECE, index * _PIECE + piece.numel(), device=bits.device)
+        total += (piece.to(torch.int64) * (2 * position + 1)).sum()  # odd, so that a change of one bit shows
+    return (total % (1 << 61)).cpu()  # small enough for its negative to be exact
