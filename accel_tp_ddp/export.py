@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 import os
 import time
-from types import MethodType
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .shard import ShardInfo, shard_info
+from .shard import ShardInfo, restore_shards, shard_info
 from .wrappers import unwrap
 
 __all__ = ["full_gradients", "full_state_dict", "save_config", "save_full_checkpoints"]
@@ -29,19 +28,21 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Args:
         model: Bare model, or its DDP wrapper.
     """
-    gather = _Gather()
+    model, gather = unwrap(model), _Gather()
+    restore_shards(model)
     return {
         name: gather(value, value, shard_info(value)) if isinstance(value, Tensor) else value
-        for name, value in unwrap(model).state_dict(keep_vars=True).items()
+        for name, value in model.state_dict(keep_vars=True).items()
     }
 
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
     """The unsharded gradient of each parameter that has one, by name, on the CPU. Collective as `full_state_dict`."""
-    gather = _Gather()
+    model, gather = unwrap(model), _Gather()
+    restore_shards(model)
     return {
         name: gather(param, param.grad, shard_info(param))
-        for name, param in unwrap(model).named_parameters()
+        for name, param in model.named_parameters()
         if param.grad is not None
     }
 
@@ -63,24 +64,51 @@ def save_full_checkpoints(model: nn.Module) -> None:
     """Let `model.save_pretrained`, where there is one that takes a state dict, write the full weights."""
     method = getattr(type(model), "save_pretrained", None)
     if method is not None and "state_dict" in inspect.signature(method).parameters:
-        model.save_pretrained = MethodType(_save_pretrained, model)
+        model.save_pretrained = _SavePretrained(model)
+        model.num_parameters = _NumParameters(model)
 
 
-def _save_pretrained(
-    self: nn.Module,
-    save_directory: str | os.PathLike,
-    is_main_process: bool = True,
-    state_dict: dict[str, Tensor] | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> None:
-    """The model's own `save_pretrained`, with the full weights. Collective: call it on every rank."""
-    stock = type(self).save_pretrained
-    if state_dict is None:
-        state_dict = full_state_dict_of_all(self, "save_pretrained")
-        if not is_main_process or dist.get_rank() != 0:
-            return
-    stock(self, save_directory, is_main_process, state_dict, *args, **kwargs)
+class _SavePretrained:
+    """The model's own `save_pretrained`, with the full weights. Collective: call it on every rank.
+
+    An object and no bound function, so that it is copied and pickled together with its model.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        stock = type(self.model).save_pretrained
+        if state_dict is None:
+            state_dict = full_state_dict_of_all(self.model, "save_pretrained")
+            if not is_main_process or dist.get_rank() != 0:
+                return
+        stock(self.model, save_directory, is_main_process, state_dict, *args, **kwargs)
+
+
+class _NumParameters:
+    """The model's own `num_parameters`, of the unsharded model: it goes into checkpoints and FLOP counts."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        count = type(self.model).num_parameters(self.model, only_trainable, exclude_embeddings)
+        left_out: set[int] = set()
+        if exclude_embeddings:
+            left_out = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        for param in self.model.parameters():
+            info = shard_info(param)
+            if info is not None and id(param) not in left_out and (param.requires_grad or not only_trainable):
+                count += info.global_shape.numel() - param.numel()
+        return count
 
 
 def full_state_dict_of_all(model: nn.Module, caller: str) -> dict[str, Tensor]:

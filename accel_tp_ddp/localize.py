@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from .shard import Layout, Ranges, ShardInfo, shard_info
+from .export import save_full_checkpoints
+from .shard import Layout, Ranges, ShardInfo, mark_whole, remember_shards, restore_shards, shard_info
 
 __all__ = ["has_dtensor_parameters", "localize", "localize_with_map"]
 
@@ -33,6 +34,8 @@ def localize(model: nn.Module) -> nn.Module:
         ValueError: If a parameter lies on a mesh of more than one dimension, or has a partial placement.
     """
     localize_with_map(model)
+    mark_whole(model)
+    save_full_checkpoints(model)
     return model
 
 
@@ -74,7 +77,9 @@ def localize_with_map(
                         by_kept[id(kept)] = mapping[param]
             module._parameters[key] = mapping[param]
         if params:
-            hook = _ReconstructHook({key: shard_info(mapping[param]) for key, param in params.items()})
+            shards = {key: shard_info(mapping[param]) for key, param in params.items()}
+            remember_shards(module, shards)
+            hook = _ReconstructHook(shards)
             module.register_forward_pre_hook(hook.reconstruct, prepend=True)
             module.register_forward_hook(hook.localize, always_call=True)
     return mapping
@@ -93,8 +98,8 @@ class _ReconstructHook:
         self._locals.append(local)
         for key, param in local.items():
             info = self.shards[key]
-            if shard_info(param) is None:  # deepcopy drops a parameter's attributes
-                param.tp_shard = info
+            if shard_info(param) is None:
+                restore_shards(module)
             stride = torch.empty(info.global_shape, device="meta").stride()
             params[key] = DTensor.from_local(
                 param, info.mesh, info.placements, run_check=False, shape=info.global_shape, stride=stride

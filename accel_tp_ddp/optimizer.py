@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .shard import ShardInfo, shard_info
@@ -34,6 +34,9 @@ def check_optimizer(optimizer: Optimizer, models: Iterable[nn.Module]) -> None:
                 "and a tensor-parallel rank holds parts of them: its steps would differ from those without tensor "
                 "parallelism. Use one that works element by element, such as AdamW, SGD or Lion, or set tp_size=1."
             )
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            _check_state(optimizer, param)
     known = {id(param) for model in models for param in model.parameters()}
     for group_index, group in enumerate(optimizer.param_groups):
         for index, param in enumerate(group["params"]):
@@ -55,9 +58,6 @@ def follow_model(optimizer: Optimizer, mapping: Mapping[nn.Parameter, nn.Paramet
     """Let `optimizer` train the sharded parameters: put new objects for old ones, and cut its state to the shards.
 
     Groups, hyper-parameters and their order stay. Does nothing to what has been done already.
-
-    Raises:
-        ValueError: If a state tensor is neither of the parameter's full size, nor of its local size, nor a scalar.
     """
     for group in optimizer.param_groups:
         group["params"] = [mapping.get(param, param) for param in group["params"]]
@@ -70,18 +70,23 @@ def follow_model(optimizer: Optimizer, mapping: Mapping[nn.Parameter, nn.Paramet
             continue
         for key, value in state.items():
             if isinstance(value, Tensor):
-                state[key] = _local_state(type(optimizer).__name__, key, value, param, info)
+                state[key] = _local_state(value, param, info)
 
 
-def _local_state(optimizer: str, key: str, value: Tensor, param: nn.Parameter, info: ShardInfo) -> Tensor:
-    if isinstance(value, torch.distributed.tensor.DTensor):
+def _check_state(optimizer: Optimizer, param: nn.Parameter) -> None:
+    """A state tensor is a number, or has its parameter's shape, so that it can be cut as the parameter is."""
+    info = shard_info(param)
+    full = info.global_shape if info is not None else param.shape
+    for key, value in optimizer.state.get(param, {}).items():
+        if isinstance(value, Tensor) and value.numel() != 1 and value.shape not in (full, param.shape):
+            raise ValueError(
+                f"the optimizer {type(optimizer).__name__} holds a state `{key}` of size {tuple(value.shape)} for a "
+                f"parameter of size {tuple(full)}; it cannot be cut likewise. Prepare the model before the first "
+                "optimizer step, or use an optimizer whose state has its parameter's shape."
+            )
+
+
+def _local_state(value: Tensor, param: nn.Parameter, info: ShardInfo) -> Tensor:
+    if isinstance(value, DTensor):
         value = value.redistribute(placements=info.placements).to_local()
-    if value.numel() == 1 or value.shape == param.shape:
-        return value
-    if value.shape == info.global_shape:
-        return info.local_part(value)
-    raise ValueError(
-        f"the optimizer {optimizer} holds a state `{key}` of size {tuple(value.shape)} for a parameter of size "
-        f"{tuple(info.global_shape)}, sharded to {tuple(param.shape)}; it cannot be cut likewise. Prepare the model "
-        "before the first optimizer step, or use an optimizer whose state has its parameter's shape."
-    )
+    return value if value.numel() == 1 or value.shape == param.shape else info.local_part(value)

@@ -10,16 +10,25 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from .errors import PlanError
 from .export import save_full_checkpoints
 from .localize import has_dtensor_parameters, localize_with_map
-from .plan import Plan, PlanLike, resolve_plan
+from .plan import Plan, resolve_plan
 from .randomness import draws_dropout
 from .region import ParallelForward, Region
-from .shard import shard_info
+from .rules import PlanLike, load_plan
+from .shard import mark_whole, restore_shards, shard_info
 from .transformers_tp import adopt
 from .wrappers import unwrap
 
-__all__ = ["check_model", "is_parallelized", "parallelize", "parallelize_with_map", "tensor_parallel_mesh"]
+__all__ = [
+    "check_mesh",
+    "check_model",
+    "is_parallelized",
+    "parallelize",
+    "parallelize_with_map",
+    "tensor_parallel_mesh",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +53,7 @@ def parallelize(model: nn.Module, tp_mesh: DeviceMesh, plan: PlanLike = "auto") 
     """
     mesh = tensor_parallel_mesh(tp_mesh)
     if mesh.size() > 1:
-        parallelize_with_map(unwrap(model), mesh, check_model(model, mesh.size(), plan))
+        parallelize_with_map(unwrap(model), mesh, check_model(model, mesh, plan))
     return model
 
 
@@ -57,12 +66,13 @@ def tensor_parallel_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh["tp"]
 
 
-def check_model(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Plan | None:
+def check_model(model: nn.Module, mesh: DeviceMesh, plan: PlanLike = "auto") -> Plan | None:
     """Everything that can be found wrong before a weight is touched. None for a model that is made of DTensors.
 
     Raises:
         ValueError: See `parallelize`.
     """
+    tp_size = mesh.size()
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
             f"the model is wrapped in DistributedDataParallel already, and cannot be sharded (tp_size={tp_size}). "
@@ -75,13 +85,14 @@ def check_model(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Plan
             "`prepare` returned; to train it anew, build or load it again."
         )
     if has_dtensor_parameters(model):
-        for name, param in model.named_parameters():
-            ranks = param.device_mesh.size() if isinstance(param, DTensor) else tp_size
-            if ranks != tp_size:
-                raise ValueError(
-                    f"`{name}` of size {tuple(param.shape)} is a DTensor over {ranks} ranks, but tp_size={tp_size}. "
-                    "Parallelize the model with the same tp_size, or pass it unsharded."
-                )
+        check_mesh(model, mesh)
+        if plan != "auto":
+            rule = next(iter(load_plan(plan)), plan)
+            raise PlanError(
+                f"tensor-parallel plan: `{rule}` cannot be applied, because the parameters of this "
+                f'{type(model).__name__} are DTensors already (tp_size={tp_size}). Leave tp_plan at "auto", or pass '
+                "the model unsharded."
+            )
         return None
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
@@ -92,8 +103,29 @@ def check_model(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Plan
     return resolve_plan(model, tp_size, plan)
 
 
+def check_mesh(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Raise unless what is sharded of `model` already is sharded over the ranks of `mesh`.
+
+    Raises:
+        ValueError: With the first parameter that is not, its ranks, and those of `mesh`.
+    """
+    wanted = dist.get_process_group_ranks(mesh.get_group())
+    for name, param in model.named_parameters():
+        own = param.device_mesh if isinstance(param, DTensor) else getattr(shard_info(param), "mesh", None)
+        if own is None or own.ndim != 1:
+            continue  # `localize` has its own word for meshes of several dimensions
+        ranks = dist.get_process_group_ranks(own.get_group())
+        if ranks != wanted:
+            raise ValueError(
+                f"`{name}` of size {tuple(param.shape)} is sharded over {len(ranks)} ranks {ranks} of another mesh, "
+                f"but tp_size={mesh.size()} and the `tp` mesh has the ranks {wanted} here. Parallelize the model with "
+                '`accelerator.torch_device_mesh["tp"]`, or pass it unsharded.'
+            )
+
+
 def is_parallelized(model: nn.Module) -> bool:
     """Whether `model` holds localized parameters."""
+    restore_shards(model)
     return any(shard_info(param) is not None for param in model.parameters())
 
 
@@ -119,9 +151,7 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
         mapping = {}
         if dist.get_rank() == 0:
             logger.info("%s", plan)
-    for param in model.parameters():
-        if shard_info(param) is None:
-            param.tp_shard = None
+    mark_whole(model)
     save_full_checkpoints(model)
     return mapping
 

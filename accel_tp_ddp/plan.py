@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
-from torch.distributed.tensor.parallel import ParallelStyle
 
-from .errors import PlanError, nearest
+from .errors import PlanError
+from .rules import Names, PlanLike, load_plan, shipped_plan, wildcards
 from .shard import Layout
-from .styles import Style, get_style, style_label, tied_partner
+from .styles import Replicate, Style, get_style, is_known, style_label, tied_partner
 from .styles.base import Site
 from .styles.torch_style import TorchStyle
 
 __all__ = ["Plan", "PlanEntry", "resolve_plan"]
-
-PlanLike = str | os.PathLike | Mapping[str, str | Style | ParallelStyle]
-_SHIPPED = Path(__file__).parent / "plans"
 
 
 @dataclass(frozen=True)
@@ -54,6 +45,7 @@ class Plan:
     tp_size: int
     entries: tuple[PlanEntry, ...]
     parameters: tuple[tuple[str, torch.Size], ...]
+    dtypes: tuple[torch.dtype, ...] = ()
     unmatched: tuple[str, ...] = ()
 
     @property
@@ -63,10 +55,9 @@ class Plan:
 
     def signature(self) -> str:
         """Equal on two ranks only if both would shard the same parameters in the same way."""
-        rows = [f"{entry.site.name}={entry.label}:{entry.layouts}" for entry in self.entries]
-        return "\n".join(
-            [f"tp_size={self.tp_size}", *rows, *(f"{name}{tuple(size)}" for name, size in self.parameters)]
-        )
+        styles = [f"{entry.site.name}: {entry.label}, {entry.layouts}" for entry in self.entries]
+        sizes = [f"{name} {tuple(size)} {dtype}" for (name, size), dtype in zip(self.parameters, self.dtypes)]
+        return "\n".join([f"tp_size={self.tp_size}", *sizes, *styles])
 
     def __str__(self) -> str:
         layouts = self.layouts
@@ -82,7 +73,7 @@ class Plan:
                 else f"{name} tied"
                 for name, layout in names.items()
             ]
-            row = (_wildcards(entry.site.name), entry.label, entry.source, ", ".join(cells) or "whole on every rank")
+            row = (wildcards(entry.site.name), entry.label, entry.source, ", ".join(cells) or "whole on every rank")
             rows[row] = rows.get(row, 0) + 1
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
         lines = [
@@ -117,10 +108,10 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
             weights disagree, or nothing would be sharded.
     """
     user = load_plan(plan)
-    names = _Names(model)
+    names = Names(model)
     sources = [
         ("user", user),
-        ("package", _shipped_plan(model)),
+        ("package", shipped_plan(model)),
         ("model", dict(getattr(model, "tp_plan", None) or {})),
     ]
     if not any(rules for _, rules in sources):
@@ -145,11 +136,13 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
                 if source == "model":
                     unmatched.append(rule)
                 continue
-            get_style(value, rule)
+            if source == "user":
+                get_style(value, rule)
             for target in targets:
                 if target not in chosen or claimed.get(target) == rule.count("*"):
                     chosen[target] = (value, rule, source)
                     claimed[target] = rule.count("*")
+    _check_supported(model, names, chosen, tp_size)
     entries = [_entry(model, names, name, *chosen[name], tp_size) for name in names.modules if name in chosen]
     entries = _settle_tied(model, names, entries, tp_size)
     result = Plan(
@@ -157,6 +150,7 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
         tp_size,
         tuple(entries),
         tuple((name, param.shape) for name, param in model.named_parameters()),
+        tuple(param.dtype for param in model.parameters()),
         tuple(unmatched),
     )
     if tp_size > 1 and not result.layouts and not any(isinstance(entry.style, TorchStyle) for entry in entries):
@@ -167,118 +161,26 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
     return result
 
 
-def load_plan(plan: PlanLike) -> dict[str, Any]:
-    """The user's own rules: none for `"auto"`, a mapping as it is, a file read.
-
-    Raises:
-        PlanError: If the file is missing or malformed, or the rules are not a mapping of names to styles.
-    """
-    if isinstance(plan, Mapping):
-        rules, where = plan, "the mapping"
-    elif isinstance(plan, (str, os.PathLike)):
-        if plan == "auto":
-            return {}
-        rules, where = _read_plan_file(Path(plan)), f"the file {os.fspath(plan)}"
-    else:
+def _check_supported(model: nn.Module, names: Names, chosen: dict[str, tuple[Any, str, str]], tp_size: int) -> None:
+    """Raise for rules that mean a bare parameter, and for styles of the model's own plan that are still to come."""
+    missing: dict[str, str] = {}
+    for target, (value, rule, source) in chosen.items():
+        bare = target not in names.modules
+        if is_known(value) and not (bare and not isinstance(get_style(value, rule), Replicate)):
+            continue
+        if source == "user":
+            raise names.not_a_module(target, rule)
+        missing[rule] = style_label(value)
+    if missing:
+        listed = ", ".join(f"`{rule}: {style}`" for rule, style in missing.items())
         raise PlanError(
-            f'tensor-parallel plan: got a {type(plan).__name__}. Give "auto", a mapping of names to styles, or the '
-            "path of a YAML or JSON file."
-        )
-    for name, value in rules.items():
-        if not isinstance(name, str) or not isinstance(value, (str, Style, ParallelStyle)):
-            raise PlanError(
-                f"tensor-parallel plan: {where} has the entry {name!r}: {value!r}. "
-                "An entry maps a module or parameter name to a style, such as `model.layers.*.mlp.up_proj: colwise`."
-            )
-    return dict(rules)
-
-
-def _read_plan_file(path: Path) -> Mapping[str, Any]:
-    if not os.path.isfile(path):  # also where the name is too long to be one
-        raise PlanError(
-            f"tensor-parallel plan: there is no file {path} (from {Path.cwd()})."
-            f'{nearest(str(path), _siblings(path))} Give "auto", or the path of a YAML or JSON file that every rank '
-            "can read."
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-        rules = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise PlanError(
-            f"tensor-parallel plan: {path} cannot be read as {'JSON' if path.suffix == '.json' else 'YAML'}: {error}. "
-            "Write one `name: style` per line."
-        ) from error
-    if not isinstance(rules, Mapping):
-        raise PlanError(
-            f"tensor-parallel plan: {path} holds a {type(rules).__name__}, not a mapping. Write one "
-            "`name: style` per line."
-        )
-    return rules
-
-
-def _siblings(path: Path) -> Iterable[str]:
-    return [str(other) for other in path.parent.iterdir() if other.is_file()] if os.path.isdir(path.parent) else []
-
-
-def _shipped_plan(model: nn.Module) -> dict[str, Any]:
-    """This package's own rules for the architecture: data in `plans/<model_type>.yaml`."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return _read_shipped(model_type) if isinstance(model_type, str) else {}
-
-
-@cache
-def _read_shipped(model_type: str) -> dict[str, Any]:
-    path = _SHIPPED / f"{model_type}.yaml"
-    return dict(_read_plan_file(path)) if path.is_file() else {}
-
-
-class _Names:
-    """The module and parameter names of a model, and which of them a rule means."""
-
-    def __init__(self, model: nn.Module):
-        self.modules = dict(model.named_modules())
-        self.aliases = dict(model.named_modules(remove_duplicate=False))
-        self.parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-        self.first_name = {id(module): name for name, module in self.modules.items()}
-        self._split = [(name, name.split(".")) for name in [*self.aliases, *self.parameters] if name]
-        prefix = getattr(model, "base_model_prefix", "")
-        self.prefix = prefix if prefix and prefix in self.modules else ""
-
-    def match(self, rule: str) -> list[str]:
-        """Names of the modules that `rule` means, in full or relative to the base model."""
-        targets = self._match_full(rule)
-        if not targets and self.prefix:
-            targets = self._match_full(f"{self.prefix}.{rule}")
-        return list(dict.fromkeys(self._module_of(name, rule) for name in targets))
-
-    def _match_full(self, rule: str) -> list[str]:
-        parts = rule.split(".")
-        return [
-            name
-            for name, split in self._split
-            if len(split) == len(parts) and all(part in ("*", own) for part, own in zip(parts, split))
-        ]
-
-    def _module_of(self, name: str, rule: str) -> str:
-        if name in self.aliases:
-            return self.first_name[id(self.aliases[name])]
-        owner, _, leaf = name.rpartition(".")
-        module = self.aliases[owner]
-        if leaf == "weight" and isinstance(module, (nn.Linear, nn.Embedding)) or len(module._parameters) == 1:
-            return self.first_name[id(module)]
-        size = tuple(module._parameters[leaf].shape)
-        raise PlanError(
-            f"tensor-parallel plan: the rule `{rule}` means the parameter `{name}` of size {size}, "
-            f"one of several of a {type(module).__name__}. Name the module `{owner}` instead."
+            f"tensor-parallel plan: the plan of {type(model).__name__} has rules that are not supported yet "
+            f"(tp_size={tp_size}): {listed}. To train with these parts whole on every rank, set each of these rules "
+            "to `replicate` in tp_plan."
         )
 
-    def nearest(self, rule: str) -> str:
-        known = dict.fromkeys(_wildcards(name) if "*" in rule else name for name, _ in self._split)
-        relative = [name.removeprefix(f"{self.prefix}.") for name in known] if self.prefix else []
-        return nearest(rule, [*known, *relative])
 
-
-def _entry(model: nn.Module, names: _Names, name: str, value: Any, rule: str, source: str, tp_size: int) -> PlanEntry:
+def _entry(model: nn.Module, names: Names, name: str, value: Any, rule: str, source: str, tp_size: int) -> PlanEntry:
     parent_name = name.rpartition(".")[0]
     parent = names.modules.get(parent_name) if name else None
     module = names.modules[name]
@@ -289,7 +191,7 @@ def _entry(model: nn.Module, names: _Names, name: str, value: Any, rule: str, so
     return PlanEntry(site, style, site.style, source, style.layouts(site))
 
 
-def _settle_tied(model: nn.Module, names: _Names, entries: list[PlanEntry], tp_size: int) -> list[PlanEntry]:
+def _settle_tied(model: nn.Module, names: Names, entries: list[PlanEntry], tp_size: int) -> list[PlanEntry]:
     """A tied weight is one parameter, so all modules that use it have to cut it alike.
 
     A module that the plan does not name follows the one that it does name.
@@ -309,7 +211,10 @@ def _settle_tied(model: nn.Module, names: _Names, entries: list[PlanEntry], tp_s
         if not sharded and not torch_styled:
             continue
         first = (torch_styled[0] if torch_styled else sharded[0][0]).site
+        users = [name for name, key in places if not _only_holds(name, places)]
         for name, key in places:
+            if name not in users:
+                continue
             entry = by_name.get(name)
             if entry is None and sharded:
                 layout = sharded[0][0].layouts[sharded[0][1]]
@@ -333,16 +238,17 @@ def _settle_tied(model: nn.Module, names: _Names, entries: list[PlanEntry], tp_s
     return [by_name[name] for name in names.modules if name in by_name]
 
 
+def _only_holds(name: str, places: list[tuple[str, str]]) -> bool:
+    """Whether module `name` merely keeps a second name for a parameter of a module inside it, as BERT's heads do."""
+    return any(other.startswith(f"{name}.") for other, _ in places if name)
+
+
 def _local_size(size: torch.Size, layout: Layout | None, rank: int = 0) -> torch.Size:
     if layout is None:
         return size
     local = list(size)
     local[layout.dim] = layout.sizes[rank]
     return torch.Size(local)
-
-
-def _wildcards(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _show(size: torch.Size) -> str:

@@ -13,8 +13,8 @@ from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import DeviceMesh
 
-from .plan import PlanLike
 from .prepare import hook_accelerator
+from .rules import PlanLike
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -6,7 +6,7 @@ about tensor parallelism is left to the accelerator's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -21,16 +21,18 @@ from accelerate.utils import DistributedDataParallelKwargs, recursively_apply
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader
 
 from .batches import watch_batches
 from .export import full_state_dict_of_all, save_config
 from .gradients import clip_grad_norm_, grad_scaler
+from .loaders import serve_replicas
 from .optimizer import check_optimizer, follow_model
-from .parallelize import check_model, is_parallelized, parallelize_with_map
-from .plan import Plan, PlanLike
+from .parallelize import check_mesh, check_model, is_parallelized, parallelize_with_map
+from .plan import Plan
 from .randomness import agree_on_randomness, draw_by_replica
 from .replicas import ReplicaGuard, is_replicated
+from .rules import PlanLike
 from .wrappers import unwrap
 
 __all__ = ["Settings", "hook_accelerator"]
@@ -63,6 +65,8 @@ class _Hooks:
         "prepare",
         "prepare_model",
         "prepare_data_loader",
+        "skip_first_batches",
+        "prepare_optimizer",
         "prepare_scheduler",
         "clip_grad_norm_",
         "gather_for_metrics",
@@ -83,7 +87,7 @@ class _Hooks:
         self.dp_group = plugin.device_mesh["dp_replicate"].get_group()
         self.stock = {name: getattr(accelerator, name) for name in self.REPLACED}
         self._sharded: list[nn.Module] = []  # by `prepare`, and about to reach `prepare_model`
-        self._guards: list[ReplicaGuard] = []
+        self._guard = ReplicaGuard(self.tp_mesh, plugin.replica_check_steps, plugin.replica_drift)
 
     # ---------------------------------------------------------------------------------------------------- prepare
 
@@ -98,14 +102,14 @@ class _Hooks:
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> nn.Module:
         if not _is_prepared(model) and not any(model is sharded for sharded in self._sharded):
-            self._shard([model], [])
+            self._shard([model])
         self._sharded = [sharded for sharded in self._sharded if sharded is not model]
         # One replica needs no DDP; the evaluation mode does all the rest.
         plainly = evaluation_mode or self.dp_size == 1
         with self.plugin.posing_as_plain(), self._ddp_over_replicas():
             return self.stock["prepare_model"](model, device_placement=device_placement, evaluation_mode=plainly)
 
-    def _shard(self, models: list[nn.Module], optimizers: list[Optimizer]) -> None:
+    def _shard(self, models: list[nn.Module], optimizers: Sequence[Optimizer] = ()) -> None:
         """Plan -> check -> shard -> localize -> optimizers. Raises on every rank, before a weight is touched."""
         plans = self._agree(models, lambda: self._check(models, optimizers))
         mapping: dict[nn.Parameter, nn.Parameter] = {}
@@ -114,17 +118,14 @@ class _Hooks:
                 mapping.update(parallelize_with_map(unwrap(model), self.tp_mesh, plan))
             setattr(unwrap(model), _PREPARED, True)
             self._sharded.append(model)
-            self._guard(unwrap(model))
+            self._look_after(unwrap(model))
         for optimizer in [*optimizers, *(_bare(prepared) for prepared in self.accelerator._optimizers)]:
             follow_model(optimizer, mapping)
-        for optimizer in optimizers:
-            for guard in self._guards:
-                guard.watch(optimizer)
         if models:
             agree_on_randomness(self.tp_mesh)
             self._agree_on_overflow()
 
-    def _check(self, models: list[nn.Module], optimizers: list[Optimizer]) -> list[Plan | None]:
+    def _check(self, models: list[nn.Module], optimizers: Sequence[Optimizer]) -> list[Plan | None]:
         plans = []
         for model in models:
             if getattr(unwrap(model), _PREPARED, False):
@@ -140,7 +141,9 @@ class _Hooks:
                     "without device_map: the plugin spreads it over the devices itself."
                 )
             by_hand = is_parallelized(model) and not isinstance(model, nn.parallel.DistributedDataParallel)
-            plans.append(None if by_hand else check_model(model, self.plugin.tp_size, self.plugin.tp_plan))
+            if by_hand:
+                check_mesh(model, self.tp_mesh)
+            plans.append(None if by_hand else check_model(model, self.tp_mesh, self.plugin.tp_plan))
         known = [*models, *self.accelerator._models]
         for optimizer in optimizers if known else []:
             check_optimizer(optimizer, known)
@@ -157,7 +160,7 @@ class _Hooks:
             if problem is not None:
                 raise problem
             return plans
-        signature = [plan.signature() if plan is not None else "parallelized" for plan in plans]
+        signature = [plan.signature() if plan is not None else _describe(model) for model, plan in zip(models, plans)]
         reports: list[Any] = [None] * self.accelerator.num_processes
         dist.all_gather_object(reports, (None if problem is None else str(problem), signature))
         if problem is not None:
@@ -173,11 +176,10 @@ class _Hooks:
                 )
         return plans
 
-    def _guard(self, model: nn.Module) -> None:
-        every = self.plugin.replica_check_steps
-        watch_batches(model, self.tp_mesh, every)
+    def _look_after(self, model: nn.Module) -> None:
+        watch_batches(model, self.tp_mesh, self.plugin.replica_check_steps)
         draw_by_replica(model, self.plugin.device_mesh.get_local_rank("dp_replicate"), self.tp_mesh.device_type)
-        self._guards.append(ReplicaGuard(model, self.tp_mesh, every, self.plugin.replica_drift))
+        self._guard.add(model)
 
     def _agree_on_overflow(self) -> None:
         """An overflow in one rank's gradients has to skip the step on all of them."""
@@ -197,26 +199,17 @@ class _Hooks:
             self.accelerator.ddp_handler = handler
 
     def prepare_data_loader(self, data_loader: DataLoader, *args: Any, **kwargs: Any) -> DataLoader:
-        if _is_prepared(data_loader):
-            return self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
-        config = self.accelerator.dataloader_config
-        dispatch = config.dispatch_batches
-        if dispatch:
-            raise ValueError(
-                "dispatch_batches=True sends every replica the same batch under tensor parallelism "
-                f"(tp_size={self.plugin.tp_size}). Set DataLoaderConfiguration(dispatch_batches=False)."
-            )
-        # Unless told otherwise, Accelerate dispatches iterable datasets; its dispatcher does not know our mesh.
-        if isinstance(data_loader.dataset, IterableDataset):
-            config.dispatch_batches = False
-        try:
-            prepared = self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
-        finally:
-            config.dispatch_batches = dispatch
-        if self.dp_size == 1 and isinstance(getattr(data_loader, "sampler", None), RandomSampler):
-            # Accelerate shares a sampler's seed between replicas only, and here there is one.
-            prepared.rng_types = [*(prepared.rng_types or []), "torch"]
-        return prepared
+        fresh = not _is_prepared(data_loader)
+        prepared = self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
+        return serve_replicas(prepared, self.plugin.device_mesh) if fresh else prepared
+
+    def skip_first_batches(self, dataloader: DataLoader, num_batches: int = 0) -> DataLoader:
+        shortened = self.stock["skip_first_batches"](dataloader, num_batches)
+        return shortened if shortened is dataloader else serve_replicas(shortened, self.plugin.device_mesh)
+
+    def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Optimizer:
+        self._guard.watch(_bare(optimizer))
+        return self.stock["prepare_optimizer"](optimizer, device_placement=device_placement)
 
     def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:
         prepared = self.stock["prepare_scheduler"](scheduler)
@@ -236,10 +229,15 @@ class _Hooks:
         state = self.accelerator.gradient_state
         samples = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
         if use_gather_object or not _holds_tensors_only(input_data):
-            gathered: list[Any] = [None] * self.dp_size
-            dist.all_gather_object(gathered, input_data, group=self.dp_group)
-            return [item for part in gathered for item in part][:samples]
+            return self._gather_objects(input_data, samples)
         return recursively_apply(self._gather_samples, input_data, samples)
+
+    def _gather_objects(self, objects: Any, samples: int | None) -> Any:
+        if self.dp_size == 1:  # as a single process gets them: whatever they are
+            return objects[:samples] if isinstance(objects, (list, tuple, str)) else objects
+        gathered: list[Any] = [None] * self.dp_size
+        dist.all_gather_object(gathered, objects, group=self.dp_group)
+        return [item for part in gathered for item in part][:samples]
 
     def _gather_samples(self, tensor: Tensor, samples: int | None) -> Tensor:
         """Each sample once: its rank's tensor-parallel peers hold copies. Scalars keep Accelerate's world-wide way."""
@@ -260,7 +258,7 @@ class _Hooks:
         return total * (scale / self.dp_size if reduction == "mean" else scale)
 
     def _is_shard(self, tensor: Tensor) -> bool:
-        shards = (param for guard in self._guards for param in guard.model.parameters() if not is_replicated(param))
+        shards = (param for model in self._guard.models() for param in model.parameters() if not is_replicated(param))
         return any(param.data_ptr() == tensor.data_ptr() for param in shards)
 
     def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> AbstractContextManager[Any]:
@@ -364,6 +362,12 @@ def _holds_tensors_only(data: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _describe(model: nn.Module) -> str:
+    """What has to be the same on all ranks about a model that is sharded already."""
+    rows = [f"{name} {tuple(param.shape)} {param.dtype}" for name, param in model.named_parameters()]
+    return "\n".join(["parallelized", *rows])
 
 
 def _first_difference(ours: str, theirs: str) -> tuple[str, str]:

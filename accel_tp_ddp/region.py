@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .collectives import copy_to_tp
 from .randomness import RandomStream
-from .shard import ShardInfo, shard_info
+from .shard import ShardInfo, restore_shards, shard_info
 
 __all__ = ["ParallelForward", "Region"]
 
@@ -104,10 +104,8 @@ class ParallelForward:
         return self.region.mesh
 
     def __call__(self, *args, **kwargs):
-        for name, info in self.shards.items():  # deepcopy drops a parameter's attributes
-            param = self.module._parameters[name]
-            if param is not None and shard_info(param) is None:
-                param.tp_shard = info
+        if any(shard_info(self.module._parameters[name]) is None for name in self.shards):
+            restore_shards(self.module)
         return self.style.forward(self, *args, **kwargs)
 
     def inner(self, *args, **kwargs):
@@ -131,10 +129,11 @@ class ParallelForward:
 
     def entered(self, tensor: Tensor) -> Tensor:
         """`tensor`, inside the region; also where somebody calls `module.forward` and so passes by the hook."""
-        if not self._entered:
-            return self.enter(tensor)
+        return tensor if self._entered else self.enter(tensor)
+
+    def exit_hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook, also after an exception: the next call enters the region by itself."""
         self._entered = False
-        return tensor
 
     def enter(self, tensor: Tensor) -> Tensor:
         return self.region.enter(tensor, self.partners, self.style.shares_input, self.module.training)

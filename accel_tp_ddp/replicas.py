@@ -9,6 +9,7 @@ A sentinel compares parameters, buffers and optimizer state now and then, for wh
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,33 +29,44 @@ logger = logging.getLogger(__name__)
 
 
 class ReplicaGuard:
-    """Keeps the replicated part of one model equal over the ranks of its tensor-parallel group.
+    """Keeps what is replicated of some models equal over the ranks of a tensor-parallel group.
 
     Args:
-        model: The bare, parallelized model.
         mesh: Tensor-parallel mesh.
-        every: Optimizer steps between two comparisons; 0: never.
+        every: Steps of an optimizer between two comparisons; 0: never.
         on_drift: "heal": send the first rank's values to its peers and log the names; "raise": RuntimeError.
     """
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh, every: int, on_drift: str):
-        self.model = model
+    def __init__(self, mesh: DeviceMesh, every: int, on_drift: str):
         self.mesh = mesh
         self.every = every
         self.on_drift = on_drift
-        self._steps = 0
+        self._models: list[weakref.ref[nn.Module]] = []  # weakly: a model that is no longer used is freed
+        self._steps: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+
+    def add(self, model: nn.Module) -> None:
+        """Look after the replicated part of a bare, parallelized model."""
+        self._models.append(weakref.ref(model))
+
+    def models(self) -> list[nn.Module]:
+        """The models that are still in use."""
+        alive = [(reference, model) for reference in self._models if (model := reference()) is not None]
+        self._models = [reference for reference, _ in alive]
+        return [model for _, model in alive]
 
     def watch(self, optimizer: Optimizer) -> None:
-        """Guard every step of `optimizer`."""
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+        """Guard every step of `optimizer`; once, however often it is asked for."""
+        if optimizer not in self._steps:
+            self._steps[optimizer] = 0
+            optimizer.register_step_pre_hook(self._before_step)
+            optimizer.register_step_post_hook(self._after_step)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.agree_on_gradients(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._steps += 1
-        if self.every and self._steps % self.every == 0:
+        self._steps[optimizer] += 1
+        if self.every and self._steps[optimizer] % self.every == 0:
             self.compare(optimizer)
 
     @torch.no_grad()
@@ -91,8 +103,8 @@ class ReplicaGuard:
         drifted = [name for name, differs in zip(named, (highest != -lowest).tolist()) if differs]
         if drifted:
             message = (
-                f"after {self._steps} steps {len(drifted)} of {len(named)} things to be replicated differ over the "
-                f"tensor-parallel ranks: {', '.join(drifted[:10])}{', ...' if len(drifted) > 10 else ''}."
+                f"after {self._steps[optimizer] if optimizer else 0} steps {len(drifted)} of {len(named)} things to be "
+                f"replicated differ over the tensor-parallel ranks: {', '.join(drifted[:10])}{', ...' if len(drifted) > 10 else ''}."
             )
             if self.on_drift == "raise":
                 raise RuntimeError(
@@ -113,13 +125,17 @@ class ReplicaGuard:
             tensor.copy_(sent)
 
     def _replicated(self, optimizer: Optimizer | None) -> Iterator[tuple[str, Tensor]]:
-        names = {id(param): name for name, param in self.model.named_parameters() if is_replicated(param)}
-        for name, param in self.model.named_parameters():
-            if id(param) in names:
-                yield name, param.detach()
-        for name, buffer in self.model.named_buffers():
-            yield name, buffer
-        for param, state in (optimizer.state if optimizer is not None else {}).items():
+        trained = {id(param) for group in (optimizer.param_groups if optimizer else ()) for param in group["params"]}
+        names: dict[int, str] = {}
+        for index, model in enumerate(self.models()):
+            params = {name: param for name, param in model.named_parameters() if is_replicated(param)}
+            if trained and trained.isdisjoint(map(id, model.parameters())):
+                continue  # another optimizer's model
+            prefix = f"model {index}: " if index else ""
+            for name, tensor in [*params.items(), *model.named_buffers()]:
+                names[id(tensor)] = prefix + name
+                yield names[id(tensor)], tensor.detach()
+        for param, state in (optimizer.state if optimizer else {}).items():
             if id(param) in names:
                 for key, value in state.items():
                     if isinstance(value, Tensor):

@@ -13,7 +13,18 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 
 Ranges = tuple[tuple[int, int], ...]
 
-__all__ = ["Layout", "ShardInfo", "chunk_ranges", "packed_ranges", "shard_info"]
+__all__ = [
+    "Layout",
+    "ShardInfo",
+    "chunk_ranges",
+    "mark_whole",
+    "packed_ranges",
+    "remember_shards",
+    "restore_shards",
+    "shard_info",
+]
+
+_REMEMBERED = "_tp_shards"
 
 
 @dataclass(frozen=True)
@@ -120,3 +131,24 @@ class ShardInfo:
 def shard_info(param: nn.Parameter) -> ShardInfo | None:
     """`param.tp_shard`, or None for a parameter that no plan has touched."""
     return getattr(param, "tp_shard", None)
+
+
+def remember_shards(module: nn.Module, shards: dict[str, ShardInfo]) -> None:
+    """Keep the shards of a module's parameters on the module too: `copy.deepcopy` drops a parameter's attributes."""
+    module.__dict__.setdefault(_REMEMBERED, {}).update(shards)
+
+
+def restore_shards(model: nn.Module) -> None:
+    """Give the parameters of a copied model their `tp_shard` back."""
+    for module in model.modules():
+        for name, info in module.__dict__.get(_REMEMBERED, {}).items():
+            param = module._parameters.get(name)
+            if param is not None and shard_info(param) is None:
+                param.tp_shard = info
+
+
+def mark_whole(model: nn.Module) -> None:
+    """Let every parameter answer to `tp_shard`: None for those that no rank holds a mere part of."""
+    for param in model.parameters():
+        if shard_info(param) is None:
+            param.tp_shard = None

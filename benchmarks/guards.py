@@ -46,7 +46,8 @@ def main() -> None:
         torch.manual_seed(0)
         model = parallelize(AutoModelForCausalLM.from_config(config), mesh)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        guard = ReplicaGuard(model, mesh, args.every, "heal")
+        guard = ReplicaGuard(mesh, args.every, "heal")
+        guard.add(model)
         if name == "with":
             guard.watch(optimizer)
             watch_batches(model, mesh, args.every)

@@ -13,7 +13,17 @@ from .packed import PackedColwise, PackedQKVColwise, PackedRowwise
 from .replicated import AllReduce, Replicate, ReplicatedWithGradAllReduce
 from .torch_style import TorchStyle
 
-__all__ = ["Site", "Style", "get_style", "register_style", "style_label", "style_names", "tied_partner"]
+__all__ = [
+    "Replicate",
+    "Site",
+    "is_known",
+    "Style",
+    "get_style",
+    "register_style",
+    "style_label",
+    "style_names",
+    "tied_partner",
+]
 
 _STYLES: dict[str, Style] = {
     "all_reduce": AllReduce(),
@@ -79,6 +89,11 @@ def get_style(value: str | Style | ParallelStyle, rule: str) -> Style:
         f"tensor-parallel plan: unknown style `{value}` for `{rule}`.{nearest(value, style_names())} "
         f"Allowed: {', '.join(style_names())}."
     )
+
+
+def is_known(value: str | Style | ParallelStyle) -> bool:
+    """Whether a plan's value is a style, and not the name of one that is unknown or still to come."""
+    return not isinstance(value, str) or _ALIASES.get(value, value) in _STYLES
 
 
 def style_names() -> list[str]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import PlanError
 from ..region import ParallelForward, Region
-from ..shard import Layout, ShardInfo, chunk_ranges
+from ..shard import Layout, ShardInfo, chunk_ranges, remember_shards
 
 __all__ = ["Site", "Style"]
 
@@ -129,10 +129,12 @@ class Style:
 
     def install(self, module: nn.Module, region: Region, shards: dict[str, ShardInfo]) -> None:
         """Put the style's forward in the place of the module's."""
+        remember_shards(module, shards)
         call = ParallelForward(module, self, region, shards)
         module.forward = call
         if self.enters:
             module.register_forward_pre_hook(call.enter_hook, prepend=True, with_kwargs=True)
+            module.register_forward_hook(call.exit_hook, always_call=True)
 
 
 def _existing(param: nn.Parameter, layout: Layout) -> ShardInfo | None:

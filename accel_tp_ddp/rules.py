@@ -1,0 +1,146 @@
+"""The rules of a plan: where they come from, and which modules and parameters of a model they mean."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from .errors import PlanError, nearest
+from .styles import Style
+
+__all__ = ["Names", "PlanLike", "load_plan", "shipped_plan", "wildcards"]
+
+PlanLike = str | os.PathLike | Mapping[str, str | Style | ParallelStyle]
+_SHIPPED = Path(__file__).parent / "plans"
+
+
+def load_plan(plan: PlanLike) -> dict[str, Any]:
+    """The user's own rules: none for `"auto"`, a mapping as it is, a file read.
+
+    Raises:
+        PlanError: If the file is missing or malformed, or the rules are not a mapping of names to styles.
+    """
+    if isinstance(plan, Mapping):
+        rules, where = plan, "the mapping"
+    elif isinstance(plan, (str, os.PathLike)):
+        if plan == "auto":
+            return {}
+        rules, where = _read_plan_file(Path(plan)), f"the file {os.fspath(plan)}"
+    else:
+        raise PlanError(
+            f'tensor-parallel plan: got a {type(plan).__name__}. Give "auto", a mapping of names to styles, or the '
+            "path of a YAML or JSON file."
+        )
+    for name, value in rules.items():
+        if not isinstance(name, str) or not isinstance(value, (str, Style, ParallelStyle)):
+            raise PlanError(
+                f"tensor-parallel plan: {where} has the entry {name!r}: {value!r}. "
+                "An entry maps a module or parameter name to a style, such as `model.layers.*.mlp.up_proj: colwise`."
+            )
+    return dict(rules)
+
+
+def _read_plan_file(path: Path) -> Mapping[str, Any]:
+    if not os.path.isfile(path):  # also where the name is too long to be one
+        raise PlanError(
+            f"tensor-parallel plan: there is no file {path} (from {Path.cwd()})."
+            f'{nearest(str(path), _siblings(path))} Give "auto", or the path of a YAML or JSON file that every rank '
+            "can read."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        rules = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise PlanError(
+            f"tensor-parallel plan: {path} cannot be read as {'JSON' if path.suffix == '.json' else 'YAML'}: {error}. "
+            "Write one `name: style` per line."
+        ) from error
+    if not isinstance(rules, Mapping):
+        raise PlanError(
+            f"tensor-parallel plan: {path} holds a {type(rules).__name__}, not a mapping. Write one "
+            "`name: style` per line."
+        )
+    return rules
+
+
+def _siblings(path: Path) -> Iterable[str]:
+    return [str(other) for other in path.parent.iterdir() if other.is_file()] if os.path.isdir(path.parent) else []
+
+
+def shipped_plan(model: nn.Module) -> dict[str, Any]:
+    """This package's own rules for the architecture: data in `plans/<model_type>.yaml`."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return _read_shipped(model_type) if isinstance(model_type, str) else {}
+
+
+@cache
+def _read_shipped(model_type: str) -> dict[str, Any]:
+    path = _SHIPPED / f"{model_type}.yaml"
+    return dict(_read_plan_file(path)) if path.is_file() else {}
+
+
+class Names:
+    """The module and parameter names of a model, and which of them a rule means."""
+
+    def __init__(self, model: nn.Module):
+        self.modules = dict(model.named_modules())
+        self.aliases = dict(model.named_modules(remove_duplicate=False))
+        self.parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        self.first_name = {id(module): name for name, module in self.modules.items()}
+        self._split = [(name, name.split(".")) for name in [*self.aliases, *self.parameters] if name]
+        prefix = getattr(model, "base_model_prefix", "")
+        self.prefix = prefix if prefix and prefix in self.modules else ""
+
+    def match(self, rule: str) -> list[str]:
+        """Names of the modules that `rule` means, in full or relative to the base model.
+
+        A module's only parameter, or the weight of a layer, means the module; another parameter means itself.
+        """
+        targets = self._match_full(rule)
+        if not targets and self.prefix:
+            targets = self._match_full(f"{self.prefix}.{rule}")
+        return list(dict.fromkeys(self._module_of(name) for name in targets))
+
+    def _match_full(self, rule: str) -> list[str]:
+        parts = rule.split(".")
+        return [
+            name
+            for name, split in self._split
+            if len(split) == len(parts) and all(part in ("*", own) for part, own in zip(parts, split))
+        ]
+
+    def _module_of(self, name: str) -> str:
+        if name in self.aliases:
+            return self.first_name[id(self.aliases[name])]
+        owner, _, leaf = name.rpartition(".")
+        module = self.aliases[owner]
+        if leaf == "weight" and isinstance(module, (nn.Linear, nn.Embedding)) or len(module._parameters) == 1:
+            return self.first_name[id(module)]
+        return name
+
+    def not_a_module(self, name: str, rule: str) -> PlanError:
+        """The error for a rule that means the parameter `name`, with a style for modules."""
+        owner, _, leaf = name.rpartition(".")
+        module = self.aliases[owner]
+        return PlanError(
+            f"tensor-parallel plan: the rule `{rule}` means the parameter `{name}` of size "
+            f"{tuple(module._parameters[leaf].shape)}, one of several of a {type(module).__name__}. "
+            f"Name the module `{owner}` instead."
+        )
+
+    def nearest(self, rule: str) -> str:
+        known = dict.fromkeys(wildcards(name) if "*" in rule else name for name, _ in self._split)
+        relative = [name.removeprefix(f"{self.prefix}.") for name in known] if self.prefix else []
+        return nearest(rule, [*known, *relative])
+
+
+def wildcards(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
