@@ -78,8 +78,9 @@ class Plan:
             names = entry.layouts or {}
             cells = [
                 f"{name} {_show(sizes[full])} -> {_show(_local_size(sizes[full], layout))}"
-                for name, layout in names.items()
                 if (full := entry.site.parameter(name)) in sizes
+                else f"{name} tied"
+                for name, layout in names.items()
             ]
             row = (_wildcards(entry.site.name), entry.label, entry.source, ", ".join(cells) or "whole on every rank")
             rows[row] = rows.get(row, 0) + 1
@@ -193,7 +194,7 @@ def load_plan(plan: PlanLike) -> dict[str, Any]:
 
 
 def _read_plan_file(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):  # also where the name is too long to be one
         raise PlanError(
             f"tensor-parallel plan: there is no file {path} (from {Path.cwd()})."
             f'{nearest(str(path), _siblings(path))} Give "auto", or the path of a YAML or JSON file that every rank '
@@ -202,7 +203,7 @@ def _read_plan_file(path: Path) -> Mapping[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         rules = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise PlanError(
             f"tensor-parallel plan: {path} cannot be read as {'JSON' if path.suffix == '.json' else 'YAML'}: {error}. "
             "Write one `name: style` per line."
@@ -216,7 +217,7 @@ def _read_plan_file(path: Path) -> Mapping[str, Any]:
 
 
 def _siblings(path: Path) -> Iterable[str]:
-    return [str(other) for other in path.parent.iterdir() if other.is_file()] if path.parent.is_dir() else []
+    return [str(other) for other in path.parent.iterdir() if other.is_file()] if os.path.isdir(path.parent) else []
 
 
 def _shipped_plan(model: nn.Module) -> dict[str, Any]:
@@ -307,7 +308,7 @@ def _settle_tied(model: nn.Module, names: _Names, entries: list[PlanEntry], tp_s
         torch_styled = [entry for entry, _ in planned if isinstance(entry.style, TorchStyle)]
         if not sharded and not torch_styled:
             continue
-        first = (sharded[0][0] if sharded else torch_styled[0]).site
+        first = (torch_styled[0] if torch_styled else sharded[0][0]).site
         for name, key in places:
             entry = by_name.get(name)
             if entry is None and sharded:

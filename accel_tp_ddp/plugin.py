@@ -146,11 +146,21 @@ class TensorParallelDDPPlugin(ParallelismConfig):
 
     def _validate_accelerator(self, accelerator: Accelerator) -> None:
         """Called by `Accelerator.__init__`: the one place where this plugin takes hold of an accelerator."""
-        if accelerator.distributed_type.value in _OTHER_ENGINES:
+        engine = accelerator.distributed_type.value
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # which Accelerate passes over on the CPU
+            engine = "FSDP"
+        if engine in _OTHER_ENGINES:
             raise ValueError(
                 f"TensorParallelDDPPlugin(tp_size={self.tp_size}) works with plain DDP, but the accelerator runs "
-                f"{accelerator.distributed_type.value}. Leave out the FSDP, DeepSpeed, Megatron-LM or TPU settings "
+                f"{engine}. Leave out the FSDP, DeepSpeed, Megatron-LM or TPU settings "
                 "(plugins, `accelerate config`, ACCELERATE_USE_* variables), or this plugin."
+            )
+        if accelerator.num_processes != self.tp_size * self.dp_replicate_size:
+            # Without a GPU and without this switch Accelerate starts the ranks' group, and then forgets about it.
+            raise ValueError(
+                f"{self.tp_size * self.dp_replicate_size} processes were launched, but the accelerator knows of "
+                f"{accelerator.num_processes} ({accelerator.distributed_type.value}). On CPU ranks set "
+                "ACCELERATE_USE_CPU=true, or pass Accelerator(cpu=True)."
             )
         if self.tp_size > 1:
             _adopt_timeout(accelerator, self.device_mesh)
@@ -170,7 +180,7 @@ def _whole(name: str, value: Any, variable: str | None, default: int, least: int
     source = name
     if value is None and variable is not None and variable in os.environ:
         source, value = f"{name} (from the environment variable {variable})", os.environ[variable]
-        value = int(value) if value.strip().lstrip("-").isdigit() else value
+        value = int(value) if value.strip().removeprefix("-").isdecimal() else value
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -133,9 +133,10 @@ class _Hooks:
                     "Prepare a model once, and go on with what `prepare` returned."
                 )
             if self.accelerator.verify_device_map(model):
+                device_map = next(m.hf_device_map for m in model.modules() if len(getattr(m, "hf_device_map", ())) > 1)
                 raise ValueError(
                     f"this {type(model).__name__} was loaded with a device_map over several devices "
-                    f"({model.hf_device_map}), which cannot be combined with tp_size={self.plugin.tp_size}. Load it "
+                    f"({device_map}), which cannot be combined with tp_size={self.plugin.tp_size}. Load it "
                     "without device_map: the plugin spreads it over the devices itself."
                 )
             by_hand = is_parallelized(model) and not isinstance(model, nn.parallel.DistributedDataParallel)
@@ -150,7 +151,7 @@ class _Hooks:
         plans, problem = [], None
         try:
             plans = check()
-        except ValueError as error:
+        except Exception as error:  # whatever it is, the other ranks would wait for this one
             problem = error
         if not models:  # nothing that the other ranks would wait for
             if problem is not None:

@@ -89,7 +89,8 @@ class Style:
     def verify(self, site: Site) -> None:
         """Raise `PlanError` if the style cannot be applied at `site`. Touches nothing, communicates nothing."""
         if not isinstance(site.module, self.accepts):
-            kinds = " or ".join(f"{kind.__module__.removesuffix('.linear')}.{kind.__name__}" for kind in self.accepts)
+            named = (f"{kind.__module__.partition('.modules.')[0]}.{kind.__name__}" for kind in self.accepts)
+            kinds = " or ".join(named)
             raise site.error(
                 f"the module is a {type(site.module).__name__}, the style takes {kinds}.",
                 "Name another style, or `replicate`.",
