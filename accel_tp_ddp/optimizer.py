@@ -66,7 +66,7 @@ def follow_model(optimizer: Optimizer, mapping: Mapping[nn.Parameter, nn.Paramet
             optimizer.state[new] = optimizer.state.pop(old)
     for param, state in optimizer.state.items():
         info = shard_info(param) if isinstance(param, Tensor) else None
-        if info is None or not info.is_sharded:
+        if info is None:
             continue
         for key, value in state.items():
             if isinstance(value, Tensor):
@@ -76,7 +76,7 @@ def follow_model(optimizer: Optimizer, mapping: Mapping[nn.Parameter, nn.Paramet
 def _local_state(optimizer: str, key: str, value: Tensor, param: nn.Parameter, info: ShardInfo) -> Tensor:
     if isinstance(value, torch.distributed.tensor.DTensor):
         value = value.redistribute(placements=info.placements).to_local()
-    if value.numel() == 1 or value.shape == param.shape:
+    if not info.is_sharded or value.numel() == 1 or value.shape == param.shape:
         return value
     if value.shape == info.global_shape:
         return info.local_part(value)
