@@ -155,6 +155,13 @@ class TensorParallelDDPPlugin(ParallelismConfig):
                 f"{engine}. Leave out the FSDP, DeepSpeed, Megatron-LM or TPU settings "
                 "(plugins, `accelerate config`, ACCELERATE_USE_* variables), or this plugin."
             )
+        if accelerator.num_processes != self.tp_size * self.dp_replicate_size:
+            # Without a GPU and without this switch Accelerate starts the ranks' group, and then forgets about it.
+            raise ValueError(
+                f"{self.tp_size * self.dp_replicate_size} processes were launched, but the accelerator knows of "
+                f"{accelerator.num_processes} ({accelerator.distributed_type.value}). On CPU ranks set "
+                "ACCELERATE_USE_CPU=true, or pass Accelerator(cpu=True)."
+            )
         if self.tp_size > 1:
             _adopt_timeout(accelerator, self.device_mesh)
             hook_accelerator(accelerator, self)

@@ -47,12 +47,12 @@ def parse_args():
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--output_dir", default="outputs/finetune_causal_lm", help="on several nodes: a shared folder")
     parser.add_argument("--block_size", type=int, default=128, help="tokens a sample")
-    parser.add_argument("--per_device_train_batch_size", type=int, default=8)
+    parser.add_argument("--per_device_train_batch_size", type=int, default=4)
     parser.add_argument("--per_device_eval_batch_size", type=int, default=8)
     parser.add_argument("--gradient_accumulation_steps", type=int, default=2)
-    parser.add_argument("--max_train_steps", type=int, default=80, help="optimizer steps")
+    parser.add_argument("--max_train_steps", type=int, default=120, help="optimizer steps")
     parser.add_argument("--max_eval_blocks", type=int, default=250)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--num_warmup_steps", type=int, default=10)
     parser.add_argument("--weight_decay", type=float, default=0.1)
     parser.add_argument("--max_grad_norm", type=float, default=1.0)
@@ -63,8 +63,8 @@ def parse_args():
     scratch = parser.add_argument_group("training from scratch")
     scratch.add_argument("--max_corpus_mb", type=float, default=4.0)
     scratch.add_argument("--vocab_size", type=int, default=8192)
-    scratch.add_argument("--hidden_size", type=int, default=256)
-    scratch.add_argument("--num_hidden_layers", type=int, default=8)
+    scratch.add_argument("--hidden_size", type=int, default=320)
+    scratch.add_argument("--num_hidden_layers", type=int, default=4)
     scratch.add_argument("--required_drop", type=float, default=5.0, help="factor by which perplexity must fall")
     return parser.parse_args()
 
@@ -119,9 +119,9 @@ def perplexity(model, loader, gather):
         losses_of_tokens = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none"
         )
-        losses.append(gather(losses_of_tokens.mean(dim=1)))
+        losses.append(gather(losses_of_tokens.mean(dim=1)).cpu())
     model.train()
-    return math.exp(torch.cat(losses).mean().item())
+    return math.exp(torch.cat(losses).double().mean().item())
 
 
 def main():
@@ -196,8 +196,8 @@ def main():
                 hidden_size=args.hidden_size,
                 intermediate_size=args.hidden_size * 8 // 3 // 16 * 16,
                 num_hidden_layers=args.num_hidden_layers,
-                num_attention_heads=args.hidden_size // 32,
-                num_key_value_heads=args.hidden_size // 64,
+                num_attention_heads=8,
+                num_key_value_heads=4,
                 max_position_embeddings=max(512, args.block_size),
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,

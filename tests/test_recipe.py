@@ -21,6 +21,7 @@ TINY = (
 def launch(config, *arguments, timeout=150):
     """Runs the recipe under the launcher; its processes do not outlive a timeout. Returns what it printed."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])  # this checkout's package
     env.pop("ACCELERATE_USE_CPU", None)
     if torch.accelerator.is_available():
         env["ACCELERATE_USE_CPU"] = "true"

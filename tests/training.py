@@ -39,6 +39,8 @@ class Spec:
     attention: str | None = None
     optimizer: str = "adamw"  # or "sgd", whose steps show a wrong gradient scale, which Adam's normalisation hides
     steps: int = 6
+    samples: int = TRAIN_SAMPLES
+    vocabulary: int = VOCABULARY  # the ids drawn stay below the default
     noise: float = 0.0  # relative, on every initial weight: to see what rounding alone does
 
 
@@ -96,13 +98,15 @@ def train(spec: Spec) -> Record:
     accelerator = make_accelerator(
         spec.tp, gradient_accumulation_steps=spec.accumulation, mixed_precision=spec.mixed_precision
     )
-    model = build_model(spec.model, tied=spec.tied, attention=spec.attention, noise=spec.noise)
+    model = build_model(
+        spec.model, tied=spec.tied, attention=spec.attention, noise=spec.noise, vocab_size=spec.vocabulary
+    )
     if spec.checkpointing:
         reentrant = {"reentrant": True, "non_reentrant": False}[spec.checkpointing]
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     optimizer = make_optimizer(model, spec.optimizer)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=3, num_training_steps=40)
-    train_loader = DataLoader(SyntheticTokens(TRAIN_SAMPLES, seed=1), batch_size=BATCH, shuffle=True)
+    train_loader = DataLoader(SyntheticTokens(spec.samples, seed=1), batch_size=BATCH, shuffle=True)
     eval_loader = DataLoader(SyntheticTokens(EVAL_SAMPLES, seed=2), batch_size=BATCH)
     model, optimizer, train_loader, eval_loader, scheduler = accelerator.prepare(
         model, optimizer, train_loader, eval_loader, scheduler
