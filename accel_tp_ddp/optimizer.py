@@ -66,7 +66,7 @@ def follow_model(optimizer: Optimizer, mapping: Mapping[nn.Parameter, nn.Paramet
             optimizer.state[new] = optimizer.state.pop(old)
     for param, state in optimizer.state.items():
         info = shard_info(param) if isinstance(param, Tensor) else None
-        if info is None or not info.is_sharded:
+        if info is None:
             continue
         for key, value in state.items():
             if isinstance(value, Tensor):
@@ -89,4 +89,5 @@ def _check_state(optimizer: Optimizer, param: nn.Parameter) -> None:
 def _local_state(value: Tensor, param: nn.Parameter, info: ShardInfo) -> Tensor:
     if isinstance(value, DTensor):
         value = value.redistribute(placements=info.placements).to_local()
-    return value if value.numel() == 1 or value.shape == param.shape else info.local_part(value)
+    whole = not info.is_sharded or value.numel() == 1 or value.shape == param.shape
+    return value if whole else info.local_part(value)

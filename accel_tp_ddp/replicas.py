@@ -102,9 +102,10 @@ class ReplicaGuard:
         highest, lowest = bounds.cpu().split(len(sums))
         drifted = [name for name, differs in zip(named, (highest != -lowest).tolist()) if differs]
         if drifted:
+            steps = self._steps[optimizer] if optimizer else 0
             message = (
-                f"after {self._steps[optimizer] if optimizer else 0} steps {len(drifted)} of {len(named)} things to be "
-                f"replicated differ over the tensor-parallel ranks: {', '.join(drifted[:10])}{', ...' if len(drifted) > 10 else ''}."
+                f"after {steps} steps {len(drifted)} of {len(named)} things to be replicated differ over the "
+                f"tensor-parallel ranks: {', '.join(drifted[:10])}{', ...' if len(drifted) > 10 else ''}."
             )
             if self.on_drift == "raise":
                 raise RuntimeError(
