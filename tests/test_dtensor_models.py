@@ -646,9 +646,6 @@ def test_a_model_localized_by_hand_has_the_right_gradients(tmp_path):
         assert max(errors.values()) < GRADIENTS, max(errors, key=errors.get)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="`save_pretrained` of a model that is localized by hand writes one rank's shards"
-)
 def test_a_model_localized_by_hand_is_saved_whole(tmp_path):
     run_on_ranks(localize_and_prepare, 4, "llama", str(tmp_path))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -11,7 +11,7 @@ import accel_tp_ddp
 PACKAGE = Path(accel_tp_ddp.__file__).parent
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
 
-KNOW_ACCELERATE = {"__init__.py", "plugin.py", "prepare.py", "trainer.py"}
+KNOW_ACCELERATE = {"__init__.py", "loaders.py", "plugin.py", "prepare.py", "trainer.py"}
 FOREIGN = {"accelerate", "transformers", "trl", "peft", "datasets"}
 
 # Which files may call collectives. All those of a forward or backward stand in collectives.py.
@@ -19,6 +19,7 @@ CALL_COLLECTIVES = {
     "collectives.py": "compute",
     "batches.py": "the comparison of inputs",
     "gradients.py": "the norm of the full gradient",
+    "loaders.py": "set-up: the order of the samples",
     "parallelize.py": "set-up: the first rank's weights",
     "prepare.py": "set-up: agreement; metrics",
     "randomness.py": "set-up: the random state",
