@@ -3,8 +3,7 @@
 from .errors import PlanError
 from .export import full_gradients, full_state_dict
 from .gradients import grad_scaler
-from .localize import localize
-from .parallelize import parallelize
+from .parallelize import localize, parallelize
 from .plan import Plan, resolve_plan
 from .plugin import TensorParallelDDPPlugin
 from .shard import ShardInfo

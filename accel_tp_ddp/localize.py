@@ -14,35 +14,19 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from .export import save_full_checkpoints
-from .shard import Layout, Ranges, ShardInfo, mark_whole, remember_shards, restore_shards, shard_info
+from .shard import Layout, Ranges, ShardInfo, remember_shards, restore_shards, shard_info
 
-__all__ = ["has_dtensor_parameters", "localize", "localize_with_map"]
+__all__ = ["has_dtensor_parameters", "localize_with_map"]
 
 
 def has_dtensor_parameters(model: nn.Module) -> bool:
     return any(isinstance(param, DTensor) for param in model.parameters())
 
 
-def localize(model: nn.Module) -> nn.Module:
-    """Turn every DTensor parameter of `model` into a local `nn.Parameter` that carries its `ShardInfo`.
-
-    Works in place and returns the model. The modules go on computing on DTensors, so a model that
-    `torch.distributed.tensor.parallel.parallelize_module` or transformers has parallelized runs as it did.
-
-    Raises:
-        ValueError: If a parameter lies on a mesh of more than one dimension, or has a partial placement.
-    """
-    localize_with_map(model)
-    mark_whole(model)
-    save_full_checkpoints(model)
-    return model
-
-
 def localize_with_map(
     model: nn.Module, keep: Mapping[str, nn.Parameter] | None = None
 ) -> dict[nn.Parameter, nn.Parameter]:
-    """`localize`, and tell which local parameter took the place of which DTensor, for optimizers made earlier.
+    """Localize in place, and tell which local parameter took the place of which DTensor, for optimizers made earlier.
 
     Args:
         model: Module to change in place.

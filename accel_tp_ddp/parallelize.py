@@ -25,6 +25,7 @@ __all__ = [
     "check_mesh",
     "check_model",
     "is_parallelized",
+    "localize",
     "parallelize",
     "parallelize_with_map",
     "tensor_parallel_mesh",
@@ -54,6 +55,24 @@ def parallelize(model: nn.Module, tp_mesh: DeviceMesh, plan: PlanLike = "auto") 
     mesh = tensor_parallel_mesh(tp_mesh)
     if mesh.size() > 1:
         parallelize_with_map(unwrap(model), mesh, check_model(model, mesh, plan))
+    return model
+
+
+def localize(model: nn.Module) -> nn.Module:
+    """Turn every DTensor parameter of `model` into a local `nn.Parameter` that carries its `ShardInfo`.
+
+    Works in place and returns the model. The modules go on computing on DTensors, so a model that
+    `torch.distributed.tensor.parallel.parallelize_module` or transformers has parallelized runs as it did.
+
+    Raises:
+        ValueError: If a parameter lies on a mesh of more than one dimension, or has a partial placement.
+    """
+    meshes = [param.device_mesh for param in model.parameters() if isinstance(param, DTensor)]
+    localize_with_map(model)
+    if meshes:
+        adopt(model, Region(meshes[0]))
+    mark_whole(model)
+    save_full_checkpoints(model)
     return model
 
 

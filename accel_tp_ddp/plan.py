@@ -120,7 +120,7 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
             'Pass `tp_plan={"name.of.a.module": "style", ...}` or the path of a YAML file with such a mapping.'
         )
     chosen: dict[str, tuple[Any, str, str]] = {}
-    unmatched = []
+    unmatched, own = [], set()
     for source, rules in sources:
         ranked = sorted(rules.items(), key=lambda rule: rule[0].count("*"))
         claimed: dict[str, int] = {}
@@ -138,11 +138,13 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
                 continue
             if source == "user":
                 get_style(value, rule)
+            else:
+                own.update(targets)
             for target in targets:
                 if target not in chosen or claimed.get(target) == rule.count("*"):
                     chosen[target] = (value, rule, source)
                     claimed[target] = rule.count("*")
-    _check_supported(model, names, chosen, tp_size)
+    _check_supported(model, names, chosen, own, tp_size)
     entries = [_entry(model, names, name, *chosen[name], tp_size) for name in names.modules if name in chosen]
     entries = _settle_tied(model, names, entries, tp_size)
     result = Plan(
@@ -161,12 +163,18 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
     return result
 
 
-def _check_supported(model: nn.Module, names: Names, chosen: dict[str, tuple[Any, str, str]], tp_size: int) -> None:
-    """Raise for rules that mean a bare parameter, and for styles of the model's own plan that are still to come."""
+def _check_supported(
+    model: nn.Module, names: Names, chosen: dict[str, tuple[Any, str, str]], own: set[str], tp_size: int
+) -> None:
+    """Raise for rules that mean a bare parameter, and for styles of the model's own plan that are still to come.
+
+    What the model's own plan names (`own`), a user may set to `replicate`, bare parameters too.
+    """
     missing: dict[str, str] = {}
     for target, (value, rule, source) in chosen.items():
         bare = target not in names.modules
-        if is_known(value) and not (bare and not isinstance(get_style(value, rule), Replicate)):
+        given_up = target in own and is_known(value) and isinstance(get_style(value, rule), Replicate)
+        if given_up or (is_known(value) and not bare):
             continue
         if source == "user":
             raise names.not_a_module(target, rule)

@@ -23,4 +23,14 @@ def adopt(model: nn.Module, region: Region) -> None:
         generic = ".".join("*" if part.isdigit() else part for part in name.split("."))
         if (name in wanted or generic in wanted) and "forward" in module.__dict__:
             del module.forward
+            for param in module.parameters(recurse=False):
+                _remove_its_hooks(param)
             get_style("replicated_with_grad_allreduce", name).install(module, region, {})
+
+
+def _remove_its_hooks(param: nn.Parameter) -> None:
+    """A forward before `prepare` has hung transformers' sum on the parameter already."""
+    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
+    for key, hook in list(hooks.items()):
+        if getattr(hook, "__qualname__", "").startswith("ReplicatedWithGradAllReduce."):
+            del hooks[key]

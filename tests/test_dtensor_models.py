@@ -567,13 +567,7 @@ def prepare_after_a_step(kind, architecture):
     [
         ("torch", "qwen3"),
         ("plan", "qwen3"),
-        pytest.param(
-            "transformers",
-            "qwen3",
-            marks=pytest.mark.xfail(
-                strict=True, reason="transformers' gradient hooks from before `prepare` sum once more"
-            ),
-        ),
+        ("transformers", "qwen3"),
     ],
 )
 def test_a_backward_before_prepare_does_not_change_later_gradients(kind, architecture):
@@ -627,20 +621,13 @@ def localize_and_prepare(architecture, folder):
     [
         ("torch", "qwen3"),
         ("transformers", "llama"),
-        pytest.param(
-            "transformers",
-            "qwen3",
-            marks=pytest.mark.xfail(
-                strict=True, reason="the sum over heads of q_norm and k_norm is left to transformers"
-            ),
-        ),
+        ("transformers", "qwen3"),
     ],
 )
 def test_localize_works_without_accelerate(kind, architecture):
     run_on_ranks(localize_alone, 2, kind, architecture)
 
 
-@pytest.mark.xfail(strict=True, reason="`prepare` passes over a model that is localized already")
 def test_a_model_localized_by_hand_has_the_right_gradients(tmp_path):
     for errors in run_on_ranks(localize_and_prepare, 4, "qwen3", str(tmp_path)):
         assert max(errors.values()) < GRADIENTS, max(errors, key=errors.get)

@@ -15,7 +15,7 @@ from accel_tp_ddp.styles import PackedColwise
 from .compare import assert_tensors_close, relative_errors
 from .faults import injected
 from .models import ARCHITECTURES, VOCABULARY, build_model
-from .ranks import RanksError, run_on_ranks
+from .ranks import run_on_ranks
 from .training import make_accelerator
 
 TOLERANCE = 1e-4
@@ -212,17 +212,8 @@ def bert_loss(model, seed):
     return F.cross_entropy(output.logits.transpose(1, 2), ids.masked_fill(mask == 0, -100))
 
 
-TIED_TWICE = pytest.mark.xfail(
-    strict=True,
-    raises=RanksError,
-    reason="the head's bias also hangs on its parent, where no style can cut it, so the plan is refused",
-)
-
-
 @TP
-@pytest.mark.parametrize(
-    "kind, tied", [(BertModel, False), (BertForMaskedLM, False), pytest.param(BertForMaskedLM, True, marks=TIED_TWICE)]
-)
+@pytest.mark.parametrize("kind, tied", [(BertModel, False), (BertForMaskedLM, False), (BertForMaskedLM, True)])
 def test_an_encoder_by_a_plan_of_the_user(kind, tied, tp):
     build = partial(build_bert, kind, tied)
     reference = unsharded(build, bert_loss)

@@ -362,9 +362,7 @@ class Indexed:
 
 
 def gathered(tp, samples, even_batches=True):
-    accelerator = accelerator_for(
-        tp, MLP_PLAN, dataloader_config=DataLoaderConfiguration(even_batches=even_batches)
-    )
+    accelerator = accelerator_for(tp, MLP_PLAN, dataloader_config=DataLoaderConfiguration(even_batches=even_batches))
     _, loader = accelerator.prepare(build_mlp(), DataLoader(Indexed(samples), batch_size=4))
     found = {kind: [] for kind in ("tensor", "nested", "strings", "pairs", "forced", "tuple", "flags", "scalars")}
     for batch in loader:
@@ -802,9 +800,7 @@ def saved(tp, way, tied, folder, shard_size):
     elif way == "save_model as pickle":
         accelerator.save_model(model, folder, max_shard_size=shard_size, safe_serialization=False)
     elif way == "save_pretrained":
-        unwrapped.save_pretrained(
-            folder, is_main_process=accelerator.is_main_process, max_shard_size=shard_size
-        )
+        unwrapped.save_pretrained(folder, is_main_process=accelerator.is_main_process, max_shard_size=shard_size)
     elif way == "save_pretrained everywhere":
         unwrapped.save_pretrained(folder, max_shard_size=shard_size)
     else:
