@@ -119,7 +119,7 @@ def full_state_dict_of_all(model: nn.Module, caller: str) -> dict[str, Tensor]:
     """
     model = unwrap(model)
     groups = {info.mesh.get_group() for param in model.parameters() if (info := shard_info(param)) is not None}
-    for group in groups:
+    for group in sorted(groups, key=lambda group: group.group_name):  # the same order on all ranks
         _meet_main_process(model, group, caller)
     return full_state_dict(model)
 

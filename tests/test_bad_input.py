@@ -422,7 +422,7 @@ def model_without_data(here):
         return (build_model("llama"),)
 
 
-@case(PREPARE, "DTensor over 4 ranks", "tp_size=2", "Parallelize the model with the same tp_size")
+@case(PREPARE, "`0.weight` of size (8, 8)", "over 4 ranks", "tp_size=2", "Parallelize the model with")
 def dtensors_of_another_tp_size(here):
     model = nn.Sequential(nn.Linear(8, 8))
     parallelize_module(model[0], init_device_mesh("cpu", (4,), mesh_dim_names=("tp",)), ColwiseParallel())
@@ -579,7 +579,7 @@ def refused_constructions(folder):
 
 def refused_preparations(folder, tp_size):
     accelerator = Accelerator(parallelism_config=TensorParallelDDPPlugin(tp_size=tp_size))
-    plugin, loading = accelerator.parallelism_config, accelerator.dataloader_config
+    plugin = accelerator.parallelism_config
     outcomes = {}
     for name, case in (PREPARE if tp_size == 2 else PREPARE_TP4).items():
         here = Here(Path(folder), accelerator)
@@ -595,7 +595,7 @@ def refused_preparations(folder, tp_size):
         outcomes[name] = attempt(run)
         if name != "bare_model_prepared_twice":
             outcomes[name].touched = differences(before, look(objects))
-        plugin.tp_plan, loading.dispatch_batches = "auto", None
+        plugin.tp_plan = "auto"
         dist.barrier()
     return outcomes, gradient_errors(accelerator)
 

@@ -20,6 +20,7 @@ CALL_COLLECTIVES = {
     "batches.py": "the comparison of inputs",
     "loaders.py": "set-up: one shuffle in a replica",
     "gradients.py": "the norm of the full gradient",
+    "loaders.py": "set-up: the order of the samples",
     "parallelize.py": "set-up: the first rank's weights",
     "prepare.py": "set-up: agreement; metrics",
     "randomness.py": "set-up: the random state",
