@@ -118,6 +118,7 @@ def full_state_dict_of_all(model: nn.Module, caller: str) -> dict[str, Tensor]:
         RuntimeError: On the main process, if the peers of its replica do not come; it says what to change.
     """
     model = unwrap(model)
+    restore_shards(model)
     groups = {info.mesh.get_group() for param in model.parameters() if (info := shard_info(param)) is not None}
     for group in sorted(groups, key=lambda group: group.group_name):  # the same order on all ranks
         _meet_main_process(model, group, caller)

@@ -20,6 +20,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedDataParallelKwargs, recursively_apply
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -124,7 +125,6 @@ class _Hooks:
             follow_model(optimizer, mapping)
         if models:
             agree_on_randomness(self.tp_mesh)
-            self._agree_on_overflow()
 
     def _check(self, models: list[nn.Module], optimizers: Sequence[Optimizer]) -> list[Plan | None]:
         plans = []
@@ -185,7 +185,7 @@ class _Hooks:
     def _agree_on_overflow(self) -> None:
         """An overflow in one rank's gradients has to skip the step on all of them."""
         scaler = self.accelerator.scaler
-        if scaler is not None and not self.accelerator._optimizers:
+        if scaler is not None and not isinstance(scaler, ShardedGradScaler):
             handler = self.accelerator.scaler_handler
             kwargs = handler.to_kwargs() if handler is not None else {}
             self.accelerator.scaler = grad_scaler(self.tp_mesh, self.accelerator.device.type, **kwargs)
@@ -210,6 +210,7 @@ class _Hooks:
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Optimizer:
         self._guard.watch(_bare(optimizer))
+        self._agree_on_overflow()  # Accelerate hands its scaler to each optimizer here
         return self.stock["prepare_optimizer"](optimizer, device_placement=device_placement)
 
     def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:

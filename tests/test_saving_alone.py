@@ -1,0 +1,48 @@
+"""Weights can only be gathered together: a main process that tries it alone is told so, and nothing hangs."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from accel_tp_ddp import export
+
+from .compare import assert_tensors_close
+from .models import build_model
+from .ranks import run_on_ranks
+from .training import make_accelerator
+
+
+def alone(folder: str, how: str):
+    accelerator = make_accelerator(2)
+    model = accelerator.prepare(build_model("llama"))
+    export.PEERS_TIMEOUT = 1.0
+    message, seconds = None, 0.0
+    try:
+        if accelerator.is_main_process:
+            started = time.monotonic()
+            if how == "save_pretrained":
+                accelerator.unwrap_model(model).save_pretrained(folder)
+            else:
+                accelerator.get_state_dict(model)
+    except RuntimeError as error:
+        message, seconds = str(error), time.monotonic() - started
+    finally:
+        export.PEERS_TIMEOUT = 60.0
+    accelerator.wait_for_everyone()
+    accelerator.unwrap_model(model).save_pretrained(folder, is_main_process=accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    return message, seconds
+
+
+@pytest.mark.parametrize("how", ["save_pretrained", "get_state_dict"])
+def test_saving_on_the_main_process_alone_is_an_error_that_says_what_to_change(how, tmp_path):
+    (message, seconds), *others = run_on_ranks(alone, 4, str(tmp_path), how)
+    assert f"`{how}` was called on the main process" in message and "every rank has to call it" in message
+    assert 1.0 <= seconds < 10.0
+    assert others == [(None, 0.0)] * 3
+    # and together it works, also afterwards
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_tensors_close(loaded.state_dict(), build_model("llama").state_dict(), 1e-7)
