@@ -61,6 +61,6 @@ def _agree_on_order(loader: DataLoader, mesh: DeviceMesh) -> None:
         seed = torch.tensor(sampler.initial_seed, dtype=torch.int64, device=mesh.device_type)
         dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
         sampler.initial_seed = int(seed)
-    elif mesh["dp_replicate"].size() == 1 and not isinstance(sampler, SequentialSampler):
-        # Accelerate shares a sampler's random state between replicas only, and here there is one.
+    elif loader.synchronized_generator is None and not isinstance(sampler, SequentialSampler):
+        # Accelerate shares a random state only where there are replicas, and only that of a sampler's own generator.
         loader.rng_types = [*(loader.rng_types or []), "torch"]

@@ -33,6 +33,7 @@ from .plan import Plan
 from .randomness import agree_on_randomness, draw_by_replica
 from .replicas import ReplicaGuard, is_replicated
 from .rules import PlanLike
+from .shard import shard_info
 from .wrappers import unwrap
 
 __all__ = ["Settings", "hook_accelerator"]
@@ -366,7 +367,10 @@ def _holds_tensors_only(data: Any) -> bool:
 
 def _describe(model: nn.Module) -> str:
     """What has to be the same on all ranks about a model that is sharded already."""
-    rows = [f"{name} {tuple(param.shape)} {param.dtype}" for name, param in model.named_parameters()]
+    rows = []
+    for name, param in model.named_parameters():
+        info = shard_info(param)
+        rows.append(f"{name} {tuple(info.global_shape if info else param.shape)} {param.dtype}")
     return "\n".join(["parallelized", *rows])
 
 

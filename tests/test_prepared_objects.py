@@ -536,14 +536,20 @@ def test_peers_see_the_same_batches_from_a_seedable_sampler_too(kind, dp):
     assert ranks[0::2] == ranks[1::2], "peers of a replica saw different batches"
 
 
-def test_dispatched_batches_are_refused():
-    for raised in run_on_ranks(dispatched, 4, expect_raise=True):
-        assert raised.type_name == "ValueError" and "dispatch_batches" in raised.message
+def dispatched(tp, split_batches):
+    config = DataLoaderConfiguration(dispatch_batches=True, split_batches=split_batches)
+    accelerator = accelerator_for(tp, dataloader_config=config)
+    loader = accelerator.prepare(DataLoader(torch.arange(22), batch_size=4, shuffle=False))
+    seen = [(batch.tolist(), accelerator.gather_for_metrics(batch).tolist()) for batch in loader]
+    rest = [batch.tolist() for batch in accelerator.skip_first_batches(loader, 2)]
+    return seen, rest
 
 
-def dispatched():
-    accelerator = accelerator_for(2, dataloader_config=DataLoaderConfiguration(dispatch_batches=True))
-    accelerator.prepare(make_loader("in order", 8))
+@pytest.mark.parametrize("split_batches", [False, True])
+def test_dispatched_batches_are_those_of_plain_ddp(split_batches):
+    plain = run_on_ranks(dispatched, 2, None, split_batches)
+    assert plain[0] != plain[1] and [sample for _, batch in plain[0][0] for sample in batch] == list(range(22))
+    assert run_on_ranks(dispatched, 4, 2, split_batches) == [plain[0], plain[0], plain[1], plain[1]]
 
 
 # --- several models, and the order of preparing ----------------------------------------------------------------------
