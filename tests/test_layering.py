@@ -18,7 +18,6 @@ FOREIGN = {"accelerate", "transformers", "trl", "peft", "datasets"}
 CALL_COLLECTIVES = {
     "collectives.py": "compute",
     "batches.py": "the comparison of inputs",
-    "loaders.py": "set-up: one shuffle in a replica",
     "gradients.py": "the norm of the full gradient",
     "loaders.py": "set-up: the order of the samples",
     "parallelize.py": "set-up: the first rank's weights",

@@ -126,11 +126,7 @@ def test_the_name_of_a_parameter_means_its_module():
     [
         ("layers.0.mlp.dense_h_to_4h.bias", "colwise"),
         ("layers.0.input_layernorm.weight", "colwise"),
-        pytest.param(
-            "layers.0.mlp.dense_h_to_4h.bias",
-            "replicate",
-            marks=pytest.mark.xfail(strict=True, reason="passed over without a word: the bias is cut with its module"),
-        ),
+        ("layers.0.mlp.dense_h_to_4h.bias", "replicate"),
     ],
 )
 def test_one_of_several_parameters_cannot_be_treated_otherwise_than_its_module(name, style):
