@@ -50,7 +50,7 @@ def parse_args():
     parser.add_argument("--per_device_train_batch_size", type=int, default=4)
     parser.add_argument("--per_device_eval_batch_size", type=int, default=8)
     parser.add_argument("--gradient_accumulation_steps", type=int, default=2)
-    parser.add_argument("--max_train_steps", type=int, default=120, help="optimizer steps")
+    parser.add_argument("--max_train_steps", type=int, default=200, help="optimizer steps")
     parser.add_argument("--max_eval_blocks", type=int, default=250)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--num_warmup_steps", type=int, default=10)
