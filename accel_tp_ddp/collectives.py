@@ -9,6 +9,7 @@
 
 The pairs are Megatron-LM's f/g functions (arXiv:1909.08053, section 3): `copy_to_tp` opens a tensor-parallel region,
 `reduce_from_tp` closes one. All take the one-dimensional tensor-parallel mesh and never change their input in place.
+Only `send_first_rank`, which is for set-up and between steps and has no backward, does that.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["copy_to_tp", "gather_from_tp", "reduce_from_tp", "split_to_tp"]
+__all__ = ["copy_to_tp", "gather_from_tp", "reduce_from_tp", "send_first_rank", "split_to_tp"]
 
 
 def copy_to_tp(mesh: DeviceMesh, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -64,6 +65,16 @@ def gather_from_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[i
 def split_to_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     """Forward keeps this rank's slice of a replicated `tensor` along `dim`, backward joins the ranks' slices."""
     return _SplitToTP.apply(mesh, tensor, dim, tuple(sizes))
+
+
+@torch.no_grad()
+def send_first_rank(mesh: DeviceMesh, tensor: Tensor) -> None:
+    """Overwrite `tensor` with its values on the first rank of `mesh`, on every rank; it may be on any device."""
+    group = mesh.get_group()
+    sent = tensor.detach().to(mesh.device_type).contiguous()  # a backend takes tensors of its own device only
+    dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
+    if sent.data_ptr() != tensor.data_ptr():
+        tensor.copy_(sent)
 
 
 class _CopyToTP(torch.autograd.Function):

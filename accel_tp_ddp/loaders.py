@@ -6,11 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.data_loader import DataLoaderDispatcher, SeedableRandomSampler, get_sampler
 from accelerate.utils import initialize_tensors
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+
+from .collectives import send_first_rank
 
 __all__ = ["serve_replicas"]
 
@@ -57,9 +58,8 @@ def _dispatch_to_replicas(loader: DataLoaderDispatcher, mesh: DeviceMesh) -> Non
 def _agree_on_order(loader: DataLoader, mesh: DeviceMesh) -> None:
     sampler = get_sampler(loader)
     if isinstance(sampler, SeedableRandomSampler):
-        group = mesh["tp"].get_group()
-        seed = torch.tensor(sampler.initial_seed, dtype=torch.int64, device=mesh.device_type)
-        dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
+        seed = torch.tensor(sampler.initial_seed, dtype=torch.int64)
+        send_first_rank(mesh["tp"], seed)
         sampler.initial_seed = int(seed)
     elif loader.synchronized_generator is None and not isinstance(sampler, SequentialSampler):
         # Accelerate shares a random state only where there are replicas, and only that of a sampler's own generator.

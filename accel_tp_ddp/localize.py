@@ -74,6 +74,7 @@ class _ReconstructHook:
 
     def __init__(self, shards: dict[str, ShardInfo]):
         self.shards = shards
+        self.strides = {key: torch.empty(info.global_shape, device="meta").stride() for key, info in shards.items()}
         self._locals: list[dict[str, nn.Parameter]] = []
 
     def reconstruct(self, module: nn.Module, args: Any) -> None:
@@ -84,9 +85,13 @@ class _ReconstructHook:
             info = self.shards[key]
             if shard_info(param) is None:
                 restore_shards(module)
-            stride = torch.empty(info.global_shape, device="meta").stride()
             params[key] = DTensor.from_local(
-                param, info.mesh, info.placements, run_check=False, shape=info.global_shape, stride=stride
+                param,
+                info.mesh,
+                info.placements,
+                run_check=False,
+                shape=info.global_shape,
+                stride=self.strides[key],
             )
 
     def localize(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -94,7 +99,7 @@ class _ReconstructHook:
             module._parameters.update(self._locals.pop())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"shards": self.shards, "_locals": []}
+        return {**self.__dict__, "_locals": []}
 
 
 def _local_parameter(param: nn.Parameter, kept: nn.Parameter | None) -> nn.Parameter:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from .collectives import send_first_rank
 from .errors import PlanError
 from .export import save_full_checkpoints
 from .localize import has_dtensor_parameters, localize_with_map
@@ -186,13 +186,7 @@ def link_partial_gradients(model: nn.Module) -> None:
                 call.partners = partial
 
 
-@torch.no_grad()
 def _agree_on_weights(model: nn.Module, mesh: DeviceMesh) -> None:
     """The first rank's values everywhere, as DDP does it over its ranks: seeds may differ, slices must fit."""
-    group = mesh.get_group()
-    source = dist.get_global_rank(group, 0)
     for tensor in [*model.parameters(), *model.buffers()]:
-        sent = tensor.detach().to(mesh.device_type).contiguous()  # a backend takes tensors of its own device only
-        dist.broadcast(sent, src=source, group=group)
-        if sent.data_ptr() != tensor.data_ptr():
-            tensor.copy_(sent)
+        send_first_rank(mesh, tensor)

@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+
+from .collectives import send_first_rank
 
 __all__ = ["RandomStream", "agree_on_randomness", "draw_by_replica", "draws_dropout"]
 
@@ -100,12 +101,10 @@ def draws_dropout(model: nn.Module) -> bool:
 
 def agree_on_randomness(mesh: DeviceMesh) -> None:
     """The first rank's random streams on all ranks of a tensor-parallel group. Replicas keep their own."""
-    group = mesh.get_group()
-    source = dist.get_global_rank(group, 0)
-    state = torch.get_rng_state().to(mesh.device_type)
-    dist.broadcast(state, source, group=group)
-    torch.set_rng_state(state.cpu())
+    state = torch.get_rng_state()
+    send_first_rank(mesh, state)
+    torch.set_rng_state(state)
     if mesh.device_type == "cuda":
-        state = torch.cuda.get_rng_state().to(mesh.device_type)
-        dist.broadcast(state, source, group=group)
-        torch.cuda.set_rng_state(state.cpu())
+        state = torch.cuda.get_rng_state()
+        send_first_rank(mesh, state)
+        torch.cuda.set_rng_state(state)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from .collectives import send_first_rank
 from .shard import shard_info
 
 __all__ = ["ReplicaGuard", "checksum"]
@@ -79,7 +80,7 @@ class ReplicaGuard:
                     grads.setdefault(param.grad.dtype, []).append(param.grad)
         for same_dtype in grads.values():
             flat = torch.cat([grad.reshape(-1) for grad in same_dtype])
-            self._broadcast(flat)
+            send_first_rank(self.mesh, flat)
             if self.mesh.get_local_rank() != 0:
                 parts = flat.split([grad.numel() for grad in same_dtype])
                 torch._foreach_copy_(same_dtype, [part.view_as(grad) for part, grad in zip(parts, same_dtype)])
@@ -112,18 +113,11 @@ class ReplicaGuard:
                     f"{message} Something changed them on one rank only; look for code that runs on a single rank."
                 )
             for name in drifted:
-                self._broadcast(named[name])
+                send_first_rank(self.mesh, named[name])
             if _RANDOM_STATE in drifted:
                 torch.set_rng_state(named[_RANDOM_STATE])
             logger.warning("%s The first rank's values were sent to the others.", message)
         return drifted
-
-    def _broadcast(self, tensor: Tensor) -> None:
-        group = self.mesh.get_group()
-        sent = tensor.to(self.mesh.device_type).contiguous()
-        dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
-        if sent.data_ptr() != tensor.data_ptr():
-            tensor.copy_(sent)
 
     def _replicated(self, optimizer: Optimizer | None) -> Iterator[tuple[str, Tensor]]:
         trained = {id(param) for group in (optimizer.param_groups if optimizer else ()) for param in group["params"]}

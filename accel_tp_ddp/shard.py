@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor import Placement, Shard
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -90,10 +90,6 @@ class ShardInfo:
     @classmethod
     def sharded(cls, mesh: DeviceMesh, global_shape: torch.Size, layout: Layout) -> ShardInfo:
         return cls(mesh, (Shard(layout.dim),), torch.Size(global_shape), layout)
-
-    @classmethod
-    def replicated(cls, mesh: DeviceMesh, global_shape: torch.Size) -> ShardInfo:
-        return cls(mesh, (Replicate(),), torch.Size(global_shape), None)
 
     @property
     def is_sharded(self) -> bool:

@@ -16,13 +16,10 @@ FOREIGN = {"accelerate", "transformers", "trl", "peft", "datasets"}
 
 # Which files may call collectives. All those of a forward or backward stand in collectives.py.
 CALL_COLLECTIVES = {
-    "collectives.py": "compute",
+    "collectives.py": "compute; set-up: the first rank's values",
     "batches.py": "the comparison of inputs",
     "gradients.py": "the norm of the full gradient",
-    "loaders.py": "set-up: the order of the samples",
-    "parallelize.py": "set-up: the first rank's weights",
     "prepare.py": "set-up: agreement; metrics",
-    "randomness.py": "set-up: the random state",
     "replicas.py": "between steps: what is replicated stays equal",
     "shard.py": "saving: full tensors",
 }

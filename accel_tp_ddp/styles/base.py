@@ -28,7 +28,6 @@ class Site:
         config: The nearest model config (the parent's, else the model's); None without one.
         tp_size: Number of tensor-parallel ranks.
         style: The style's name, for messages.
-        tied: Whether a parameter of the module is shared with another module.
     """
 
     name: str
@@ -37,7 +36,6 @@ class Site:
     config: Any
     tp_size: int
     style: str
-    tied: bool = False
 
     def parameter(self, name: str) -> str:
         return f"{self.name}.{name}" if self.name else name
