@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 
 from .shard import ShardInfo, shard_info
 
-__all__ = ["check_optimizer", "follow_model"]
+__all__ = ["check_optimizer", "follow_model", "full_optimizer_state", "take_full_state"]
 
 
 #: Optimizers whose step looks at a whole matrix, or at a norm of it: on a shard each would do something else.
@@ -71,6 +72,53 @@ def follow_model(optimizer: Optimizer, mapping: Mapping[nn.Parameter, nn.Paramet
         for key, value in state.items():
             if isinstance(value, Tensor):
                 state[key] = _local_state(value, param, info)
+
+
+def take_full_state(optimizer: Optimizer) -> None:
+    """Let `optimizer.load_state_dict` take unsharded state, as plain DDP writes it, as well as this rank's."""
+    optimizer.register_load_state_dict_pre_hook(_cut_full_state)
+
+
+def full_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, Any]:
+    """`optimizer.state_dict()` as it would be without tensor parallelism, on the CPU.
+
+    Collective over the tensor-parallel group, tensor by tensor.
+
+    Args:
+        optimizer: One over localized parameters.
+        keep: Whether this rank wants the result; others take part, and get an empty state.
+    """
+    state_dict = optimizer.state_dict()
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+    full: dict[Any, dict[str, Any]] = {}
+    for index, param in zip(indices, params):
+        if index not in state_dict["state"]:
+            continue
+        info, states = shard_info(param), {}
+        for key, value in state_dict["state"][index].items():
+            if isinstance(value, Tensor):
+                sharded = info is not None and info.is_sharded and value.shape == param.shape
+                value = info.full_tensor(value) if sharded else value.detach()
+                value = value.cpu() if keep else None
+            states[key] = value
+        full[index] = states
+    return {**state_dict, "state": full if keep else {}}
+
+
+def _cut_full_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+    state = dict(state_dict["state"])
+    for index, param in zip(indices, params):
+        info = shard_info(param)
+        if info is None or not info.is_sharded or index not in state:
+            continue
+        state[index] = {
+            key: info.local_part(value) if isinstance(value, Tensor) and value.shape == info.global_shape else value
+            for key, value in state[index].items()
+        }
+    return {**state_dict, "state": state}
 
 
 def _check_state(optimizer: Optimizer, param: nn.Parameter) -> None:

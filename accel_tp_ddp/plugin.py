@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .prepare import hook_accelerator
 from .rules import PlanLike
+from .trainer import mend_trainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -99,6 +100,10 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             f"TensorParallelDDPPlugin(tp_size={self.tp_size}, dp_replicate_size={dp_size}, tp_plan={self.tp_plan!r})"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer saves its arguments; a mesh holds process groups, which stay behind.
+        return {**self.__dict__, "device_mesh": None}
+
     @property
     def tp_enabled(self) -> bool:
         """Whether tensor parallelism is on. False while Accelerate's own code prepares the model for plain DDP."""
@@ -165,6 +170,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         if self.tp_size > 1:
             _adopt_timeout(accelerator, self.device_mesh)
             hook_accelerator(accelerator, self)
+            mend_trainer(TensorParallelDDPPlugin)
 
 
 def _adopt_timeout(accelerator: Accelerator, mesh: DeviceMesh) -> None:

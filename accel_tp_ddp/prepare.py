@@ -28,7 +28,7 @@ from .batches import watch_batches
 from .export import full_state_dict_of_all, save_config
 from .gradients import clip_grad_norm_, grad_scaler
 from .loaders import serve_replicas
-from .optimizer import check_optimizer, follow_model
+from .optimizer import check_optimizer, follow_model, take_full_state
 from .parallelize import check_mesh, check_model, is_parallelized, parallelize_with_map
 from .plan import Plan
 from .randomness import agree_on_randomness, draw_by_replica
@@ -38,8 +38,6 @@ from .shard import shard_info
 from .wrappers import unwrap
 
 __all__ = ["Settings", "hook_accelerator"]
-
-_PREPARED = "_accel_tp_ddp_prepared"
 
 
 class Settings(Protocol):
@@ -118,7 +116,6 @@ class _Hooks:
         for model, plan in zip(models, plans):
             if not is_parallelized(model):
                 mapping.update(parallelize_with_map(unwrap(model), self.tp_mesh, plan))
-            setattr(unwrap(model), _PREPARED, True)
             self._sharded.append(model)
             self._look_after(unwrap(model))
         for optimizer in [*optimizers, *(_bare(prepared) for prepared in self.accelerator._optimizers)]:
@@ -129,11 +126,6 @@ class _Hooks:
     def _check(self, models: list[nn.Module], optimizers: Sequence[Optimizer]) -> list[Plan | None]:
         plans = []
         for model in models:
-            if getattr(unwrap(model), _PREPARED, False):
-                raise ValueError(
-                    f"this {type(unwrap(model)).__name__} has been prepared already (tp_size={self.plugin.tp_size}). "
-                    "Prepare a model once, and go on with what `prepare` returned."
-                )
             if self.accelerator.verify_device_map(model):
                 device_map = next(m.hf_device_map for m in model.modules() if len(getattr(m, "hf_device_map", ())) > 1)
                 raise ValueError(
@@ -178,6 +170,8 @@ class _Hooks:
         return plans
 
     def _look_after(self, model: nn.Module) -> None:
+        if any(model is known for known in self._guard.models()):
+            return  # prepared once more, as Trainer does where it looks for a batch size
         watch_batches(model, self.tp_mesh, self.plugin.replica_check_steps)
         draw_by_replica(model, self.plugin.device_mesh.get_local_rank("dp_replicate"), self.tp_mesh.device_type)
         self._guard.add(model)
@@ -209,7 +203,8 @@ class _Hooks:
         return shortened if shortened is dataloader else serve_replicas(shortened, self.plugin.device_mesh)
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Optimizer:
-        self._guard.watch(_bare(optimizer))
+        if self._guard.watch(_bare(optimizer)):
+            take_full_state(_bare(optimizer))
         self._agree_on_overflow()  # Accelerate hands its scaler to each optimizer here
         return self.stock["prepare_optimizer"](optimizer, device_placement=device_placement)
 

@@ -55,12 +55,14 @@ class ReplicaGuard:
         self._models = [reference for reference, _ in alive]
         return [model for _, model in alive]
 
-    def watch(self, optimizer: Optimizer) -> None:
-        """Guard every step of `optimizer`; once, however often it is asked for."""
-        if optimizer not in self._steps:
-            self._steps[optimizer] = 0
-            optimizer.register_step_pre_hook(self._before_step)
-            optimizer.register_step_post_hook(self._after_step)
+    def watch(self, optimizer: Optimizer) -> bool:
+        """Guard every step of `optimizer`, and tell whether it is a new one."""
+        if optimizer in self._steps:
+            return False
+        self._steps[optimizer] = 0
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+        return True
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.agree_on_gradients(optimizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -130,8 +131,21 @@ def shard_info(param: nn.Parameter) -> ShardInfo | None:
 
 
 def remember_shards(module: nn.Module, shards: dict[str, ShardInfo]) -> None:
-    """Keep the shards of a module's parameters on the module too: `copy.deepcopy` drops a parameter's attributes."""
+    """Keep the shards of a module's parameters on the module too: `copy.deepcopy` drops a parameter's attributes.
+
+    From then on `load_state_dict` takes full tensors as well as this rank's parts of them.
+    """
+    if shards and _REMEMBERED not in module.__dict__:
+        module.register_load_state_dict_pre_hook(_cut_full_tensors)
     module.__dict__.setdefault(_REMEMBERED, {}).update(shards)
+
+
+def _cut_full_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Load-state-dict pre-hook. `state_dict` is torch's own shallow copy of what was passed."""
+    for name, info in module.__dict__[_REMEMBERED].items():
+        value = state_dict.get(prefix + name)
+        if isinstance(value, Tensor) and info.is_sharded and value.shape == info.global_shape:
+            state_dict[prefix + name] = info.local_part(value)
 
 
 def restore_shards(model: nn.Module) -> None:

@@ -404,13 +404,6 @@ def submodule_over_several_devices(here):
     return (model,)
 
 
-@case(PREPARE, "has been prepared already", "go on with what `prepare` returned")
-def bare_model_prepared_twice(here):
-    model = build_model("llama")
-    here.accelerator.prepare(model)
-    return (model,)
-
-
 @case(PREPARE, "wrapped in DistributedDataParallel already", "Pass the bare model")
 def model_in_ddp(here):
     return (nn.parallel.DistributedDataParallel(build_model("llama")),)

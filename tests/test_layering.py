@@ -11,13 +11,14 @@ import accel_tp_ddp
 PACKAGE = Path(accel_tp_ddp.__file__).parent
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
 
-KNOW_ACCELERATE = {"__init__.py", "loaders.py", "plugin.py", "prepare.py", "trainer.py"}
+KNOW_ACCELERATE = {"__init__.py", "launch.py", "loaders.py", "plugin.py", "prepare.py", "trainer.py"}
 FOREIGN = {"accelerate", "transformers", "trl", "peft", "datasets"}
 
 # Which files may call collectives. All those of a forward or backward stand in collectives.py.
 CALL_COLLECTIVES = {
     "collectives.py": "compute; set-up: the first rank's values",
     "batches.py": "the comparison of inputs",
+    "launch.py": "the end of the script",
     "gradients.py": "the norm of the full gradient",
     "prepare.py": "set-up: agreement; metrics",
     "replicas.py": "between steps: what is replicated stays equal",
