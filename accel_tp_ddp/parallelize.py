@@ -163,7 +163,7 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
         region = Region(mesh, draws_dropout(model))
         for entry in plan.entries:
             entry.style.apply(entry.site, region)
-        model.register_forward_hook(region.leave_hook, always_call=True)
+        region.attach(model)
         if has_dtensor_parameters(model):
             localize_with_map(model, keep=plain)
         link_partial_gradients(model)

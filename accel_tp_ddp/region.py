@@ -41,6 +41,8 @@ class Region:
         self._version = -1
         # Held strongly only until the region is left: torch does not keep the Python object alive by itself.
         self._copy: Tensor | None = None
+        self.running = 0  # forwards of the whole model under way
+        self.whole: dict[tuple[int, int], Tensor] = {}  # what `direct` has gathered in this forward
 
     def enter(
         self, tensor: Tensor, partners: tuple[ParallelForward, ...] = (), keep: bool = True, training: bool = True
@@ -74,12 +76,22 @@ class Region:
         if self.stream is not None:
             self.stream.leave()
 
-    def leave_hook(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the whole model, for regions that an exception has left open."""
+    def attach(self, model: nn.Module) -> None:
+        """Follow the forwards of the whole model, so that nothing outlives one, also where an exception ends it."""
+        model.register_forward_pre_hook(self._begin_hook, prepend=True)
+        model.register_forward_hook(self._end_hook, always_call=True)
+
+    def _begin_hook(self, model: nn.Module, args: Any) -> None:
+        self.running += 1
+
+    def _end_hook(self, model: nn.Module, args: Any, output: Any) -> None:
+        self.running = max(0, self.running - 1)
+        self.whole.clear()
         self.leave()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"mesh": self.mesh, "stream": self.stream, "_source": None, "_version": -1, "_copy": None}
+        idle = {"_source": None, "_version": -1, "_copy": None, "running": 0, "whole": {}}
+        return {"mesh": self.mesh, "stream": self.stream, **idle}
 
 
 class ParallelForward:
@@ -98,6 +110,7 @@ class ParallelForward:
         self.offered: dict[str, Tensor] = {}
         self._inner: Callable | None = module.__dict__.get("forward")
         self._entered = False
+        self.computing = False  # whether the module's own forward runs
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -110,9 +123,13 @@ class ParallelForward:
 
     def inner(self, *args, **kwargs):
         """The module's own forward."""
-        if self._inner is not None:
-            return self._inner(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        self.computing = True
+        try:
+            if self._inner is not None:
+                return self._inner(*args, **kwargs)
+            return type(self.module).forward(self.module, *args, **kwargs)
+        finally:
+            self.computing = False
 
     def enter_hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook: open the region on the module's first argument.
@@ -162,4 +179,4 @@ class ParallelForward:
             self.module._parameters.update(saved)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "offered": {}, "_entered": False}
+        return {**self.__dict__, "offered": {}, "_entered": False, "computing": False}

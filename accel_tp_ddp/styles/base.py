@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..direct import read_whole
 from ..errors import PlanError
 from ..region import ParallelForward, Region
 from ..shard import Layout, ShardInfo, chunk_ranges, remember_shards
@@ -75,6 +76,8 @@ class Style:
     shares_input: bool = True
     #: Whether the module's replicated parameters get only a part of their gradient on each rank.
     partial_gradients: bool = False
+    #: Whether code outside the module that reads its sharded parameters means them whole, as its output is whole.
+    whole_outside: bool = False
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         """The layout of each parameter that is sharded, by its name in the module; others stay replicated."""
@@ -130,6 +133,8 @@ class Style:
         remember_shards(module, shards)
         call = ParallelForward(module, self, region, shards)
         module.forward = call
+        if self.whole_outside:
+            read_whole(module, call)
         if self.enters:
             module.register_forward_pre_hook(call.enter_hook, prepend=True, with_kwargs=True)
             module.register_forward_hook(call.exit_hook, always_call=True)

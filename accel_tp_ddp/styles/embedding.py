@@ -25,6 +25,7 @@ class EmbeddingRowwise(Style):
 
     accepts = (nn.Embedding,)
     uneven = True
+    whole_outside = True
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         return {"weight": even_layout(site.module.num_embeddings, 0, site.tp_size)}
@@ -46,6 +47,7 @@ class EmbeddingColwise(Style):
 
     accepts = (nn.Embedding,)
     uneven = True
+    whole_outside = True
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         return {"weight": even_layout(site.module.embedding_dim, 1, site.tp_size)}

@@ -53,6 +53,7 @@ class ColwiseGatherOutput(Colwise):
     uneven = True
     shares_input = False
     whole_heads = False
+    whole_outside = True
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
         output = call.inner(call.entered(input))
