@@ -9,19 +9,21 @@
 
 The pairs are Megatron-LM's f/g functions (arXiv:1909.08053, section 3): `copy_to_tp` opens a tensor-parallel region,
 `reduce_from_tp` closes one. All take the one-dimensional tensor-parallel mesh and never change their input in place.
-Only `send_first_rank`, which is for set-up and between steps and has no backward, does that.
+Only `send_first_rank`, which is for set-up and between steps and has no backward, does that. `gather_replicas`, for
+metrics, has none either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["copy_to_tp", "gather_from_tp", "reduce_from_tp", "send_first_rank", "split_to_tp"]
+__all__ = ["copy_to_tp", "gather_from_tp", "gather_replicas", "reduce_from_tp", "send_first_rank", "split_to_tp"]
 
 
 def copy_to_tp(mesh: DeviceMesh, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -75,6 +77,27 @@ def send_first_rank(mesh: DeviceMesh, tensor: Tensor) -> None:
     dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
     if sent.data_ptr() != tensor.data_ptr():
         tensor.copy_(sent)
+
+
+def gather_replicas(mesh: DeviceMesh, data: Any) -> Any:
+    """One copy of what each replica holds, in their order.
+
+    Args:
+        mesh: One-dimensional data-parallel mesh.
+        data: A tensor, of equal shape on all ranks, or an iterable of picklable objects.
+
+    Returns:
+        The tensors concatenated along their first dimension, scalars as a vector; or one list of all objects.
+    """
+    group, count = mesh.get_group(), mesh.size()
+    if not isinstance(data, Tensor):
+        gathered: list[Any] = [None] * count
+        dist.all_gather_object(gathered, data, group=group)
+        return [item for part in gathered for item in part]
+    data = data.detach().reshape(-1) if data.ndim == 0 else data.detach().contiguous()
+    parts = [torch.empty_like(data) for _ in range(count)]
+    dist.all_gather(parts, data, group=group)
+    return torch.cat(parts)
 
 
 class _CopyToTP(torch.autograd.Function):

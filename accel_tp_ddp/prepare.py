@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -25,6 +24,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from .batches import watch_batches
+from .collectives import gather_replicas
 from .export import full_state_dict_of_all, save_config
 from .gradients import clip_grad_norm_, grad_scaler
 from .loaders import serve_replicas
@@ -232,19 +232,14 @@ class _Hooks:
     def _gather_objects(self, objects: Any, samples: int | None) -> Any:
         if self.dp_size == 1:  # as a single process gets them: whatever they are
             return objects[:samples] if isinstance(objects, (list, tuple, str)) else objects
-        gathered: list[Any] = [None] * self.dp_size
-        dist.all_gather_object(gathered, objects, group=self.dp_group)
-        return [item for part in gathered for item in part][:samples]
+        return gather_replicas(self.plugin.device_mesh["dp_replicate"], objects)[:samples]
 
     def _gather_samples(self, tensor: Tensor, samples: int | None) -> Tensor:
         """Each sample once: its rank's tensor-parallel peers hold copies. Scalars keep Accelerate's world-wide way."""
         if tensor.ndim == 0:
             tp_size = self.plugin.tp_size
             return self.accelerator.gather(tensor)[: None if samples is None else samples * tp_size]
-        tensor = tensor.contiguous()
-        parts = [torch.empty_like(tensor) for _ in range(self.dp_size)]
-        dist.all_gather(parts, tensor, group=self.dp_group)
-        return torch.cat(parts)[:samples]
+        return gather_replicas(self.plugin.device_mesh["dp_replicate"], tensor)[:samples]
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         if not isinstance(tensor, Tensor) or not self._is_shard(tensor):

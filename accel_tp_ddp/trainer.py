@@ -1,8 +1,8 @@
 """What `transformers.Trainer` needs beyond Accelerate: where it counts processes, and where it saves and loads.
 
-Trainer makes its own `Accelerator`, and no argument of it reaches all the places below. The first accelerator that
-tensor parallelism hooks therefore replaces these methods of the class, once; a Trainer whose accelerator has no
-tensor parallelism runs the stock ones. Each mend names the place in transformers 5.23 that it answers.
+Trainer makes its own `Accelerator`, and no argument of it reaches all the places below. An accelerator that tensor
+parallelism hooks therefore replaces these methods of the class, once; a Trainer whose accelerator has no tensor
+parallelism runs the stock ones. Each mend names the place in transformers 5.23, or TRL 1.16, that it answers.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+from accelerate.utils import recursively_apply
 from torch.distributed.device_mesh import DeviceMesh
 
+from .collectives import gather_replicas
 from .export import full_state_dict_of_all
 from .optimizer import full_optimizer_state
 
@@ -34,14 +36,15 @@ class Sizes(Protocol):
 
 
 def mend_trainer(plugin_type: type) -> None:
-    """Replace methods of `transformers.Trainer`, if it has been imported, for trainers with a plugin of this type."""
-    module = sys.modules.get("transformers.trainer")
-    if module is None or hasattr(module.Trainer, _STOCK):
-        return
-    stock = {name: getattr(module.Trainer, name) for name in _MENDS if hasattr(module.Trainer, name)}
-    setattr(module.Trainer, _STOCK, stock)
-    for name, method in stock.items():
-        setattr(module.Trainer, name, _mended(method, _MENDS[name], plugin_type))
+    """Replace methods of the trainer classes that have been imported, for trainers with a plugin of this type."""
+    for (module, name), mends in _MENDS.items():
+        trainer_class = getattr(sys.modules.get(module), name, None)
+        if trainer_class is None or _STOCK in vars(trainer_class):
+            continue
+        stock = {method: getattr(trainer_class, method) for method in mends if hasattr(trainer_class, method)}
+        setattr(trainer_class, _STOCK, stock)
+        for method, original in stock.items():
+            setattr(trainer_class, method, _mended(original, mends[method], plugin_type))
 
 
 def _mended(stock: Callable, mend: Callable, plugin_type: type) -> Callable:
@@ -86,12 +89,13 @@ def _store_flos(stock: Callable, trainer: Any, plugin: Sizes) -> None:
 
 
 @contextmanager
-def _replicas_as_processes(trainer: Any, plugin: Sizes) -> Iterator[None]:
-    """Let the trainer's arguments count replicas where they count processes."""
+def _replicas_as_processes(trainer: Any, plugin: Sizes, **changed: Any) -> Iterator[None]:
+    """Let the trainer's arguments count replicas where they count processes, and have these values."""
     args = trainer.args
     view = copy.copy(args)
     view.__class__ = _view_type(type(args))
-    view.__dict__["_replicas"] = (plugin.dp_replicate_size, plugin.device_mesh.get_local_rank("dp_replicate"))
+    replicas = (plugin.dp_replicate_size, plugin.device_mesh.get_local_rank("dp_replicate"))
+    view.__dict__.update(changed, _replicas=replicas)
     trainer.args = view
     try:
         yield
@@ -153,14 +157,74 @@ def _load_rng_state(stock: Callable, trainer: Any, plugin: Sizes, checkpoint: st
         stock(checkpoint)
 
 
-_MENDS: dict[str, Callable] = {
-    "_get_dataloader": _get_dataloader,
-    "_get_num_items_in_batch": _get_num_items_in_batch,
-    "_track_num_input_tokens": _track_num_input_tokens,
-    "store_flos": _store_flos,
-    "train": _train,
-    "_save": _save,
-    "_save_optimizer_and_scheduler": _save_optimizer_and_scheduler,
-    "_save_rng_state": _save_rng_state,
-    "_load_rng_state": _load_rng_state,
+# ---- GRPO of TRL ----------------------------------------------------------------------------------------------------
+
+
+def _get_train_dataloader(stock: Callable, trainer: Any, plugin: Sizes) -> Any:
+    """GRPO's `get_train_dataloader` deals out prompts for as many completions as all processes together would make.
+
+    Raises:
+        ValueError: If the completions of one prompt do not fit a generation batch of the replicas.
+    """
+    args = trainer.args
+    size = args.per_device_train_batch_size * plugin.dp_replicate_size * args.steps_per_generation
+    if size % trainer.num_generations:
+        raise ValueError(
+            f"num_generations={trainer.num_generations} does not divide the {size} completions of a generation batch: "
+            f"per_device_train_batch_size={args.per_device_train_batch_size} x {plugin.dp_replicate_size} replicas x "
+            f"steps_per_generation={args.steps_per_generation}, with tp_size={plugin.tp_size}. Change one of them."
+        )
+    with _replicas_as_processes(trainer, plugin, generation_batch_size=size):
+        return stock()
+
+
+def _among_replicas(stock: Callable, trainer: Any, plugin: Sizes, *args: Any, **kwargs: Any) -> Any:
+    """`_generate_and_score_completions` and `_compute_loss` compare the completions of a prompt, wherever they are.
+
+    They gather from all processes, count these and find their own place among them; let those be the replicas.
+    """
+    module = sys.modules[_GRPO[0]]
+    over = functools.partial(gather_replicas, plugin.device_mesh["dp_replicate"])
+    names = {"gather": functools.partial(recursively_apply, over), "gather_object": over}
+    accelerator, saved = trainer.accelerator, {name: getattr(module, name) for name in names}
+    trainer.accelerator = _AmongReplicas(accelerator, plugin, names["gather"])
+    vars(module).update(names)
+    try:
+        return stock(*args, **kwargs)
+    finally:
+        trainer.accelerator = accelerator
+        vars(module).update(saved)
+
+
+class _AmongReplicas:
+    """An accelerator that counts replicas where it counts processes."""
+
+    def __init__(self, accelerator: Any, plugin: Sizes, gather: Callable):
+        self._accelerator = accelerator
+        self.num_processes = plugin.dp_replicate_size
+        self.process_index = plugin.device_mesh.get_local_rank("dp_replicate")
+        self.gather = gather
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._accelerator, name)
+
+
+_GRPO = ("trl.trainer.grpo_trainer", "GRPOTrainer")
+_MENDS: dict[tuple[str, str], dict[str, Callable]] = {
+    ("transformers.trainer", "Trainer"): {
+        "_get_dataloader": _get_dataloader,
+        "_get_num_items_in_batch": _get_num_items_in_batch,
+        "_track_num_input_tokens": _track_num_input_tokens,
+        "store_flos": _store_flos,
+        "train": _train,
+        "_save": _save,
+        "_save_optimizer_and_scheduler": _save_optimizer_and_scheduler,
+        "_save_rng_state": _save_rng_state,
+        "_load_rng_state": _load_rng_state,
+    },
+    _GRPO: {
+        "get_train_dataloader": _get_train_dataloader,
+        "_generate_and_score_completions": _among_replicas,
+        "_compute_loss": _among_replicas,
+    },
 }

@@ -49,7 +49,16 @@ def result_of(folder):
 def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     launch(
-        folder, YAML.format(processes=2), SCRIPTS / "ordinary.py", "--output_dir", "out", "--tp_size", "7", "a", "-m"
+        folder,
+        YAML.format(processes=2),
+        SCRIPTS / "ordinary.py",
+        "--output_dir",
+        "out",
+        "--tp_size",
+        "7",
+        "a b",
+        "-m",
+        "c",
     )
     return result_of(folder)
 

@@ -305,7 +305,7 @@ NEEDED_BY = {
 
 
 def test_each_mend_is_tried():
-    assert NEEDED_BY.keys() | {"_load_rng_state"} == set(trainer._MENDS)
+    assert NEEDED_BY.keys() | {"_load_rng_state"} == trainer._MENDS["transformers.trainer", "Trainer"].keys()
 
 
 @pytest.mark.parametrize("mend", NEEDED_BY)
