@@ -66,7 +66,7 @@ def _unmasked_lookup(self: embedding.EmbeddingRowwise, call: region.ParallelForw
     return collectives.reduce_from_tp(call.mesh, call.inner((input - start).masked_fill(elsewhere, 0)))
 
 
-def _sum_what_has_accumulated(self: Any, module: torch.nn.Module, region: region.Region, shards: dict) -> None:
+def _sum_what_has_accumulated(self: Any, module: torch.nn.Module, region: region.Region, *args: Any) -> None:
     group = region.mesh.get_group()
     for param in module.parameters():
         param.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad, group=group))
@@ -106,7 +106,7 @@ _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "partial gradients summed again": [
         (replicated.ReplicatedWithGradAllReduce, "install", _sum_what_has_accumulated),
     ],
-    "copy without its backward": [(region, "copy_to_tp", lambda mesh, *tensors: tensors)],
+    "copy without its backward": [(region, "copy_to_tp", lambda mesh, *tensors, slots=(): tensors)],
     "copy with a mean for its sum": [(collectives, "_all_reduce_together", _mean)],
     "gather with a sum in its backward": [(collectives._GatherFromTP, "backward", _sum_then_slice)],
     "reduce with a sum in its backward": [(linear, "reduce_from_tp", _reduce_with_a_summed_gradient)],

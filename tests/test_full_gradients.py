@@ -14,7 +14,7 @@ from accel_tp_ddp.styles import PackedColwise
 
 from .compare import assert_tensors_close, relative_errors
 from .faults import injected
-from .models import ARCHITECTURES, VOCABULARY, build_model
+from .models import ARCHITECTURES, FURTHER, VOCABULARY, build_model
 from .ranks import run_on_ranks
 from .training import make_accelerator
 
@@ -86,6 +86,18 @@ def test_each_parameter_has_the_unsharded_gradient(tp, model, tied):
     reference = unsharded(causal(model, tied), causal_loss)
     assert reference[0].keys() == dict(build_model(model, tied=tied).named_parameters()).keys()
     assert_gradients(run_on_ranks(sharded, tp, causal(model, tied), causal_loss), reference)
+
+
+@pytest.mark.parametrize("model", FURTHER)
+@TP
+def test_experts_latent_attention_sinks_and_shared_heads_have_the_unsharded_gradient(tp, model):
+    """Over two backward passes. What one rank holds of it is less than the whole."""
+    seeds = (0, 1)
+    reference = unsharded(causal(model, False), causal_loss, seeds)
+    floor = 1e-3 if model == "qwen2_one_key" else 0.0  # a key's bias gets rounding noise only
+    assert reference[0].keys() == dict(build_model(model).named_parameters()).keys()
+    assert all(gradient.norm() > 1e-3 for name, gradient in reference[0].items() if not name.endswith("k_proj.bias"))
+    assert_gradients(run_on_ranks(sharded, tp, causal(model, False), causal_loss, seeds=seeds), reference, floor)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["reentrant", "non-reentrant"])
