@@ -144,7 +144,7 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
                 if target not in chosen or claimed.get(target) == rule.count("*"):
                     chosen[target] = (value, rule, source)
                     claimed[target] = rule.count("*")
-    _check_supported(model, names, chosen, own, tp_size)
+    _check_supported(model, chosen, tp_size)
     bare = _bare_styles(names, chosen, own, tp_size)
     entries = [
         _entry(model, names, name, *chosen[name], tp_size, bare.get(name)) for name in names.modules if name in chosen
@@ -166,16 +166,9 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
     return result
 
 
-def _check_supported(
-    model: nn.Module, names: Names, chosen: dict[str, tuple[Any, str, str]], own: set[str], tp_size: int
-) -> None:
-    """Raise for styles of the model's own plan that are still to come, and where a user names a layer's parameter."""
-    missing: dict[str, str] = {}
-    for target, (value, rule, source) in chosen.items():
-        if target not in names.modules and source == "user" and target not in own and names.is_of_a_layer(target):
-            raise names.not_a_module(target, rule)
-        if not is_known(value):
-            missing[rule] = style_label(value)
+def _check_supported(model: nn.Module, chosen: dict[str, tuple[Any, str, str]], tp_size: int) -> None:
+    """Raise for styles of the model's own plan that are still to come."""
+    missing = {rule: style_label(value) for value, rule, _ in chosen.values() if not is_known(value)}
     if missing:
         listed = ", ".join(f"`{rule}: {style}`" for rule, style in missing.items())
         raise PlanError(
@@ -194,7 +187,7 @@ def _bare_styles(
         PlanError: If the module's own style does not let its forward use sharded parameters of its own.
     """
     bare: dict[str, dict[str, Style]] = {}
-    for target, (value, rule, _) in chosen.items():
+    for target, (value, rule, source) in chosen.items():
         if target in names.modules:
             continue
         owner, leaf = names.owner_of(target)
@@ -202,6 +195,8 @@ def _bare_styles(
         owner_value, owner_rule, _ = chosen.get(owner, ("replicate", owner, ""))
         if get_style(owner_value, owner_rule).takes_parameters:
             bare.setdefault(owner, {})[leaf] = style
+        elif source == "user" and target not in own and leaf in ("weight", "bias"):
+            raise names.not_a_module(target, rule)
         elif not isinstance(style, Replicate):
             size = tuple(names.modules[owner]._parameters[leaf].shape)
             raise PlanError(

@@ -133,10 +133,6 @@ class Names:
         owner, _, leaf = parameter.rpartition(".")
         return self.first_name[id(self.aliases[owner])], leaf
 
-    def is_of_a_layer(self, parameter: str) -> bool:
-        """Whether a parameter belongs to a layer whose style lays all of it out."""
-        return isinstance(self.modules[self.owner_of(parameter)[0]], (nn.Linear, nn.Embedding))
-
     def not_a_module(self, name: str, rule: str) -> PlanError:
         """The error for a rule that means the parameter `name`, with a style for modules."""
         owner, _, leaf = name.rpartition(".")

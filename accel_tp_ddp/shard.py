@@ -113,7 +113,7 @@ class ShardInfo:
 
     @property
     def is_repeated(self) -> bool:
-        """Whether other ranks hold the same part as some rank does, so that each of them has a part of its gradient."""
+        """Whether some ranks hold the same part, so that each of them has only a part of its gradient."""
         return self.layout is not None and self.layout.repeated
 
     @property

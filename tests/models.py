@@ -39,11 +39,15 @@ _FURTHER: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {**_LATENT, "q_lora_rank": None, "n_group": 2, "topk_group": 1},
     "deepseek_v3": {**_LATENT, "q_lora_rank": 24, "n_group": 2, "topk_group": 1, "rope_interleave": True},
+    "longcat_flash": {
+        **{**_LATENT, "q_lora_rank": 24, "n_routed_experts": 3, "zero_expert_num": 2, "moe_topk": 2},
+        **{"ffn_hidden_size": 48, "expert_ffn_hidden_size": 32, "num_layers": 1, "head_dim": 4},
+    },
     "llama_one_key": {**_GROUPED, "model_type": "llama", "num_key_value_heads": 1},
     "qwen3_two_keys": {**_GROUPED, "model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 2},
     "qwen2_one_key": {**_GROUPED, "model_type": "qwen2", "num_key_value_heads": 1},
 }
-#: Experts, latent attention, attention sinks, key/value heads fewer than ranks. Not in every cross product of the tests.
+#: Experts, latent attention, attention sinks, few key/value heads. Not in every cross product of the tests.
 FURTHER = tuple(_FURTHER)
 
 
@@ -65,15 +69,15 @@ def build_model(
     """The same weights wherever it is called; the global random state is left alone.
 
     Norm weights and biases start at one and zero, where a swapped, doubled or dropped one would not show, so they are
-    moved off by a tenth, and so is what else starts at zero. `attention` None: what transformers takes by itself, sdpa where there is one. `noise` changes
-    every weight by about so much, relatively.
+    moved off by a tenth, and so is what else starts at zero. `attention` None: what transformers takes by itself, sdpa
+    where there is one. `noise` changes every weight by about so much, relatively.
     """
     config = build_config(architecture, tied=tied, layers=layers, **overrides)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
         for parameter in model.parameters():
-            if parameter.ndim == 1 or not parameter.any():
+            if parameter.ndim == 1 or not (parameter.is_meta or parameter.any()):
                 parameter += 0.1 * torch.randn_like(parameter)
         if noise:
             for parameter in model.parameters():

@@ -13,7 +13,7 @@ from accel_tp_ddp import full_gradients, parallelize, register_style
 from accel_tp_ddp.styles import PackedColwise
 
 from .compare import assert_tensors_close, relative_errors
-from .faults import injected
+from .faults import STYLE_FAULTS, injected
 from .models import ARCHITECTURES, FURTHER, VOCABULARY, build_model
 from .ranks import run_on_ranks
 from .training import make_accelerator
@@ -130,6 +130,34 @@ def test_a_fault_shows_in_the_gradients(model, fault):
     for passes in run_on_ranks(sharded, 2, causal(model, False), causal_loss, fault=fault):
         worst = max(max(relative_errors(*pair).values()) for pair in zip(passes, reference))
         assert worst > 10 * TOLERANCE
+
+
+# Where a fault of one style shows, and in the gradient of what.
+SHOWN_BY = {
+    "shared rotary keys not summed": ("deepseek_v2", 2, "self_attn.kv_a_proj_with_mqa.weight"),
+    "shared heads not summed": ("llama_one_key", 2, "self_attn.k_proj.weight"),
+    "shared heads summed over all ranks": ("qwen3_two_keys", 4, "self_attn.v_proj.weight"),
+    "sinks of other heads": ("gpt_oss", 2, "self_attn.sinks"),
+    "expert bias on every rank": ("gpt_oss", 2, "mlp.experts.down_proj_bias"),
+    "expert bias with a divided gradient": ("gpt_oss", 2, "mlp.experts.down_proj_bias"),
+    "experts' input gradients not summed": ("qwen3_moe", 2, "post_attention_layernorm.weight"),
+    "routing weights' gradients not summed": ("mixtral", 2, "mlp.gate.weight"),
+    "identity expert on every rank": ("longcat_flash", 2, "mlp.router.classifier.weight"),
+}
+
+
+def test_each_fault_of_a_style_is_tried():
+    assert SHOWN_BY.keys() | {"cached head counts left as they were"} == set(STYLE_FAULTS)
+
+
+@pytest.mark.parametrize("fault", SHOWN_BY)
+def test_a_fault_of_a_style_shows_in_the_gradients(fault):
+    model, tp, sign = SHOWN_BY[fault]
+    seeds = (0, 1)
+    reference = unsharded(causal(model, False), causal_loss, seeds)
+    for passes in run_on_ranks(sharded, tp, causal(model, False), causal_loss, fault=fault, seeds=seeds):
+        errors = relative_errors(passes[-1], reference[-1])
+        assert max(error for name, error in errors.items() if name.endswith(sign)) > 10 * TOLERANCE
 
 
 # --- through Accelerate ----------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ class LocalParameters(Style):
 
 
 class LatentKeyValueDown(Style):
-    """The replicated down-projection of keys and values in multi-head latent attention (DeepSeek-V2, arXiv:2405.04434).
+    """The replicated down-projection of keys and values in multi-head latent attention (arXiv:2405.04434).
 
     The last columns of its output are the rotary key that all heads share. They go to each rank's heads directly, so
     their gradient is partial. Forward: nothing; backward: all-reduce of those columns. The columns before them enter
@@ -42,7 +42,7 @@ class LatentKeyValueDown(Style):
         columns = self._shared_columns(site)
         if not isinstance(columns, int) or not 0 < columns < site.module.out_features:
             raise site.error(
-                f"`{site.parameter('weight')}` of size {tuple(site.module.weight.shape)} has key columns that all heads "
+                f"`{site.parameter('weight')}` of size {tuple(site.module.weight.shape)} has columns that all heads "
                 f"share, and neither the module around it nor its config says how many (qk_rope_head_dim={columns}).",
                 "Set the style to `replicate`, and those of the projections after it.",
             )

@@ -51,20 +51,20 @@ class Experts(Style):
                 )
         if not cut:
             raise site.error("no parameter of the module is sharded.", "Set the style to `replicate`.")
-        self._verify_interleaved(site, cut)
+        self._verify_gates(site, cut)
         self._verify_alignment(site, cut)
 
     @staticmethod
-    def _verify_interleaved(site: Site, cut: dict[str, Layout]) -> None:
-        if getattr(site.module, "is_concatenated", True):
-            return
+    def _verify_gates(site: Site, cut: dict[str, Layout]) -> None:
+        """A rank's gate has to meet its up; whether they are stored one after the other, transformers' module says."""
+        packed = getattr(site.module, "is_concatenated", None)
         for name, layout in cut.items():
-            odd = any(start % 2 for ranges in layout.ranges for start, _ in ranges)
-            if odd and "gate_up" in name:
+            if packed is not None and "gate_up" in name and layout.contiguous == packed:
+                stored = "one after the other" if packed else "in turns"
                 raise site.error(
                     f"`{site.parameter(name)}` of size {tuple(site.module._parameters[name].shape)} holds gate and up "
-                    "in turns, and tp_size would part a pair.",
-                    f"Choose a tp_size that divides {sum(layout.sizes) // 2}.",
+                    f"{stored}, and its style cuts it otherwise.",
+                    f"Use {'`packed_colwise` or `packed_rowwise`' if packed else '`colwise` or `rowwise`'}.",
                 )
 
     @staticmethod
@@ -116,7 +116,7 @@ class SharedBias(Style):
 
 
 class IdentityExpert(Style):
-    """An expert that returns its input, on every rank, though the experts' outputs are summed: each rank takes its part.
+    """An expert that returns its input: as the experts' outputs are summed over the ranks, each gives a part of it.
 
     Forward and backward: divides by the number of ranks, as the experts sum their inputs' gradients too.
     """

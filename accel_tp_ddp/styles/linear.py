@@ -102,7 +102,7 @@ class Rowwise(Style):
         return even_layout(site.module.in_features, 1, site.tp_size)
 
     def bare_layout(self, site: Site, name: str) -> Layout:
-        """The last dimension: the inputs of a stack of matrices, or the outputs of transposed ones and their biases."""
+        """The last dimension: inputs of a stack of matrices, or outputs of transposed ones and their biases."""
         param = site.module._parameters[name]
         return even_layout(param.shape[-1], param.ndim - 1, site.tp_size)
 
@@ -167,7 +167,7 @@ _SHOWN = "_tp_heads"
 
 
 def show_local_heads(site: Site) -> None:
-    """Let the attention module around a column-parallel projection know this rank's head counts, where it keeps any."""
+    """Show this rank's head counts to the attention module around a projection, where it keeps any."""
     parent = site.parent
     if parent is None or site.head_width() is None or _SHOWN in parent.__dict__:
         return

@@ -111,8 +111,8 @@ def packed_bare_layout(site: Site, name: str, dim: int, sections: int) -> Layout
     section, rest = divmod(param.shape[dim], sections)
     if rest or section % site.tp_size:
         raise site.error(
-            f"dimension {dim} of `{site.parameter(name)}` of size {tuple(param.shape)} is not {sections} equal sections "
-            "that are each divisible by tp_size.",
+            f"dimension {dim} of `{site.parameter(name)}` of size {tuple(param.shape)} is not {sections} equal "
+            "sections that are each divisible by tp_size.",
             "Choose another tp_size, or set the style to `replicate`.",
         )
     return Layout(dim, packed_ranges([section] * sections, site.tp_size))
