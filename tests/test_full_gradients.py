@@ -132,6 +132,18 @@ def test_a_fault_shows_in_the_gradients(model, fault):
         assert worst > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])  # grouped_mm is what transformers takes by itself
+@pytest.mark.parametrize("model", ["gpt_oss", "qwen3_moe"])
+def test_experts_have_the_unsharded_gradient_however_they_are_computed(model, implementation):
+    seeds = (0, 1)
+    assert build_model(model).config._experts_implementation == "grouped_mm"
+    build = partial(build_model, model, experts_implementation=implementation)
+    assert build().config._experts_implementation == implementation
+    assert_gradients(
+        run_on_ranks(sharded, 2, build, causal_loss, seeds=seeds), unsharded(causal(model, False), causal_loss, seeds)
+    )
+
+
 # Where a fault of one style shows, and in the gradient of what.
 SHOWN_BY = {
     "shared rotary keys not summed": ("deepseek_v2", 2, "self_attn.kv_a_proj_with_mqa.weight"),

@@ -1,6 +1,5 @@
 """Key/value heads fewer than ranks: ranks share a head, hold the same slice of it, and each knows its own counts."""
 
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -106,8 +105,11 @@ def drifting(guarded):
     mesh = tp_mesh()
     model = parallelize(build_model("qwen3_two_keys"), mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    guard = ReplicaGuard(mesh, 1, "heal")
+    guard = ReplicaGuard(mesh, 0, "heal")
     guard.add(model)
+    if not guarded:
+        guard.agree_on_gradients = lambda optimizer: None
+    guard.watch(optimizer)
     shared = {
         name: param for name, param in model.named_parameters() if (info := shard_info(param)) and info.is_repeated
     }
@@ -116,8 +118,6 @@ def drifting(guarded):
         param.register_hook(lambda grad: grad * (1 + 1e-6 * torch.randn(grad.shape, generator=noise)))
     for seed in range(2):
         model(**token_batch(seed)).loss.backward()
-        if guarded:
-            guard.agree_on_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -239,9 +239,3 @@ def failing_counts():
 
 def test_with_the_counts_of_the_whole_it_goes_wrong():
     assert all(run_on_ranks(failing_counts, 2))
-
-
-def test_a_second_sharding_style_leaves_the_counts_alone():
-    """The counts are set once for a module, however many of its projections are planned."""
-    shown = run_on_ranks(partial(counting_gradients), 2)[0][2]
-    assert shown == (QUERIES // 2, KEYS // 2, QUERIES // KEYS)
