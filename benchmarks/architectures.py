@@ -11,11 +11,14 @@ with the unsharded model's. Exit code 1 if one that can be compared differs.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
+import resource
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from accel_tp_ddp.rules import _SHIPPED as SHIPPED
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 FLOOR = 1e-4  # of the norm of all gradients together: below, a gradient is rounding noise around zero
 VOCABULARY, LENGTH = 128, 16
+MEMORY = 12 << 30  # of addresses, for each process
 forked = multiprocessing.get_context("fork")  # what is imported already need not be imported again
 
 # Small values for whatever of these a config has. Head widths are unlike each other where a config allows it.
@@ -59,23 +63,50 @@ def architectures() -> list[str]:
     """Model types with a plan, in alphabetical order."""
     shipped = {path.stem for path in SHIPPED.glob("*.yaml")}
     types = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    return [name for name in types if name in shipped or getattr(CONFIG_MAPPING[name], "base_model_tp_plan", None)]
+    planned = (name for name in types if name in shipped or getattr(CONFIG_MAPPING[name], "base_model_tp_plan", None))
+    return [
+        name for name in planned if not CONFIG_MAPPING[name].sub_configs
+    ]  # those with a text model are listed by it
 
 
-def tiny_config(architecture: str) -> Any:
+def tiny_configs(architecture: str) -> Iterator[Any]:
+    """Small configs; the first that runs is taken, as few of an architecture's sizes may be set freely."""
     kind = CONFIG_MAPPING[architecture]
     default = kind()
-    sizes = {name: value for name, value in SIZES.items() if getattr(default, name, None) is not None}
-    if {"head_dim", "qk_rope_head_dim"} <= sizes.keys() and default.head_dim == default.qk_rope_head_dim:
-        sizes["head_dim"] = sizes["qk_rope_head_dim"]
-    lists = {name: None for name in ("layer_types", "mlp_layer_types") if name in vars(default)}
-    return kind(**sizes, **lists)  # of one entry for each layer: made anew
+    given = {name: value for name, value in SIZES.items() if getattr(default, name, None) is not None}
+    optional = {name: value for name, value in SIZES.items() if hasattr(default, name)}
+    latent = {"num_key_value_heads": SIZES["num_attention_heads"]} if "kv_lora_rank" in given else {}
+    if {"head_dim", "qk_rope_head_dim"} <= given.keys() and default.head_dim == default.qk_rope_head_dim:
+        latent["head_dim"] = given["qk_rope_head_dim"]
+    anew = {name: None for name in ("layer_types", "mlp_layer_types") if name in vars(default)}  # one for each layer
+    first = {name: list(getattr(default, name) or ())[:2] or None for name in anew}
+    narrow = {"head_dim": SIZES["hidden_size"] // SIZES["num_attention_heads"]} if "head_dim" in given else {}
+    for sizes in (given, optional, {**given, **narrow}, {**optional, "q_lora_rank": None}):
+        for lists in (anew, first, {}):
+            try:
+                yield kind(**{**sizes, **latent, **lists})
+            except Exception:
+                continue
 
 
-def build(architecture: str) -> torch.nn.Module:
+def working_config(architecture: str) -> Any:
+    """Raises:
+    RuntimeError: With the first problem, if no config works.
+    """
+    problem = None
+    for config in tiny_configs(architecture):
+        try:
+            loss_of(build(config)).backward()
+            return config
+        except Exception as error:
+            problem = problem or error
+    raise RuntimeError(f"does not run unsharded at this size: {_first_line(problem)}")
+
+
+def build(config: Any) -> torch.nn.Module:
     """Equal on every rank; what starts at one or zero is moved, so that it matters to the loss."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     with torch.no_grad():
         for param in model.parameters():
             if param.ndim == 1 or not param.any() or not param.isfinite().all():
@@ -91,14 +122,15 @@ def loss_of(model: torch.nn.Module) -> torch.Tensor:
 def compare(architecture: str, tp: int) -> dict[str, Any]:
     """On a rank: what there is to say about an architecture."""
     try:
-        reference = build(architecture)
-        loss = loss_of(reference)
-        loss.backward()
-    except Exception as error:
-        return {"result": "skipped", "reason": f"does not run unsharded at this size: {_first_line(error)}"}
+        config = working_config(architecture)
+    except RuntimeError as error:
+        return {"result": "skipped", "reason": str(error)}
+    reference = build(config)
+    loss = loss_of(reference)
+    loss.backward()
     gradients = {name: param.grad for name, param in reference.named_parameters() if param.grad is not None}
     try:
-        model = parallelize(build(architecture), init_device_mesh("cpu", (tp,), mesh_dim_names=("tp",)))
+        model = parallelize(build(config), init_device_mesh("cpu", (tp,), mesh_dim_names=("tp",)))
     except PlanError as error:
         return {"result": "refused", "reason": _first_line(error)}
     sharded = sum(param.tp_shard is not None for param in model.parameters())
@@ -119,6 +151,7 @@ def compare(architecture: str, tp: int) -> dict[str, Any]:
 
 
 def rank_main(rank: int, architecture: str, tp: int, folder: str) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))  # a size left at its default may be that of a large model
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     torch.set_num_threads(1)

@@ -417,6 +417,11 @@ def three_key_value_heads(here):
     return (build_model("llama", hidden_size=96, num_attention_heads=12, num_key_value_heads=3),)
 
 
+@case(PREPARE_TP4, "q_b_proj.weight` of size (72, 24)", "attention heads = 6", "tp_size=4", "divides 6")
+def six_heads_of_latent_attention(here):
+    return (build_model("deepseek_v3", num_attention_heads=6, num_key_value_heads=6),)
+
+
 @case(PREPARE_TP4, "`model.layers.0.self_attn.q_proj.weight`", "key value heads = 2", "tp_size=4", "divides 2.")
 def two_key_value_heads_of_a_module_that_does_not_say_so(here):
     model = build_model("llama", num_key_value_heads=2)

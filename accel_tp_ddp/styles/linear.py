@@ -139,11 +139,13 @@ def verify_whole_heads(site: Site, features: int, side: str, repeats: bool = Tru
 
     Key/value heads that are fewer than the ranks may be held by several of them each, where the style `repeats` them.
     """
-    width = site.head_width()
+    width, counts = site.head_width(), site.head_counts()
     if width is None:
-        return
-    counts = site.head_counts()
-    if features % width == 0:
+        width = getattr(site.parent, "qk_head_dim", None)  # latent attention: its projections have widths of their own
+        counts = {name: count for name, count in counts.items() if name == "num_attention_heads"}
+        if width is None:
+            return
+    elif features % width == 0:
         counts = {f"{features // width} heads in the {side} of {site.name}": features // width, **counts}
     repeats = repeats and site.key_value_heads is not None
     queries = counts.get("num_attention_heads")
