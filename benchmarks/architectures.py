@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import multiprocessing
 import resource
@@ -55,7 +56,13 @@ SIZES: dict[str, Any] = {
     **{"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_expand": 2},
     **{"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 8},
     **{"partial_rotary_factor": 0.5, "rotary_pct": 0.5, "swa_num_attention_heads": 8, "swa_num_key_value_heads": 4},
-    **{"swa_head_dim": 16, "swa_v_head_dim": 16, "num_nextn_predict_layers": 0, "block_size": 8},
+    **{
+        "swa_head_dim": 16,
+        "swa_v_head_dim": 16,
+        "num_nextn_predict_layers": 0,
+        "num_kv_shared_layers": 0,
+        "block_size": 8,
+    },
 }
 
 
@@ -73,16 +80,17 @@ def tiny_configs(architecture: str) -> Iterator[Any]:
     """Small configs; the first that runs is taken, as few of an architecture's sizes may be set freely."""
     kind = CONFIG_MAPPING[architecture]
     default = kind()
-    given = {name: value for name, value in SIZES.items() if getattr(default, name, None) is not None}
-    optional = {name: value for name, value in SIZES.items() if hasattr(default, name)}
+    known = set(inspect.signature(kind.__init__).parameters) | set(vars(default)) | set(dir(kind))
+    optional = {name: value for name, value in SIZES.items() if name in known}
+    given = {name: value for name, value in optional.items() if vars(default).get(name) is not None}
     latent = {"num_key_value_heads": SIZES["num_attention_heads"]} if "kv_lora_rank" in given else {}
-    if {"head_dim", "qk_rope_head_dim"} <= given.keys() and default.head_dim == default.qk_rope_head_dim:
+    if {"head_dim", "qk_rope_head_dim"} <= given.keys() and vars(default)["head_dim"] == default.qk_rope_head_dim:
         latent["head_dim"] = given["qk_rope_head_dim"]
     anew = {name: None for name in ("layer_types", "mlp_layer_types") if name in vars(default)}  # one for each layer
     first = {name: list(getattr(default, name) or ())[:2] or None for name in anew}
     narrow = {"head_dim": SIZES["hidden_size"] // SIZES["num_attention_heads"]} if "head_dim" in given else {}
     for sizes in (given, optional, {**given, **narrow}, {**optional, "q_lora_rank": None}):
-        for lists in (anew, first, {}):
+        for lists in (anew, first, {}, {"layer_types": ["full_attention"] * 2}):
             try:
                 yield kind(**{**sizes, **latent, **lists})
             except Exception:

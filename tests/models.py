@@ -43,6 +43,7 @@ _FURTHER: dict[str, dict[str, Any]] = {
         **{**_LATENT, "q_lora_rank": 24, "n_routed_experts": 3, "zero_expert_num": 2, "moe_topk": 2},
         **{"ffn_hidden_size": 48, "expert_ffn_hidden_size": 32, "num_layers": 1, "head_dim": 4},
     },
+    "apertus": _GROUPED,  # whose activation has parameters
     "llama_one_key": {**_GROUPED, "model_type": "llama", "num_key_value_heads": 1},
     "qwen3_two_keys": {**_GROUPED, "model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 2},
     "qwen2_one_key": {**_GROUPED, "model_type": "qwen2", "num_key_value_heads": 1},

@@ -284,6 +284,14 @@ def rowwise_embedding_with_max_norm(here):
     return (model,)
 
 
+@case(PREPARE, "`0.norm.weight` of size (8,)", "further parameter of the embedding", "`replicate`")
+def embedding_with_a_norm_inside(here):
+    model = toy()
+    model[0].norm = nn.LayerNorm(8)
+    here.plan = {"0": "embedding_rowwise", "2": "colwise_gather_output"}
+    return (model,)
+
+
 @case(PREPARE, "`0.weight` of size (12, 8)", "sparse=True", "Build the embedding without sparse")
 def colwise_embedding_with_sparse_gradients(here):
     model = toy()

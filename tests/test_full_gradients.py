@@ -101,7 +101,7 @@ def test_experts_latent_attention_sinks_and_shared_heads_have_the_unsharded_grad
 
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["reentrant", "non-reentrant"])
-@MODEL
+@pytest.mark.parametrize("model", [*ARCHITECTURES, "llama_one_key", "qwen3_moe", "deepseek_v2"])
 def test_recomputed_activations_give_the_same_gradients(model, checkpointing):
     actual = run_on_ranks(sharded, 2, partial(with_checkpointing, model, checkpointing), causal_loss)
     assert_gradients(actual, unsharded(causal(model, False), causal_loss))

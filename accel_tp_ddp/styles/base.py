@@ -84,7 +84,14 @@ class Site:
     def head_counts(self) -> dict[str, int]:
         """The attention head counts that the config states."""
         names = ("num_attention_heads", "num_key_value_heads")
-        return {name: count for name in names if isinstance(count := getattr(self.config, name, None), int)}
+        return {name: count for name in names if isinstance(count := _read(self.config, name), int)}
+
+
+def _read(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' configs raise it for what may be another value in each layer
+        return None
 
 
 class Style:
