@@ -226,7 +226,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", help="model types; all by default")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each architecture")
     parser.add_argument("--output", type=Path, help="where to write the table")
+    parser.add_argument("--key-value-heads", type=int, default=SIZES["num_key_value_heads"])
     args = parser.parse_args()
+    SIZES["num_key_value_heads"] = args.key_value_heads
     answers = {}
     for name in args.only or architectures():
         answers[name] = run(name, args.tp, args.seconds)
