@@ -18,6 +18,7 @@ import multiprocessing
 import resource
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,9 @@ from accel_tp_ddp.errors import PlanError
 from accel_tp_ddp.rules import _SHIPPED as SHIPPED
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
-FLOOR = 1e-4  # of the norm of all gradients together: below, a gradient is rounding noise around zero
+FLOOR = (
+    1e-4  # of the norm of all gradients together: what is below is compared with that, as it may be noise around zero
+)
 VOCABULARY, LENGTH = 128, 16
 MEMORY = 12 << 30  # of addresses, for each process
 forked = multiprocessing.get_context("fork")  # what is imported already need not be imported again
@@ -202,13 +205,18 @@ def _first_line(error: Exception) -> str:
 def as_table(answers: dict[str, dict[str, Any]], tp: int) -> str:
     counts = {result: sum(a["result"] == result for a in answers.values()) for result in ("pass", "fail", "refused")}
     counts["skipped"] = len(answers) - sum(counts.values())
+    text = (
+        "Made by `python benchmarks/architectures.py`, which says what is compared: the causal language models of "
+        f"transformers {transformers.__version__} that have a plan, tiny, with {SIZES['num_key_value_heads']} key/value "
+        f"heads where they can have so many, at tp_size={tp} on CPU, against the unsharded model. Of {len(answers)}: "
+        f"{counts['pass']} pass, {counts['fail']} fail, {counts['refused']} are refused with an error before any weight "
+        f"is touched, {counts['skipped']} were skipped. Where few parameters are sharded, the plan of transformers names "
+        "no more (or, as for models of several kinds of layers, none of the kinds that were built here)."
+    )
     lines = [
         "# Architectures",
         "",
-        "Made by `python benchmarks/architectures.py`, which says what is compared: the causal language models of",
-        f"transformers {transformers.__version__} that have a plan, tiny, at tp_size={tp} on CPU, against the",
-        f"unsharded model. Of {len(answers)}: {counts['pass']} pass, {counts['fail']} fail, {counts['refused']} are",
-        f"refused with an error before any weight is touched, {counts['skipped']} were skipped.",
+        *textwrap.wrap(text, 119),
         "",
         "| architecture | result | parameters sharded | worst gradient | reason |",
         "| --- | --- | --- | --- | --- |",
