@@ -205,13 +205,15 @@ def _first_line(error: Exception) -> str:
 def as_table(answers: dict[str, dict[str, Any]], tp: int) -> str:
     counts = {result: sum(a["result"] == result for a in answers.values()) for result in ("pass", "fail", "refused")}
     counts["skipped"] = len(answers) - sum(counts.values())
+    heads = SIZES["num_key_value_heads"]
     text = (
         "Made by `python benchmarks/architectures.py`, which says what is compared: the causal language models of "
-        f"transformers {transformers.__version__} that have a plan, tiny, with {SIZES['num_key_value_heads']} key/value "
-        f"heads where they can have so many, at tp_size={tp} on CPU, against the unsharded model. Of {len(answers)}: "
-        f"{counts['pass']} pass, {counts['fail']} fail, {counts['refused']} are refused with an error before any weight "
-        f"is touched, {counts['skipped']} were skipped. Where few parameters are sharded, the plan of transformers names "
-        "no more (or, as for models of several kinds of layers, none of the kinds that were built here)."
+        f"transformers {transformers.__version__} that have a plan, tiny, with {heads} key/value heads where they can "
+        f"have so many, at tp_size={tp} on CPU, against the unsharded model. Of {len(answers)}: "
+        f"{counts['pass']} pass, "
+        f"{counts['fail']} fail, {counts['refused']} are refused with an error before any weight is touched, "
+        f"{counts['skipped']} were skipped. Where few parameters are sharded, the plan of transformers names no more "
+        "(or, as for models of several kinds of layers, none of the kinds that were built here)."
     )
     lines = [
         "# Architectures",
