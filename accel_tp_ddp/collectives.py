@@ -6,6 +6,7 @@
 | `reduce_from_tp` | all-reduce (sum)             | identity                             |
 | `gather_from_tp` | all-gather along a dimension | keep this rank's slice               |
 | `split_to_tp`    | keep this rank's slice       | all-gather along a dimension         |
+| `add_share`      | divide by the ranks          | identity                             |
 
 The pairs are Megatron-LM's f/g functions (arXiv:1909.08053, section 3): `copy_to_tp` opens a tensor-parallel region,
 `reduce_from_tp` closes one. All take the one-dimensional tensor-parallel mesh and never change their input in place.
@@ -23,10 +24,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["copy_to_tp", "gather_from_tp", "gather_replicas", "reduce_from_tp", "send_first_rank", "split_to_tp"]
+__all__ = [
+    "add_share",
+    "copy_to_tp",
+    "gather_from_tp",
+    "gather_replicas",
+    "reduce_from_tp",
+    "send_first_rank",
+    "split_to_tp",
+]
 
 
-def copy_to_tp(mesh: DeviceMesh, *tensors: Tensor) -> tuple[Tensor, ...]:
+Slot = tuple[int, int]
+
+
+def copy_to_tp(mesh: DeviceMesh, *tensors: Tensor, slots: Sequence[Slot | None] = ()) -> tuple[Tensor, ...]:
     """Open a tensor-parallel region: forward identity, backward one all-reduce over all of `tensors` together.
 
     The sum of the gradients is taken once, when every consumer of every copy has contributed, so modules that share
@@ -35,13 +47,16 @@ def copy_to_tp(mesh: DeviceMesh, *tensors: Tensor) -> tuple[Tensor, ...]:
     Args:
         mesh: One-dimensional tensor-parallel mesh.
         tensors: Replicated tensors, any shapes. One that requires no gradient is returned as it is.
+        slots: For each tensor None, or (n, of how many): a tensor that is equal only on the ranks with the same n.
+            Its gradients are summed over those.
     """
     if not torch.is_grad_enabled():
         return tensors
     wanted = [tensor.requires_grad for tensor in tensors]
     if not any(wanted):
         return tensors
-    copies = iter(_CopyToTP.apply(mesh, *(tensor for tensor, want in zip(tensors, wanted) if want)))
+    slots = tuple(slot for slot, want in zip(slots or [None] * len(tensors), wanted) if want)
+    copies = iter(_CopyToTP.apply(mesh, slots, *(tensor for tensor, want in zip(tensors, wanted) if want)))
     return tuple(next(copies) if want else tensor for tensor, want in zip(tensors, wanted))
 
 
@@ -67,6 +82,14 @@ def gather_from_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[i
 def split_to_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     """Forward keeps this rank's slice of a replicated `tensor` along `dim`, backward joins the ranks' slices."""
     return _SplitToTP.apply(mesh, tensor, dim, tuple(sizes))
+
+
+def add_share(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
+    """A replicated term of a sum over the ranks, to be counted once: forward divides by their number.
+
+    Backward identity: the sum's gradient is replicated, so each rank has the full gradient of `tensor` already.
+    """
+    return _Share.apply(mesh.size(), tensor)
 
 
 @torch.no_grad()
@@ -102,21 +125,32 @@ def gather_replicas(mesh: DeviceMesh, data: Any) -> Any:
 
 class _CopyToTP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mesh: DeviceMesh, *tensors: Tensor):
-        ctx.mesh = mesh
+    def forward(ctx, mesh: DeviceMesh, slots: tuple[Slot | None, ...], *tensors: Tensor):
+        ctx.mesh, ctx.slots = mesh, slots
         ctx.set_materialize_grads(False)  # a copy that nobody used adds nothing to the collective
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor | None):
-        return None, *_all_reduce_together(ctx.mesh, grads)
+        summed = _all_reduce_together(ctx.mesh, [_into_slot(grad, slot) for grad, slot in zip(grads, ctx.slots)])
+        return None, None, *(_out_of_slot(grad, slot) for grad, slot in zip(summed, ctx.slots))
 
 
 class _ReduceFromTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mesh: DeviceMesh, tensor: Tensor):
         return _all_reduce(mesh, tensor)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, grad
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ranks: int, tensor: Tensor):
+        return tensor / ranks
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -143,6 +177,19 @@ class _SplitToTP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return None, _all_gather(ctx.mesh, grad, ctx.dim, ctx.sizes), None, None
+
+
+def _into_slot(tensor: Tensor | None, slot: Slot | None) -> Tensor | None:
+    """Ranks of other slots leave this one zero, so one sum over all ranks is one sum for each slot."""
+    if tensor is None or slot is None:
+        return tensor
+    slots = tensor.new_zeros((slot[1], *tensor.shape))
+    slots[slot[0]] = tensor
+    return slots
+
+
+def _out_of_slot(tensor: Tensor | None, slot: Slot | None) -> Tensor | None:
+    return tensor if tensor is None or slot is None else tensor[slot[0]]
 
 
 def _all_reduce(mesh: DeviceMesh, tensor: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ def full_grad_norm(
     """p-norm of the full gradient of `parameters`, as if it were one vector; the same bits on all ranks of a TP group.
 
     For finite p: (sum over shards of |g|^p, plus |g|^p of replicated parameters once)^(1/p); for infinity the maximum.
+    A shard that several ranks hold counts once.
 
     Args:
         parameters: Localized parameters and others, in any mixture. Those without a gradient are passed over.
@@ -51,7 +52,7 @@ def full_grad_norm(
     for param in with_grad:
         info = shard_info(param)
         if info is not None and info.is_sharded:
-            by_mesh.setdefault(info.mesh, []).append(param.grad)
+            by_mesh.setdefault(info.mesh, []).extend([param.grad] if info.is_counted else [])
         else:
             whole.append(param.grad)
     total = _power(whole, norm_type, foreach, with_grad[0].grad)

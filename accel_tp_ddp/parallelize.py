@@ -180,7 +180,7 @@ def link_partial_gradients(model: nn.Module) -> None:
     for parent in model.modules():
         calls = [child.__dict__.get("forward") for child in parent.children()]
         calls = [call for call in calls if isinstance(call, ParallelForward)]
-        partial = tuple(call for call in calls if call.style.partial_gradients)
+        partial = tuple(call for call in calls if call.partial_gradients)
         for call in calls:
             if call.style.enters:
                 call.partners = partial

@@ -144,8 +144,11 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
                 if target not in chosen or claimed.get(target) == rule.count("*"):
                     chosen[target] = (value, rule, source)
                     claimed[target] = rule.count("*")
-    _check_supported(model, names, chosen, own, tp_size)
-    entries = [_entry(model, names, name, *chosen[name], tp_size) for name in names.modules if name in chosen]
+    _check_supported(model, chosen, tp_size)
+    bare = _bare_styles(names, chosen, own, tp_size)
+    entries = [
+        _entry(model, names, name, *chosen[name], tp_size, bare.get(name)) for name in names.modules if name in chosen
+    ]
     entries = _settle_tied(model, names, entries, tp_size)
     result = Plan(
         type(model).__name__,
@@ -163,22 +166,9 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
     return result
 
 
-def _check_supported(
-    model: nn.Module, names: Names, chosen: dict[str, tuple[Any, str, str]], own: set[str], tp_size: int
-) -> None:
-    """Raise for rules that mean a bare parameter, and for styles of the model's own plan that are still to come.
-
-    What the model's own plan names (`own`), a user may set to `replicate`, bare parameters too.
-    """
-    missing: dict[str, str] = {}
-    for target, (value, rule, source) in chosen.items():
-        bare = target not in names.modules
-        given_up = target in own and is_known(value) and isinstance(get_style(value, rule), Replicate)
-        if given_up or (is_known(value) and not bare):
-            continue
-        if source == "user":
-            raise names.not_a_module(target, rule)
-        missing[rule] = style_label(value)
+def _check_supported(model: nn.Module, chosen: dict[str, tuple[Any, str, str]], tp_size: int) -> None:
+    """Raise for styles of the model's own plan that are still to come."""
+    missing = {rule: style_label(value) for value, rule, _ in chosen.values() if not is_known(value)}
     if missing:
         listed = ", ".join(f"`{rule}: {style}`" for rule, style in missing.items())
         raise PlanError(
@@ -188,12 +178,51 @@ def _check_supported(
         )
 
 
-def _entry(model: nn.Module, names: Names, name: str, value: Any, rule: str, source: str, tp_size: int) -> PlanEntry:
+def _bare_styles(
+    names: Names, chosen: dict[str, tuple[Any, str, str]], own: set[str], tp_size: int
+) -> dict[str, dict[str, Style]]:
+    """The styles of bare parameters, by the module that holds them and their name in it.
+
+    Raises:
+        PlanError: If the module's own style does not let its forward use sharded parameters of its own.
+    """
+    bare: dict[str, dict[str, Style]] = {}
+    for target, (value, rule, source) in chosen.items():
+        if target in names.modules:
+            continue
+        owner, leaf = names.owner_of(target)
+        style = get_style(value, rule)
+        owner_value, owner_rule, _ = chosen.get(owner, ("replicate", owner, ""))
+        if get_style(owner_value, owner_rule).takes_parameters:
+            bare.setdefault(owner, {})[leaf] = style
+        elif source == "user" and target not in own and leaf in ("weight", "bias"):
+            raise names.not_a_module(target, rule)
+        elif not isinstance(style, Replicate):
+            size = tuple(names.modules[owner]._parameters[leaf].shape)
+            raise PlanError(
+                f"tensor-parallel plan: the rule `{rule}: {style_label(value)}` (tp_size={tp_size}) shards the bare "
+                f"parameter `{target}` of size {size}, but the module that uses it is planned as "
+                f"`{owner}: {style_label(owner_value)}`. Set `{owner}` to `moe_tp_experts` if it holds experts and to "
+                f"`local_params` otherwise, or set `{rule}` to `replicate` too."
+            )
+    return bare
+
+
+def _entry(
+    model: nn.Module,
+    names: Names,
+    name: str,
+    value: Any,
+    rule: str,
+    source: str,
+    tp_size: int,
+    bare: dict[str, Style] | None = None,
+) -> PlanEntry:
     parent_name = name.rpartition(".")[0]
     parent = names.modules.get(parent_name) if name else None
     module = names.modules[name]
     config = getattr(parent, "config", None) or getattr(module, "config", None) or getattr(model, "config", None)
-    site = Site(name, module, parent, config, tp_size, style_label(value))
+    site = Site(name, module, parent, config, tp_size, style_label(value), bare or {})
     style = get_style(value, rule)
     style.verify(site)
     return PlanEntry(site, style, site.style, source, style.layouts(site))

@@ -56,19 +56,29 @@ class Region:
             keep: Whether a later module is expected to want this copy, until `leave` is called.
             training: Whether the module is in training mode, and what follows may drop out sharded activations.
         """
-        if keep and training and self.stream is not None:
-            self.stream.enter()
+        if keep:
+            self.open(training)
         if not torch.is_grad_enabled():
             return tensor
         if self._copy is not None and self._source() is tensor and self._version == tensor._version:
             return self._copy
         partial = [(partner, name) for partner in partners for name in partner.partial_names()]
-        copy, *params = copy_to_tp(self.mesh, tensor, *(partner.module._parameters[name] for partner, name in partial))
+        copy, *params = copy_to_tp(
+            self.mesh,
+            tensor,
+            *(partner.module._parameters[name] for partner, name in partial),
+            slots=[None, *(partner.slot(name) for partner, name in partial)],
+        )
         for (partner, name), param in zip(partial, params):
             partner.offered[name] = param
         if keep:
             self._source, self._version, self._copy = weakref.ref(tensor), tensor._version, copy
         return copy
+
+    def open(self, training: bool = True) -> None:
+        """Go over to this rank's random stream; in training mode, and where anything drops out at all."""
+        if training and self.stream is not None:
+            self.stream.enter()
 
     def leave(self) -> None:
         """Close the region: forget its input, so that it is freed as early as without tensor parallelism."""
@@ -101,8 +111,16 @@ class ParallelForward:
     and it survives `copy.deepcopy` and pickling together with its module.
     """
 
-    def __init__(self, module: nn.Module, style: Runner, region: Region, shards: dict[str, ShardInfo]):
+    def __init__(
+        self,
+        module: nn.Module,
+        style: Runner,
+        region: Region,
+        shards: dict[str, ShardInfo],
+        facts: dict[str, Any] | None = None,
+    ):
         self.module = module
+        self.facts = facts or {}
         self.style = style
         self.region = region
         self.shards = shards
@@ -156,16 +174,34 @@ class ParallelForward:
         return self.region.enter(tensor, self.partners, self.style.shares_input, self.module.training)
 
     def partial_names(self) -> list[str]:
-        """Own replicated parameters whose gradients are partial and wanted."""
+        """Own parameters whose gradients are partial and wanted."""
+        if not self.partial_gradients:
+            return []
         params = self.module._parameters.items()
-        return [name for name, param in params if param is not None and param.requires_grad]
+        return [name for name, param in params if param is not None and param.requires_grad and self.is_partial(name)]
+
+    @property
+    def partial_gradients(self) -> bool:
+        """Whether there may be parameters whose gradient is the sum over several ranks."""
+        return self.style.partial_gradients or any(info.is_repeated for info in self.shards.values())
+
+    def is_partial(self, name: str) -> bool:
+        return self.shards[name].is_repeated if name in self.shards else self.style.partial_gradients
+
+    def slot(self, name: str) -> tuple[int, int] | None:
+        """See `copy_to_tp`."""
+        return self.shards[name].slot if name in self.shards else None
 
     def summed_parameters(self) -> dict[str, Tensor]:
         """Own parameters, their gradients summed over the ranks: as offered by `Region.enter`, or by themselves."""
         names = self.partial_names() if torch.is_grad_enabled() else []
         offered, self.offered = self.offered, {}
         missing = [name for name in names if name not in offered]
-        own = copy_to_tp(self.mesh, *(self.module._parameters[name] for name in missing))
+        own = copy_to_tp(
+            self.mesh,
+            *(self.module._parameters[name] for name in missing),
+            slots=[self.slot(name) for name in missing],
+        )
         return {**{name: offered[name] for name in names if name in offered}, **dict(zip(missing, own))}
 
     @contextmanager

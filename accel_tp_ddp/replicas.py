@@ -3,6 +3,8 @@
 Ranks compute the gradients of replicated parameters from equal inputs, but kernels whose order of additions varies
 (atomics on GPUs) give each of them other last bits, and the copies drift apart for good (pytorch#160169). Before every
 optimizer step the first rank's gradients are therefore sent to its peers, in one fused collective for each data type.
+Those of a part that some of the ranks hold alike (of key/value heads that are fewer than the ranks) go from the first
+of them to the others.
 A sentinel compares parameters, buffers and optimizer state now and then, for whatever else may change one rank's copy.
 """
 
@@ -20,12 +22,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from .collectives import send_first_rank
-from .shard import shard_info
+from .shard import ShardInfo, shard_info
 
 __all__ = ["ReplicaGuard", "checksum"]
 
 _RANDOM_STATE = "torch's random state"
 _PIECE = 1 << 20
+_NONE = -(1 << 62)  # below every checksum and its negative
 logger = logging.getLogger(__name__)
 
 
@@ -74,12 +77,19 @@ class ReplicaGuard:
 
     @torch.no_grad()
     def agree_on_gradients(self, optimizer: Optimizer) -> None:
-        """The first rank's gradients of replicated parameters, on all ranks: one broadcast for each data type."""
+        """The gradients of what several ranks hold, as the first of them has them: two collectives for a data type."""
         grads: dict[torch.dtype, list[Tensor]] = {}
+        repeated: dict[torch.dtype, list[tuple[Tensor, ShardInfo]]] = {}
         for group in optimizer.param_groups:
             for param in group["params"]:
-                if param.grad is not None and param.grad.layout == torch.strided and is_replicated(param):
+                if param.grad is None or param.grad.layout != torch.strided:
+                    continue
+                if is_replicated(param):
                     grads.setdefault(param.grad.dtype, []).append(param.grad)
+                elif shard_info(param).is_repeated:
+                    repeated.setdefault(param.grad.dtype, []).append((param.grad, shard_info(param)))
+        for same_dtype in repeated.values():
+            send_first_holders(self.mesh, same_dtype)
         for same_dtype in grads.values():
             flat = torch.cat([grad.reshape(-1) for grad in same_dtype])
             send_first_rank(self.mesh, flat)
@@ -97,13 +107,15 @@ class ReplicaGuard:
         Raises:
             RuntimeError: On every rank, if something differs and `on_drift` is "raise".
         """
-        named = {**dict(self._replicated(optimizer)), _RANDOM_STATE: torch.get_rng_state()}
-        sums = torch.stack([checksum(tensor) for tensor in named.values()])
+        named = {name: (tensor, info) for name, tensor, info in self._replicated(optimizer)}
+        named[_RANDOM_STATE] = (torch.get_rng_state(), None)
+        sums = [_in_its_slot(checksum(tensor), info) for tensor, info in named.values()]
         # max(c) and -max(-c) = min(c) differ if any two ranks do.
-        bounds = torch.cat([sums, -sums]).to(self.mesh.device_type)
+        bounds = torch.cat([*(c for c, _ in sums), *(negative for _, negative in sums)]).to(self.mesh.device_type)
         dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.mesh.get_group())
-        highest, lowest = bounds.cpu().split(len(sums))
-        drifted = [name for name, differs in zip(named, (highest != -lowest).tolist()) if differs]
+        highest, lowest = bounds.cpu().chunk(2)
+        differs = (highest != -lowest).split([len(c) for c, _ in sums])
+        drifted = [name for name, slots in zip(named, differs) if slots.any()]
         if drifted:
             steps = self._steps[optimizer] if optimizer else 0
             message = (
@@ -115,33 +127,71 @@ class ReplicaGuard:
                     f"{message} Something changed them on one rank only; look for code that runs on a single rank."
                 )
             for name in drifted:
-                send_first_rank(self.mesh, named[name])
+                tensor, info = named[name]
+                if info is None:
+                    send_first_rank(self.mesh, tensor)
+                else:
+                    send_first_holders(self.mesh, [(tensor, info)])
             if _RANDOM_STATE in drifted:
-                torch.set_rng_state(named[_RANDOM_STATE])
+                torch.set_rng_state(named[_RANDOM_STATE][0])
             logger.warning("%s The first rank's values were sent to the others.", message)
         return drifted
 
-    def _replicated(self, optimizer: Optimizer | None) -> Iterator[tuple[str, Tensor]]:
+    def _replicated(self, optimizer: Optimizer | None) -> Iterator[tuple[str, Tensor, ShardInfo | None]]:
+        """Name and value of all that several ranks hold, with the shard where it is not all of them."""
         trained = {id(param) for group in (optimizer.param_groups if optimizer else ()) for param in group["params"]}
         names: dict[int, str] = {}
         for index, model in enumerate(self.models()):
-            params = {name: param for name, param in model.named_parameters() if is_replicated(param)}
+            params = {name: param for name, param in model.named_parameters() if _is_held_by_several(param)}
             if trained and trained.isdisjoint(map(id, model.parameters())):
                 continue  # another optimizer's model
             prefix = f"model {index}: " if index else ""
             for name, tensor in [*params.items(), *model.named_buffers()]:
                 names[id(tensor)] = prefix + name
-                yield names[id(tensor)], tensor.detach()
+                yield names[id(tensor)], tensor.detach(), _repeated(tensor)
         for param, state in (optimizer.state if optimizer else {}).items():
             if id(param) in names:
                 for key, value in state.items():
                     if isinstance(value, Tensor):
-                        yield f"{names[id(param)]} ({key})", value
+                        like_param = value.shape == param.shape
+                        yield f"{names[id(param)]} ({key})", value, _repeated(param) if like_param else None
 
 
 def is_replicated(param: nn.Parameter) -> bool:
     info = shard_info(param)
     return info is None or not info.is_sharded
+
+
+def _repeated(tensor: Tensor) -> ShardInfo | None:
+    info = shard_info(tensor)
+    return info if info is not None and info.is_repeated else None
+
+
+def _is_held_by_several(param: nn.Parameter) -> bool:
+    return is_replicated(param) or _repeated(param) is not None
+
+
+def _in_its_slot(total: Tensor, info: ShardInfo | None) -> tuple[Tensor, Tensor]:
+    """A checksum and its negative, among those of the other parts that this rank does not hold."""
+    slot, slots = (0, 1) if info is None else info.slot
+    both = torch.full((2, slots), _NONE, dtype=total.dtype)
+    both[:, slot] = torch.stack([total, -total])
+    return both[0], both[1]
+
+
+def send_first_holders(mesh: DeviceMesh, parts: list[tuple[Tensor, ShardInfo]]) -> None:
+    """Overwrite tensors of one data type by those of the first rank that holds the same part; one collective."""
+    buffers = []
+    for tensor, info in parts:
+        slot, slots = info.slot
+        buffers.append(tensor.new_zeros((slots, tensor.numel())))
+        if info.is_counted:
+            buffers[-1][slot] = tensor.reshape(-1)
+    flat = torch.cat([buffer.reshape(-1) for buffer in buffers]).to(mesh.device_type)
+    dist.all_reduce(flat, group=mesh.get_group())  # to all others it adds nothing but zeros
+    for (tensor, info), buffer in zip(parts, flat.split([buffer.numel() for buffer in buffers])):
+        slot, slots = info.slot
+        tensor.copy_(buffer.view(slots, *tensor.shape)[slot])
 
 
 def checksum(tensor: Tensor) -> Tensor:

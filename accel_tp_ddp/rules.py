@@ -102,7 +102,8 @@ class Names:
     def match(self, rule: str) -> list[str]:
         """Names of the modules that `rule` means, in full or relative to the base model.
 
-        A module's only parameter, or the weight of a layer, means the module; another parameter means itself.
+        The weight of a layer, or the only parameter of a module without submodules, means the module; another
+        parameter means itself.
         """
         targets = self._match_full(rule)
         if not targets and self.prefix:
@@ -122,9 +123,15 @@ class Names:
             return self.first_name[id(self.aliases[name])]
         owner, _, leaf = name.rpartition(".")
         module = self.aliases[owner]
-        if leaf == "weight" and isinstance(module, (nn.Linear, nn.Embedding)) or len(module._parameters) == 1:
+        only = len(module._parameters) == 1 and not module._modules
+        if only or leaf == "weight" and isinstance(module, (nn.Linear, nn.Embedding)):
             return self.first_name[id(module)]
         return name
+
+    def owner_of(self, parameter: str) -> tuple[str, str]:
+        """The module that holds a parameter, and the parameter's name in it."""
+        owner, _, leaf = parameter.rpartition(".")
+        return self.first_name[id(self.aliases[owner])], leaf
 
     def not_a_module(self, name: str, rule: str) -> PlanError:
         """The error for a rule that means the parameter `name`, with a style for modules."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,6 +50,20 @@ class Layout:
     def contiguous(self) -> bool:
         """Whether each rank holds one unbroken range."""
         return all(len(ranges) == 1 for ranges in self.ranges)
+
+    @cached_property
+    def parts(self) -> tuple[Ranges, ...]:
+        """The different parts that are not empty, in rank order: fewer than ranks where several hold the same one."""
+        return tuple(dict.fromkeys(held for held, size in zip(self.ranges, self.sizes) if size))
+
+    @cached_property
+    def repeated(self) -> bool:
+        """Whether some ranks hold the same part, as of key/value heads that are fewer than the ranks."""
+        return len(self.parts) < sum(size > 0 for size in self.sizes)
+
+    def holds_first(self, rank: int) -> bool:
+        """Whether no lower rank holds the same part: what is counted over all ranks is counted there."""
+        return self.ranges.index(self.ranges[rank]) == rank
 
 
 def chunk_ranges(size: int, parts: int) -> tuple[Ranges, ...]:
@@ -96,6 +111,21 @@ class ShardInfo:
     def is_sharded(self) -> bool:
         return self.layout is not None
 
+    @property
+    def is_repeated(self) -> bool:
+        """Whether some ranks hold the same part, so that each of them has only a part of its gradient."""
+        return self.layout is not None and self.layout.repeated
+
+    @property
+    def slot(self) -> tuple[int, int]:
+        """Which of the different parts this rank holds, and how many there are."""
+        return self.layout.parts.index(self.layout.ranges[self.mesh.get_local_rank()]), len(self.layout.parts)
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether this rank's part is to be counted where all parts are counted together."""
+        return self.layout.holds_first(self.mesh.get_local_rank())
+
     def local_part(self, full: Tensor) -> Tensor:
         """This rank's part of `full` (shape `global_shape`), in storage of its own."""
         if self.layout is None:
@@ -117,8 +147,10 @@ class ShardInfo:
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded, group=self.mesh.get_group())
         full = local.new_empty(self.global_shape)
-        for part, ranges in zip(parts, self.layout.ranges):
+        for rank, (part, ranges) in enumerate(zip(parts, self.layout.ranges)):
             taken = 0
+            if not self.layout.holds_first(rank):
+                continue
             for start, stop in ranges:
                 full.narrow(dim, start, stop - start).copy_(part.narrow(dim, taken, stop - start))
                 taken += stop - start

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accel_tp_ddp import collectives, gradients, prepare, region
-from accel_tp_ddp.shard import chunk_ranges, shard_info
-from accel_tp_ddp.styles import embedding, linear, packed, replicated
+from accel_tp_ddp.shard import Layout, ShardInfo, chunk_ranges, shard_info
+from accel_tp_ddp.styles import attention, embedding, experts, linear, packed, replicated
 
 from .training import Record, Spec, train
 
@@ -29,7 +29,7 @@ from .training import Record, Spec, train
 def injected(fault: str | None) -> Iterator[None]:
     """Run with `fault` in the package; with None, as it is."""
     with ExitStack() as stack:
-        for owner, name, wrong in _FAULTS[fault] if fault else ():
+        for owner, name, wrong in (_FAULTS | _STYLE_FAULTS)[fault] if fault else ():
             stack.enter_context(mock.patch.object(owner, name, wrong))
         yield
 
@@ -66,7 +66,7 @@ def _unmasked_lookup(self: embedding.EmbeddingRowwise, call: region.ParallelForw
     return collectives.reduce_from_tp(call.mesh, call.inner((input - start).masked_fill(elsewhere, 0)))
 
 
-def _sum_what_has_accumulated(self: Any, module: torch.nn.Module, region: region.Region, shards: dict) -> None:
+def _sum_what_has_accumulated(self: Any, module: torch.nn.Module, region: region.Region, *args: Any) -> None:
     group = region.mesh.get_group()
     for param in module.parameters():
         param.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad, group=group))
@@ -86,6 +86,19 @@ def _reduce_with_a_summed_gradient(mesh: Any, tensor: Tensor) -> Tensor:
     return _reduce_from_tp(mesh, *collectives.copy_to_tp(mesh, tensor))
 
 
+def _not_copied(mesh: Any, *tensors: Tensor, slots: Any = ()) -> tuple[Tensor, ...]:
+    return tensors
+
+
+def _first_copied(mesh: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return *collectives.copy_to_tp(mesh, tensors[0]), *tensors[1:]
+
+
+def _heads_in_reverse(self: linear.Colwise, site: Any, name: str) -> Layout:
+    layout = _bare_layout(self, site, name)
+    return Layout(layout.dim, layout.ranges[::-1])
+
+
 def _without_the_mesh(*args: Any, **kwargs: Any) -> Any:
     return _prepare_data_loader(*args, **{**kwargs, "torch_device_mesh": None})
 
@@ -95,6 +108,7 @@ def _stock(name: str) -> Callable:
 
 
 _reduce_from_tp = collectives.reduce_from_tp
+_bare_layout = linear.Colwise.bare_layout
 _prepare_data_loader = accelerate.accelerator.prepare_data_loader
 _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "local clip norm": [(prepare, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)],
@@ -106,7 +120,7 @@ _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "partial gradients summed again": [
         (replicated.ReplicatedWithGradAllReduce, "install", _sum_what_has_accumulated),
     ],
-    "copy without its backward": [(region, "copy_to_tp", lambda mesh, *tensors: tensors)],
+    "copy without its backward": [(region, "copy_to_tp", _not_copied)],
     "copy with a mean for its sum": [(collectives, "_all_reduce_together", _mean)],
     "gather with a sum in its backward": [(collectives._GatherFromTP, "backward", _sum_then_slice)],
     "reduce with a sum in its backward": [(linear, "reduce_from_tp", _reduce_with_a_summed_gradient)],
@@ -120,5 +134,29 @@ _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
         (accelerate.accelerator, "prepare_data_loader", _without_the_mesh),
         (prepare, "watch_batches", lambda *args: None),  # which would raise
     ],
+    "shared heads counted by every rank": [(ShardInfo, "is_counted", True)],
 }
 FAULTS = tuple(_FAULTS)
+
+# Those of single styles, which show in the gradients of one backward pass.
+_STYLE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
+    "shared rotary keys not summed": [(attention, "copy_to_tp", _not_copied)],
+    "shared heads not summed": [
+        (
+            region.ParallelForward,
+            "is_partial",
+            lambda self, name: name not in self.shards and self.style.partial_gradients,
+        )
+    ],
+    "shared heads summed over all ranks": [(region.ParallelForward, "slot", lambda self, name: None)],
+    "sinks of other heads": [(linear.Colwise, "bare_layout", _heads_in_reverse)],
+    "expert bias on every rank": [(experts, "add_share", lambda mesh, tensor: tensor)],
+    "expert bias with a divided gradient": [(experts, "add_share", lambda mesh, tensor: tensor / mesh.size())],
+    "experts' input gradients not summed": [(experts, "copy_to_tp", _not_copied)],
+    "routing weights' gradients not summed": [(experts, "copy_to_tp", _first_copied)],
+    "identity expert on every rank": [
+        (experts.IdentityExpert, "forward", lambda self, call, *args: call.inner(*args)),
+    ],
+    "cached head counts left as they were": [(linear, "show_local_heads", lambda site: None)],
+}
+STYLE_FAULTS = tuple(_STYLE_FAULTS)

@@ -284,6 +284,14 @@ def rowwise_embedding_with_max_norm(here):
     return (model,)
 
 
+@case(PREPARE, "`0.norm.weight` of size (8,)", "further parameter of the embedding", "`replicate`")
+def embedding_with_a_norm_inside(here):
+    model = toy()
+    model[0].norm = nn.LayerNorm(8)
+    here.plan = {"0": "embedding_rowwise", "2": "colwise_gather_output"}
+    return (model,)
+
+
 @case(PREPARE, "`0.weight` of size (12, 8)", "sparse=True", "Build the embedding without sparse")
 def colwise_embedding_with_sparse_gradients(here):
     model = toy()
@@ -292,19 +300,79 @@ def colwise_embedding_with_sparse_gradients(here):
     return (model,)
 
 
-@case(PREPARE, "`moe_tp_experts`", "not supported yet", "Set `model.layers.*.mlp` to `replicate`")
-def style_of_experts(here):
+@case(PREPARE, "`model.layers.0.mlp: moe_tp_experts`", "is not sharded", "all of its parameters to `replicate`")
+def experts_that_are_none(here):
     here.plan = {"model.layers.*.mlp": "moe_tp_experts"}
     return (build_model("llama"),)
 
 
-@case(PREPARE, "not supported yet", "to `replicate`")
-def model_of_experts(here):
-    from transformers import AutoModelForCausalLM, MixtralConfig
+@case(
+    PREPARE,
+    "`model.layers.*.mlp.experts.gate_up_proj: packed_colwise`",
+    "`model.layers.0.mlp.experts: replicate`",
+    "to `replicate` too",
+)
+def experts_sharded_without_their_style(here):
+    here.plan = {"layers.*.mlp.experts": "replicate"}
+    return (build_model("mixtral"),)
 
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
-    config = MixtralConfig(**sizes, num_hidden_layers=1, vocab_size=32, num_local_experts=2)
-    return (AutoModelForCausalLM.from_config(config),)
+
+@case(PREPARE, "experts.down_proj` of size (4, 64, 96) is not sharded", "`shared_bias`")
+def experts_partly_sharded(here):
+    here.plan = {"layers.*.mlp.experts.down_proj": "replicate"}
+    return (build_model("mixtral"),)
+
+
+@case(PREPARE, "experts.gate_up_proj_bias` of size (4, 64)", "dimension 0, which counts the experts", "`rowwise`")
+def experts_cut_by_expert(here):
+    here.plan = {"layers.*.mlp.experts.gate_up_proj_bias": "colwise"}
+    return (build_model("gpt_oss"),)
+
+
+@case(
+    PREPARE,
+    "experts.down_proj` of size (4, 64, 12)",
+    "6 of dimension 2, 24 bytes",
+    'experts_implementation="batched_mm"',
+)
+def experts_too_narrow_for_the_grouped_product(here):
+    return (build_model("mixtral", intermediate_size=12),)
+
+
+@case(PREPARE, "`model.norm: sequence_parallel`", "not supported yet", "to `replicate`")
+def model_with_a_style_to_come(here):
+    model = build_model("llama")
+    model._tp_plan = {**model._tp_plan, "model.norm": "sequence_parallel"}
+    return (model,)
+
+
+@case(
+    PREPARE,
+    "`model.layers.0.self_attn.q_proj.weight` of size (64, 64)",
+    "how many (qk_rope_head_dim=None)",
+    "replicate",
+)
+def latent_attention_that_is_none(here):
+    here.plan = {"layers.*.self_attn.q_proj": "mla_kv_a_proj"}
+    return (build_model("llama"),)
+
+
+@case(PREPARE, "`model.layers.0.self_attn.sinks` of size (8,)", "is planned as", "to `local_params`")
+def sinks_sharded_without_their_module(here):
+    here.plan = {"layers.*.self_attn": "replicate"}
+    return (build_model("gpt_oss"),)
+
+
+@case(PREPARE, "experts.gate_up_proj` of size (4, 64, 64)", "gate and up in turns", "`rowwise`")
+def experts_in_turns_cut_as_packed(here):
+    here.plan = {"layers.*.mlp.experts.gate_up_proj": "packed_rowwise"}
+    return (build_model("gpt_oss"),)
+
+
+@case(PREPARE, "experts.gate_up_proj` of size (4, 192, 64)", "gate and up one after the other", "`packed_colwise`")
+def packed_experts_cut_as_one(here):
+    here.plan = {"layers.*.mlp.experts.gate_up_proj": "colwise"}
+    return (build_model("mixtral"),)
 
 
 @case(PREPARE, "`2.weight` of size (8, 8) has dtype torch.int8", "load it unquantized")
@@ -348,13 +416,26 @@ def six_heads(here):
     PREPARE_TP4,
     "`model.layers.0.self_attn.",
     ".weight` of size (",
-    "key value heads = 2",
+    "key value heads = 3",
     "tp_size=4",
-    "divides 2",
+    "divides 3 or is a multiple of 3",
     "`replicate`",
 )
-def two_key_value_heads(here):
-    return (build_model("llama", num_key_value_heads=2),)
+def three_key_value_heads(here):
+    return (build_model("llama", hidden_size=96, num_attention_heads=12, num_key_value_heads=3),)
+
+
+@case(PREPARE_TP4, "q_b_proj.weight` of size (72, 24)", "attention heads = 6", "tp_size=4", "divides 6")
+def six_heads_of_latent_attention(here):
+    return (build_model("deepseek_v3", num_attention_heads=6, num_key_value_heads=6),)
+
+
+@case(PREPARE_TP4, "`model.layers.0.self_attn.q_proj.weight`", "key value heads = 2", "tp_size=4", "divides 2.")
+def two_key_value_heads_of_a_module_that_does_not_say_so(here):
+    model = build_model("llama", num_key_value_heads=2)
+    for layer in model.model.layers:
+        del layer.self_attn.num_key_value_groups
+    return (model,)
 
 
 @case(

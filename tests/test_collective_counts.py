@@ -108,6 +108,35 @@ def test_each_carries_the_hidden_states_and_no_more(model, tp):
         assert backward == [("all_reduce", hidden), mlp, attention, mlp, attention]
 
 
+# Per layer: attention, then the MLP or the experts. Each carries the hidden states, but for what rides along.
+HIDDEN_STATES, TOKENS = BATCH * LENGTH * HIDDEN, BATCH * LENGTH
+
+
+def attention_gradients(model):
+    """What is all-reduced in the backward of an attention block."""
+    latent = 24 * TOKENS  # the up-projection's input
+    return {
+        "deepseek_v2": [4 * TOKENS, latent, HIDDEN_STATES],  # shared rotary keys; keys and values; queries
+        "llama_one_key": [HIDDEN_STATES + 2 * 8 * HIDDEN],  # with the gradients of both shared heads
+    }.get(model, [HIDDEN_STATES])
+
+
+@pytest.mark.parametrize("model", ["mixtral", "gpt_oss", "deepseek_v2", "llama_one_key"])
+def test_experts_latent_attention_and_shared_heads_need_no_more_than_this(model):
+    routed = HIDDEN_STATES + 2 * TOKENS  # the two experts' weights for each token ride along
+    last = [HIDDEN_STATES] if model == "llama_one_key" else [routed]
+    if model == "deepseek_v2":
+        last = [HIDDEN_STATES, routed]  # the shared experts, which run after the routed ones
+    for forward, backward in run_on_ranks(counted_by_calls, 2, model, 2):
+        reductions = 1 + 4 + (model == "deepseek_v2")  # whose second layer has shared experts too
+        assert [name for name, _ in forward] == ["all_reduce"] * reductions + ["all_gather"]
+        assert {size for name, size in forward if name == "all_reduce"} == {HIDDEN_STATES}
+        sizes = [size for name, size in backward if name == "all_reduce"]
+        assert len(sizes) == len(backward)
+        layer = sorted([*last, *attention_gradients(model)])
+        assert sizes[0] == HIDDEN_STATES and sorted(sizes[1 : 1 + len(layer)]) == layer
+
+
 @TP
 @MODEL
 def test_without_gradients_there_are_the_forward_ones_only(model, tp):

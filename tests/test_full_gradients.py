@@ -13,8 +13,8 @@ from accel_tp_ddp import full_gradients, parallelize, register_style
 from accel_tp_ddp.styles import PackedColwise
 
 from .compare import assert_tensors_close, relative_errors
-from .faults import injected
-from .models import ARCHITECTURES, VOCABULARY, build_model
+from .faults import STYLE_FAULTS, injected
+from .models import ARCHITECTURES, FURTHER, VOCABULARY, build_model
 from .ranks import run_on_ranks
 from .training import make_accelerator
 
@@ -88,8 +88,20 @@ def test_each_parameter_has_the_unsharded_gradient(tp, model, tied):
     assert_gradients(run_on_ranks(sharded, tp, causal(model, tied), causal_loss), reference)
 
 
+@pytest.mark.parametrize("model", FURTHER)
+@TP
+def test_experts_latent_attention_sinks_and_shared_heads_have_the_unsharded_gradient(tp, model):
+    """Over two backward passes. What one rank holds of it is less than the whole."""
+    seeds = (0, 1)
+    reference = unsharded(causal(model, False), causal_loss, seeds)
+    floor = 1e-3 if model == "qwen2_one_key" else 0.0  # a key's bias gets rounding noise only
+    assert reference[0].keys() == dict(build_model(model).named_parameters()).keys()
+    assert all(gradient.norm() > 1e-3 for name, gradient in reference[0].items() if not name.endswith("k_proj.bias"))
+    assert_gradients(run_on_ranks(sharded, tp, causal(model, False), causal_loss, seeds=seeds), reference, floor)
+
+
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["reentrant", "non-reentrant"])
-@MODEL
+@pytest.mark.parametrize("model", [*ARCHITECTURES, "llama_one_key", "qwen3_moe", "deepseek_v2"])
 def test_recomputed_activations_give_the_same_gradients(model, checkpointing):
     actual = run_on_ranks(sharded, 2, partial(with_checkpointing, model, checkpointing), causal_loss)
     assert_gradients(actual, unsharded(causal(model, False), causal_loss))
@@ -118,6 +130,46 @@ def test_a_fault_shows_in_the_gradients(model, fault):
     for passes in run_on_ranks(sharded, 2, causal(model, False), causal_loss, fault=fault):
         worst = max(max(relative_errors(*pair).values()) for pair in zip(passes, reference))
         assert worst > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])  # grouped_mm is what transformers takes by itself
+@pytest.mark.parametrize("model", ["gpt_oss", "qwen3_moe"])
+def test_experts_have_the_unsharded_gradient_however_they_are_computed(model, implementation):
+    seeds = (0, 1)
+    assert build_model(model).config._experts_implementation == "grouped_mm"
+    build = partial(build_model, model, experts_implementation=implementation)
+    assert build().config._experts_implementation == implementation
+    assert_gradients(
+        run_on_ranks(sharded, 2, build, causal_loss, seeds=seeds), unsharded(causal(model, False), causal_loss, seeds)
+    )
+
+
+# Where a fault of one style shows, and in the gradient of what.
+SHOWN_BY = {
+    "shared rotary keys not summed": ("deepseek_v2", 2, "self_attn.kv_a_proj_with_mqa.weight"),
+    "shared heads not summed": ("llama_one_key", 2, "self_attn.k_proj.weight"),
+    "shared heads summed over all ranks": ("qwen3_two_keys", 4, "self_attn.v_proj.weight"),
+    "sinks of other heads": ("gpt_oss", 2, "self_attn.sinks"),
+    "expert bias on every rank": ("gpt_oss", 2, "mlp.experts.down_proj_bias"),
+    "expert bias with a divided gradient": ("gpt_oss", 2, "mlp.experts.down_proj_bias"),
+    "experts' input gradients not summed": ("qwen3_moe", 2, "post_attention_layernorm.weight"),
+    "routing weights' gradients not summed": ("mixtral", 2, "mlp.gate.weight"),
+    "identity expert on every rank": ("longcat_flash", 2, "mlp.router.classifier.weight"),
+}
+
+
+def test_each_fault_of_a_style_is_tried():
+    assert SHOWN_BY.keys() | {"cached head counts left as they were"} == set(STYLE_FAULTS)
+
+
+@pytest.mark.parametrize("fault", SHOWN_BY)
+def test_a_fault_of_a_style_shows_in_the_gradients(fault):
+    model, tp, sign = SHOWN_BY[fault]
+    seeds = (0, 1)
+    reference = unsharded(causal(model, False), causal_loss, seeds)
+    for passes in run_on_ranks(sharded, tp, causal(model, False), causal_loss, fault=fault, seeds=seeds):
+        errors = relative_errors(passes[-1], reference[-1])
+        assert max(error for name, error in errors.items() if name.endswith(sign)) > 10 * TOLERANCE
 
 
 # --- through Accelerate ----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from .faults import FAULTS, train_with
-from .models import ARCHITECTURES
+from .models import ARCHITECTURES, FURTHER
 from .ranks import run_on_ranks
 from .training import SERIES, TOLERANCE, WEIGHT_TOLERANCE, Spec, assert_same_run, differences, train
 
@@ -87,6 +87,16 @@ def test_a_run_is_that_of_plain_ddp(model, tied, layout):
     assert_invisible(Spec(model, tied=tied), *LAYOUTS[layout])
 
 
+# --- experts, latent attention, sinks, key/value heads fewer than ranks ----------------------------------------------
+
+FURTHER_LAYOUTS = {name: "tp2xdp2" for name in FURTHER} | {"qwen3_two_keys": "tp4xdp1"}
+
+
+@pytest.mark.parametrize("model, layout", FURTHER_LAYOUTS.items())
+def test_so_it_is_with_experts_latent_attention_sinks_and_shared_heads(model, layout):
+    assert_invisible(Spec(model, accumulation=2, steps=4), *LAYOUTS[layout])
+
+
 # --- every option ----------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +162,7 @@ SHOWN_BY = {
     "lookup not masked": (Spec("llama"), "tp2xdp2", "losses"),
     "scheduler steps for every process": (Spec("llama"), "tp2xdp2", "learning_rates"),
     "metrics with duplicates": (Spec("llama"), "tp2xdp2", "in evaluation"),
+    "shared heads counted by every rank": (Spec("llama_one_key"), "tp2xdp2", "gradient_norms"),
     "peers on different batches": (Spec("llama"), "tp2xdp2", "trained on"),
 }
 

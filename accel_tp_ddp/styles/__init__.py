@@ -6,8 +6,10 @@ from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from ..errors import PlanError, nearest
+from .attention import LatentKeyValueDown, LocalParameters
 from .base import Site, Style
 from .embedding import EmbeddingColwise, EmbeddingRowwise
+from .experts import Experts, IdentityExpert, SharedBias
 from .linear import Colwise, ColwiseGatherOutput, Rowwise, RowwiseSplitInput
 from .packed import PackedColwise, PackedQKVColwise, PackedRowwise
 from .replicated import AllReduce, Replicate, ReplicatedWithGradAllReduce
@@ -31,6 +33,10 @@ _STYLES: dict[str, Style] = {
     "colwise_gather_output": ColwiseGatherOutput(),
     "embedding_colwise": EmbeddingColwise(),
     "embedding_rowwise": EmbeddingRowwise(),
+    "local_params": LocalParameters(),
+    "mla_kv_a_proj": LatentKeyValueDown(),
+    "moe_identity_expert": IdentityExpert(),
+    "moe_tp_experts": Experts(),
     "packed_colwise": PackedColwise(),
     "packed_qkv_colwise": PackedQKVColwise(),
     "packed_rowwise": PackedRowwise(),
@@ -38,10 +44,11 @@ _STYLES: dict[str, Style] = {
     "replicated_with_grad_allreduce": ReplicatedWithGradAllReduce(),
     "rowwise": Rowwise(),
     "rowwise_split_input": RowwiseSplitInput(),
+    "shared_bias": SharedBias(),
 }
 _ALIASES = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input"}
-# Named by transformers' plans, and understood as soon as mixture-of-experts and MLA models are supported.
-_LATER = ("local_params", "mla_kv_a_proj", "moe_identity_expert", "moe_tp_experts", "sequence_parallel")
+# Named by plans of transformers, and not understood yet.
+_LATER = ("sequence_parallel",)
 
 
 def register_style(name: str, style: Style | ParallelStyle) -> None:

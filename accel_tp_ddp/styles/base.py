@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,9 @@ class Site:
         config: The nearest model config (the parent's, else the model's); None without one.
         tp_size: Number of tensor-parallel ranks.
         style: The style's name, for messages.
+        bare: Styles of the module's own parameters that the plan names one by one, by parameter name.
+        key_value_heads: Number of key/value heads of the unsharded parent, where it is an attention module that states
+            its groups of queries.
     """
 
     name: str
@@ -37,6 +41,11 @@ class Site:
     config: Any
     tp_size: int
     style: str
+    bare: Mapping[str, Style] = field(default_factory=dict)
+    key_value_heads: int | None = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "key_value_heads", self._key_value_heads())  # the parent's counts are changed later
 
     def parameter(self, name: str) -> str:
         return f"{self.name}.{name}" if self.name else name
@@ -54,10 +63,35 @@ class Site:
                 return width
         return None
 
+    def _key_value_heads(self) -> int | None:
+        groups = getattr(self.parent, "num_key_value_groups", None)
+        heads = self.head_counts().get("num_attention_heads")
+        if not isinstance(groups, int) or heads is None or groups < 1 or heads % groups:
+            return None
+        return heads // groups
+
+    def ranks_per_head(self, features: int) -> int:
+        """How many ranks hold each head of a projection with `features` outputs: more than one of few key/value heads.
+
+        The parent is shown how many queries are left to each head, so it has to say so in num_key_value_groups.
+        """
+        heads = self.key_value_heads
+        if heads is None or heads >= self.tp_size or self.tp_size % heads or features % heads:
+            return 1
+        widths = {self.head_width(), getattr(self.parent, "v_head_dim", None)}
+        return self.tp_size // heads if features // heads in widths else 1
+
     def head_counts(self) -> dict[str, int]:
         """The attention head counts that the config states."""
         names = ("num_attention_heads", "num_key_value_heads")
-        return {name: count for name in names if isinstance(count := getattr(self.config, name, None), int)}
+        return {name: count for name in names if isinstance(count := _read(self.config, name), int)}
+
+
+def _read(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' configs raise it for what may be another value in each layer
+        return None
 
 
 class Style:
@@ -78,9 +112,23 @@ class Style:
     partial_gradients: bool = False
     #: Whether code outside the module that reads its sharded parameters means them whole, as its output is whole.
     whole_outside: bool = False
+    #: Whether the module may have bare parameters that the plan names one by one.
+    takes_parameters: bool = False
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         """The layout of each parameter that is sharded, by its name in the module; others stay replicated."""
+        return {}
+
+    def bare_layout(self, site: Site, name: str) -> Layout | None:
+        """The layout of a bare parameter of `site.module` under this style; None where it stays replicated."""
+        raise site.error(
+            f"`{site.parameter(name)}` of size {tuple(site.module._parameters[name].shape)} is a bare parameter, the "
+            "style takes modules.",
+            "Name another style, or `replicate`.",
+        )
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        """What `forward` has to know about the site; it finds it in `call.facts`."""
         return {}
 
     def forward(self, call: ParallelForward, *args, **kwargs):
@@ -126,12 +174,18 @@ class Style:
             param = site.module._parameters[name]
             shards[name] = info = _existing(param, layout) or ShardInfo.sharded(region.mesh, param.shape, layout)
             shard_in_place(param, info)
-        self.install(site.module, region, shards)
+        self.install(site.module, region, shards, self.facts(site))
 
-    def install(self, module: nn.Module, region: Region, shards: dict[str, ShardInfo]) -> None:
+    def install(
+        self,
+        module: nn.Module,
+        region: Region,
+        shards: dict[str, ShardInfo],
+        facts: dict[str, Any] | None = None,
+    ) -> None:
         """Put the style's forward in the place of the module's."""
         remember_shards(module, shards)
-        call = ParallelForward(module, self, region, shards)
+        call = ParallelForward(module, self, region, shards, facts)
         module.forward = call
         if self.whole_outside:
             read_whole(module, call)

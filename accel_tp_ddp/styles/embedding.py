@@ -73,6 +73,13 @@ def local_padding_idx(module: nn.Embedding, start: int, stop: int) -> Iterator[N
 
 
 def refuse_options(site: Site, *names: str) -> None:
+    for name, param in site.module.named_parameters():
+        if name != "weight":
+            raise site.error(
+                f"`{site.parameter(name)}` of size {tuple(param.shape)} is a further parameter of the embedding, "
+                "which would see a part of the vectors on each rank.",
+                "Set the style to `replicate`.",
+            )
     for name in names:
         if getattr(site.module, name):
             raise site.error(

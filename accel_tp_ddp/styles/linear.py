@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..collectives import gather_from_tp, reduce_from_tp, split_to_tp
-from ..region import ParallelForward
-from ..shard import Layout
+from ..region import ParallelForward, Region
+from ..shard import Layout, chunk_ranges
 from .base import Site, Style, even_layout
 
 __all__ = ["Colwise", "ColwiseGatherOutput", "Rowwise", "RowwiseSplitInput"]
@@ -20,6 +20,11 @@ def has_bias(module: nn.Module) -> bool:
     return module._parameters.get("bias") is not None
 
 
+def output_dim(param: nn.Parameter) -> int:
+    """The dimension of the outputs in a bare parameter, laid out as the weight of a linear layer: the last but one."""
+    return max(param.ndim - 2, 0)
+
+
 class Colwise(Style):
     """Each rank computes a slice of the output. Forward: nothing; backward: all-reduce of the input's gradient."""
 
@@ -27,21 +32,41 @@ class Colwise(Style):
     enters = True
     #: Whether the output leaves the module sharded, and so has to hold whole attention heads.
     whole_heads = True
+    #: Whether several ranks may hold the same key/value head where there are more ranks than heads.
+    repeats_heads = True
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         layout = self.output_layout(site)
         return {"weight": layout, "bias": layout} if has_bias(site.module) else {"weight": layout}
 
     def output_layout(self, site: Site) -> Layout:
-        return even_layout(site.module.out_features, 0, site.tp_size)
+        features = site.module.out_features
+        copies = site.ranks_per_head(features) if self.repeats_heads else 1
+        (parts,) = zip(*chunk_ranges(features, site.tp_size // copies))
+        return Layout(0, tuple((part,) for part in parts for _ in range(copies)))
+
+    def bare_layout(self, site: Site, name: str) -> Layout:
+        """Rows of a matrix or of a stack of matrices; the elements of a vector, such as one for each head."""
+        param = site.module._parameters[name]
+        dim = output_dim(param)
+        return even_layout(param.shape[dim], dim, site.tp_size)
 
     def verify(self, site: Site) -> None:
         if isinstance(site.module, nn.Linear) and self.whole_heads:
-            verify_whole_heads(site, site.module.out_features, "output")
+            verify_whole_heads(site, site.module.out_features, "output", self.repeats_heads)
         super().verify(site)
 
+    def apply(self, site: Site, region: Region) -> None:
+        super().apply(site, region)
+        if self.whole_heads:
+            show_local_heads(site)
+
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
-        return call.inner(call.entered(input))
+        input = call.entered(input)
+        if not call.partial_gradients:
+            return call.inner(input)
+        with call.replacing(**call.summed_parameters()):
+            return call.inner(input)
 
 
 class ColwiseGatherOutput(Colwise):
@@ -54,6 +79,7 @@ class ColwiseGatherOutput(Colwise):
     shares_input = False
     whole_heads = False
     whole_outside = True
+    repeats_heads = False
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
         output = call.inner(call.entered(input))
@@ -74,6 +100,11 @@ class Rowwise(Style):
 
     def input_layout(self, site: Site) -> Layout:
         return even_layout(site.module.in_features, 1, site.tp_size)
+
+    def bare_layout(self, site: Site, name: str) -> Layout:
+        """The last dimension: inputs of a stack of matrices, or outputs of transposed ones and their biases."""
+        param = site.module._parameters[name]
+        return even_layout(param.shape[-1], param.ndim - 1, site.tp_size)
 
     def verify(self, site: Site) -> None:
         if isinstance(site.module, nn.Linear) and self.whole_heads:
@@ -103,20 +134,54 @@ class RowwiseSplitInput(Rowwise):
         return super().forward(call, split_to_tp(call.mesh, input, -1, call.shards["weight"].layout.sizes))
 
 
-def verify_whole_heads(site: Site, features: int, side: str) -> None:
-    """Attention computes head by head, so a rank has to hold whole heads, of queries as of keys and values."""
-    width = site.head_width()
-    if width is None or features % width:
-        return
-    counts = {f"{features // width} heads in the {side} of {site.name}": features // width, **site.head_counts()}
+def verify_whole_heads(site: Site, features: int, side: str, repeats: bool = True) -> None:
+    """Attention computes head by head, so a rank has to hold whole heads, of queries as of keys and values.
+
+    Key/value heads that are fewer than the ranks may be held by several of them each, where the style `repeats` them.
+    """
+    width, counts = site.head_width(), site.head_counts()
+    if width is None:
+        width = getattr(site.parent, "qk_head_dim", None)  # latent attention: its projections have widths of their own
+        counts = {name: count for name, count in counts.items() if name == "num_attention_heads"}
+        if width is None:
+            return
+    elif features % width == 0:
+        counts = {f"{features // width} heads in the {side} of {site.name}": features // width, **counts}
+    repeats = repeats and site.key_value_heads is not None
+    queries = counts.get("num_attention_heads")
     for what, count in counts.items():
-        if count % site.tp_size:
+        few = what == "num_key_value_heads" or (count < site.tp_size and count != queries)
+        if count % site.tp_size and not (few and repeats and site.tp_size % count == 0):
             weight = site.module.weight
-            few = what == "num_key_value_heads" or count < site.tp_size
             raise site.error(
                 f"`{site.parameter('weight')}` of size {tuple(weight.shape)} has heads of width {width}, and "
                 f"{what.replace('_', ' ').removeprefix('num ')} = {count} is not divisible by tp_size.",
                 f"Choose a tp_size that divides {count}"
-                + (" (fewer key/value heads than ranks is not supported yet)." if few else ".")
+                + (f" or is a multiple of {count}." if few and repeats else ".")
                 + " To leave attention unsharded, set its projections to `replicate`.",
             )
+
+
+# What attention modules call the head counts that they keep, and some of them view their activations by.
+_QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
+_SHOWN = "_tp_heads"
+
+
+def show_local_heads(site: Site) -> None:
+    """Show this rank's head counts to the attention module around a projection, where it keeps any."""
+    parent = site.parent
+    if parent is None or site.head_width() is None or _SHOWN in parent.__dict__:
+        return
+    queries, key_values = site.head_counts().get("num_attention_heads"), site.key_value_heads
+    parent.__dict__[_SHOWN] = site.tp_size
+    if queries is None:
+        return
+    if key_values is None:
+        key_values = site.head_counts().get("num_key_value_heads", queries)
+    else:
+        parent.num_key_value_groups = queries // site.tp_size // max(key_values // site.tp_size, 1)
+    for names, count in ((_QUERY_COUNTS, queries), (_KEY_VALUE_COUNTS, key_values)):
+        for name in names:
+            if getattr(parent, name, None) == count:
+                setattr(parent, name, max(count // site.tp_size, 1))

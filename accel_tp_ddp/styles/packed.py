@@ -9,7 +9,7 @@ from torch import nn
 from ..region import Region
 from ..shard import Layout, packed_ranges
 from .base import Site
-from .linear import Colwise, Rowwise
+from .linear import Colwise, Rowwise, output_dim
 
 __all__ = ["PackedColwise", "PackedQKVColwise", "PackedRowwise"]
 
@@ -20,6 +20,8 @@ class PackedColwise(Colwise):
     Cut as one piece, the first rank would hold all of gate and the second all of up.
     """
 
+    repeats_heads = False
+
     def __init__(self, sections: int = 2):
         self.sections = sections
 
@@ -28,6 +30,10 @@ class PackedColwise(Colwise):
 
     def output_layout(self, site: Site) -> Layout:
         return Layout(0, packed_ranges(self.section_sizes(site), site.tp_size))
+
+    def bare_layout(self, site: Site, name: str) -> Layout:
+        """Rows of a matrix or of a stack of matrices, or a stack's or a single vector's biases."""
+        return packed_bare_layout(site, name, output_dim(site.module._parameters[name]), self.sections)
 
     def verify(self, site: Site) -> None:
         if isinstance(site.module, nn.Linear):
@@ -74,6 +80,10 @@ class PackedRowwise(Rowwise):
         sizes = equal_sections(site, site.module.in_features, self.sections)
         return Layout(1, packed_ranges(sizes, site.tp_size))
 
+    def bare_layout(self, site: Site, name: str) -> Layout:
+        """The last dimension: the outputs of a stack of transposed matrices."""
+        return packed_bare_layout(site, name, site.module._parameters[name].ndim - 1, self.sections)
+
     def verify(self, site: Site) -> None:
         if isinstance(site.module, nn.Linear):
             verify_sections(site, equal_sections(site, site.module.in_features, self.sections))
@@ -94,6 +104,18 @@ class LocalHeads:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._config, name, value)
+
+
+def packed_bare_layout(site: Site, name: str, dim: int, sections: int) -> Layout:
+    param = site.module._parameters[name]
+    section, rest = divmod(param.shape[dim], sections)
+    if rest or section % site.tp_size:
+        raise site.error(
+            f"dimension {dim} of `{site.parameter(name)}` of size {tuple(param.shape)} is not {sections} equal "
+            "sections that are each divisible by tp_size.",
+            "Choose another tp_size, or set the style to `replicate`.",
+        )
+    return Layout(dim, packed_ranges([section] * sections, site.tp_size))
 
 
 def equal_sections(site: Site, features: int, sections: int) -> list[int]:

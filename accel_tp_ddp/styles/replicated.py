@@ -12,6 +12,9 @@ __all__ = ["AllReduce", "Replicate", "ReplicatedWithGradAllReduce"]
 class Replicate(Style):
     """Leaves the module as it is: replicated input, weights and output."""
 
+    def bare_layout(self, site: Site, name: str) -> None:
+        return None
+
     def apply(self, site: Site, region: Region) -> None:
         pass
 

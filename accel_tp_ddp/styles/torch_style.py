@@ -31,7 +31,7 @@ class TorchStyle(Style):
         linear, colwise = isinstance(site.module, nn.Linear), isinstance(self.style, ColwiseParallel)
         sharded = self.style.output_layouts[0] if colwise else self.style.input_layouts[0]
         if linear and sharded.is_shard(-1):
-            verify_whole_heads(site, site.module.out_features if colwise else site.module.in_features, "weight")
+            verify_whole_heads(site, site.module.out_features if colwise else site.module.in_features, "weight", False)
         dim = int(colwise != linear)
         self._verify_parameter(site, "weight", even_layout(site.module.weight.shape[dim], dim, site.tp_size))
 

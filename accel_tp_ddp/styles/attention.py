@@ -1,0 +1,68 @@
+"""Attention: parameters of one element a head, multi-head latent attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..collectives import copy_to_tp
+from ..region import ParallelForward
+from ..shard import Layout
+from .base import Site, Style
+
+__all__ = ["LatentKeyValueDown", "LocalParameters", "bare_layouts"]
+
+
+class LocalParameters(Style):
+    """Lets a module compute with this rank's part of its bare parameters, such as one attention sink for each head.
+
+    How each is cut, its own rule says. Forward and backward: nothing, as the module's activations are cut likewise.
+    """
+
+    takes_parameters = True
+
+    def layouts(self, site: Site) -> dict[str, Layout]:
+        return bare_layouts(site)
+
+
+class LatentKeyValueDown(Style):
+    """The replicated down-projection of keys and values in multi-head latent attention (arXiv:2405.04434).
+
+    The last columns of its output are the rotary key that all heads share. They go to each rank's heads directly, so
+    their gradient is partial. Forward: nothing; backward: all-reduce of those columns. The columns before them enter
+    the region at the column-parallel up-projection, which sums their gradient.
+    """
+
+    accepts = (nn.Linear,)
+
+    def verify(self, site: Site) -> None:
+        super().verify(site)
+        columns = self._shared_columns(site)
+        if not isinstance(columns, int) or not 0 < columns < site.module.out_features:
+            raise site.error(
+                f"`{site.parameter('weight')}` of size {tuple(site.module.weight.shape)} has columns that all heads "
+                f"share, and neither the module around it nor its config says how many (qk_rope_head_dim={columns}).",
+                "Set the style to `replicate`, and those of the projections after it.",
+            )
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        return {"shared_columns": self._shared_columns(site)}
+
+    def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
+        output = call.inner(input)
+        shared = call.facts["shared_columns"]
+        latent, rotary = output.split([output.size(-1) - shared, shared], -1)
+        return torch.cat([latent, *copy_to_tp(call.mesh, rotary)], -1)
+
+    @staticmethod
+    def _shared_columns(site: Site) -> int | None:
+        columns = getattr(site.parent, "qk_rope_head_dim", None)
+        return getattr(site.config, "qk_rope_head_dim", None) if columns is None else columns
+
+
+def bare_layouts(site: Site) -> dict[str, Layout]:
+    """The layouts of the bare parameters that their rules shard."""
+    layouts = {name: style.bare_layout(site, name) for name, style in site.bare.items()}
+    return {name: layout for name, layout in layouts.items() if layout is not None}
