@@ -13,6 +13,7 @@ from .rules import Names, PlanLike, load_plan, shipped_plan, wildcards
 from .shard import Layout
 from .styles import Replicate, Style, get_style, is_known, style_label, tied_partner
 from .styles.base import Site
+from .styles.lora import lora_style
 from .styles.torch_style import TorchStyle
 
 __all__ = ["Plan", "PlanEntry", "resolve_plan"]
@@ -111,8 +112,8 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
     names = Names(model)
     sources = [
         ("user", user),
-        ("package", shipped_plan(model)),
-        ("model", dict(getattr(model, "tp_plan", None) or {})),
+        ("package", shipped_plan(names.wrappings.base)),
+        ("model", dict(getattr(names.wrappings.base, "tp_plan", None) or {})),
     ]
     if not any(rules for _, rules in sources):
         raise PlanError(
@@ -147,6 +148,7 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
     _check_supported(model, names, chosen, own, tp_size)
     entries = [_entry(model, names, name, *chosen[name], tp_size) for name in names.modules if name in chosen]
     entries = _settle_tied(model, names, entries, tp_size)
+    entries = _with_adapters(names, entries, tp_size)
     result = Plan(
         type(model).__name__,
         tp_size,
@@ -189,14 +191,27 @@ def _check_supported(
 
 
 def _entry(model: nn.Module, names: Names, name: str, value: Any, rule: str, source: str, tp_size: int) -> PlanEntry:
-    parent_name = name.rpartition(".")[0]
-    parent = names.modules.get(parent_name) if name else None
+    parent = names.parent(name)
     module = names.modules[name]
     config = getattr(parent, "config", None) or getattr(module, "config", None) or getattr(model, "config", None)
     site = Site(name, module, parent, config, tp_size, style_label(value))
     style = get_style(value, rule)
     style.verify(site)
     return PlanEntry(site, style, site.style, source, style.layouts(site))
+
+
+def _with_adapters(names: Names, entries: list[PlanEntry], tp_size: int) -> list[PlanEntry]:
+    """Each entry, followed by one for the adapters that have been put around its module."""
+    by_name = {entry.site.name: entry for entry in entries}
+    names.wrappings.check({entry.site.name: entry.site for entry in entries if not isinstance(entry.style, Replicate)})
+    around: dict[str, PlanEntry] = {}
+    for layer in names.wrappings.lora_layers():
+        entry = by_name.get(layer.base_name)
+        site = Site(layer.name, layer.module, names.parent(layer.base_name), None, tp_size, "lora")
+        style = lora_style(site, entry.style if entry else Replicate(), entry.layouts if entry else {})
+        around[layer.base_name] = PlanEntry(site, style, site.style, "adapter", style.layouts(site))
+    planned = [[entry, *([around.pop(entry.site.name)] if entry.site.name in around else [])] for entry in entries]
+    return [*(entry for group in planned for entry in group), *around.values()]
 
 
 def _settle_tied(model: nn.Module, names: Names, entries: list[PlanEntry], tp_size: int) -> list[PlanEntry]:
