@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,20 +95,22 @@ class Wrappings:
         plain = ".".join(part for part in (self._plain[owner], leaf) if part)
         return list(dict.fromkeys([name, plain, self._root + plain]))
 
-    def check(self, sharded: Mapping[str, Site]) -> None:
+    def check(self, sharded: Iterable[Site]) -> None:
         """Raise for adapters that cannot follow the module they are put around.
 
         Args:
-            sharded: The sites, by full name, that a style other than `replicate` runs.
+            sharded: The sites that a style other than `replicate` runs.
 
         Raises:
             PlanError: With the module, its style, and what to change.
         """
+        sharded = list(sharded)
         for found in self:
             if _is_lora_linear(found.module) or _is_module_to_save(found.module):
                 continue
-            for name, site in sharded.items():
-                if name == found.base_name or name.startswith(f"{found.base_name}."):
+            inside = set(map(id, found.base.modules()))  # by identity: a wrapper may hold a module under two names
+            for site in sharded:
+                if id(site.module) in inside:
                     kind = type(found.module)
                     raise site.error(
                         f"PEFT has put a {kind.__module__}.{kind.__name__} around it, which cannot follow a sharded "

@@ -202,16 +202,20 @@ def _entry(model: nn.Module, names: Names, name: str, value: Any, rule: str, sou
 
 def _with_adapters(names: Names, entries: list[PlanEntry], tp_size: int) -> list[PlanEntry]:
     """Each entry, followed by one for the adapters that have been put around its module."""
-    by_name = {entry.site.name: entry for entry in entries}
-    names.wrappings.check({entry.site.name: entry.site for entry in entries if not isinstance(entry.style, Replicate)})
-    around: dict[str, PlanEntry] = {}
+    by_module = {entry.site.module: entry for entry in entries}
+    names.wrappings.check(entry.site for entry in entries if not isinstance(entry.style, Replicate))
+    around: dict[nn.Module, PlanEntry] = {}
     for layer in names.wrappings.lora_layers():
-        entry = by_name.get(layer.base_name)
+        entry = by_module.get(layer.base)
         site = Site(layer.name, layer.module, names.parent(layer.base_name), None, tp_size, "lora")
         style = lora_style(site, entry.style if entry else Replicate(), entry.layouts if entry else {})
-        around[layer.base_name] = PlanEntry(site, style, site.style, "adapter", style.layouts(site))
-    planned = [[entry, *([around.pop(entry.site.name)] if entry.site.name in around else [])] for entry in entries]
-    return [*(entry for group in planned for entry in group), *around.values()]
+        around[layer.base] = PlanEntry(site, style, site.style, "adapter", style.layouts(site))
+    result: list[PlanEntry] = []
+    for entry in entries:
+        result.append(entry)
+        if entry.site.module in around:
+            result.append(around.pop(entry.site.module))
+    return [*result, *around.values()]
 
 
 def _settle_tied(model: nn.Module, names: Names, entries: list[PlanEntry], tp_size: int) -> list[PlanEntry]:

@@ -8,6 +8,7 @@ losses, weights and norms that look like any other's.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from accel_tp_ddp import collectives, gradients, prepare, region
+from accel_tp_ddp import collectives, gradients, prepare, region, replicas
 from accel_tp_ddp.shard import chunk_ranges, shard_info
-from accel_tp_ddp.styles import embedding, linear, packed, replicated
+from accel_tp_ddp.styles import embedding, linear, lora, packed, replicated
 
 from .training import Record, Spec, train
 
@@ -29,7 +30,7 @@ from .training import Record, Spec, train
 def injected(fault: str | None) -> Iterator[None]:
     """Run with `fault` in the package; with None, as it is."""
     with ExitStack() as stack:
-        for owner, name, wrong in _FAULTS[fault] if fault else ():
+        for owner, name, wrong in {**_FAULTS, **_LORA_FAULTS}[fault] if fault else ():
             stack.enter_context(mock.patch.object(owner, name, wrong))
         yield
 
@@ -122,3 +123,13 @@ _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     ],
 }
 FAULTS = tuple(_FAULTS)
+
+# Shown by test_lora.py.
+_LORA_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
+    "LoRA A not summed": [(lora.PartialAdapter, "forward", lambda self, call, input: call.inner(input))],
+    "LoRA A drawn by each rank": [
+        (sys.modules["accel_tp_ddp.parallelize"], "_agree_on_weights", lambda model, mesh: None),
+        (replicas.ReplicaGuard, "agree_on_gradients", lambda self, optimizer: None),
+    ],
+}
+LORA_FAULTS = tuple(_LORA_FAULTS)
