@@ -145,7 +145,7 @@ def check_adapters(model: nn.Module) -> None:
     if "peft" not in sys.modules:
         return
     wrappings = Wrappings(model)
-    for adapter, config in {**_configs(model), **_configs(wrappings.base)}.items():
+    for adapter, config in [item for module in model.modules() for item in _configs(module).items()]:
         method = getattr(config.peft_type, "value", config.peft_type)
         if method != "LORA":
             raise PlanError(
@@ -291,8 +291,11 @@ def _peft_models() -> tuple[type[nn.Module], ...]:
     return peft.PeftModel, peft.PeftMixedModel
 
 
-def _configs(model: nn.Module) -> dict[str, Any]:
-    return dict(model.__dict__.get("peft_config") or {})
+def _configs(module: nn.Module) -> dict[str, Any]:
+    """The adapters' configs by name; PEFT keeps them on its own models and on the model that it adapts."""
+    if "peft" in sys.modules and isinstance(module, _peft_models()):
+        return dict(module.peft_config)
+    return dict(module.__dict__.get("peft_config") or {})
 
 
 def _is_lora_linear(module: nn.Module) -> bool:
@@ -308,15 +311,16 @@ def _is_module_to_save(module: nn.Module) -> bool:
 
 
 def _wrapped_in(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What `module` has been put around, by name: one module, or the original and its copies; none for a plain one."""
+    """What `module` has been put around, by name: one module, or an original and its copies; none for a plain one."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     if isinstance(module, BaseTunerLayer):
         return [("base_layer", module.base_layer)]
     if isinstance(module, AuxiliaryTrainingWrapper):
-        copies = getattr(module, "modules_to_save", {})
-        return [("original_module", module.original_module), *((f"modules_to_save.{k}", m) for k, m in copies.items())]
+        copies = module._modules.get("modules_to_save", {})
+        inside = [(key, child) for key, child in module._modules.items() if child is not None and child is not copies]
+        return [*inside, *((f"modules_to_save.{adapter}", copied) for adapter, copied in copies.items())]
     return []
 
 

@@ -196,7 +196,7 @@ def test_saved_adapters_are_those_of_plain_ddp_and_load_in_plain_peft(model, lay
     (actual, ours), (_, plain) = trained(model, *layout), trained(model, None, layout[1])
     assert {path.name for path in ours.iterdir()} == {path.name for path in plain.iterdir()}
     configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (ours, plain)]
-    assert all(len(config["target_modules"]) == len(set(config["target_modules"])) == 7 for config in configs)
+    assert all(len(config["target_modules"]) == len(set(config["target_modules"])) == 2 * 7 for config in configs)
     configs = [{**config, "target_modules": set(config["target_modules"])} for config in configs]
     assert configs[0] == configs[1]
     saved, expected = (load_file(folder / "adapter_model.safetensors") for folder in (ours, plain))
@@ -387,6 +387,24 @@ def test_saved_adapters_are_byte_for_byte_those_of_the_unsharded_model(tmp_path)
             assert all(config.pop("target_modules") for config in configs) and configs[0] == configs[1]
         else:
             assert ours.read_bytes() == plain.read_bytes(), file
+
+
+def save_both_with_adapters_by_transformers(folder: str) -> None:
+    reference = build_model("llama")
+    reference.add_adapter(lora())
+    model = parallelize(copy.deepcopy(stir(reference)), tp_mesh())
+    for each in (model, reference):
+        each(**token_batch()).loss.backward()
+    assert_gradients_close(full_gradients(model), full_gradients(reference))
+    model.save_pretrained(f"{folder}/ours")
+    if dist.get_rank() == 0:
+        reference.save_pretrained(f"{folder}/plain")
+
+
+def test_adapters_that_transformers_has_added_are_right_too(tmp_path):
+    run_on_ranks(save_both_with_adapters_by_transformers, 2, str(tmp_path))
+    ours, plain = (tmp_path / folder / "adapter_model.safetensors" for folder in ("ours", "plain"))
+    assert ours.read_bytes() == plain.read_bytes()
 
 
 @torch.no_grad()
