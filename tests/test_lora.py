@@ -19,6 +19,7 @@ from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -29,7 +30,7 @@ from .compare import assert_tensors_close, relative_error
 from .faults import LORA_FAULTS, injected
 from .models import VOCABULARY, build_model
 from .ranks import run_on_ranks
-from .sharded import accelerator_for, assert_gradients_close, build_mlp, token_batch, tp_mesh
+from .sharded import accelerator_for, assert_gradients_close, build_mlp, token_batch, torch_plan, tp_mesh
 from .training import BATCH, SyntheticTokens
 
 STEPS = 6
@@ -226,6 +227,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a trained head and embedding": {"config": {"modules_to_save": ["lm_head", "embed_tokens"]}},
     "LoRA on the head": {"config": {"target_modules": ["q_proj", "o_proj", "lm_head"], "lora_bias": True}},
     "two adapters at once": {"adapters": 2},
+    "tied embeddings": {"model_options": {"tied": True}},
     "dropout that drops nothing": {"config": {"lora_dropout": 1e-9}},
     "checkpointing": {"config": {"lora_dropout": 1e-9}, "checkpointing": True},
     "a plan that splits and gathers": {
@@ -520,6 +522,17 @@ def test_adapters_that_come_after_sharding_are_refused(how):
     for raised in run_on_ranks(late, 2, how, expect_raise=True):
         assert raised.type_name == "ValueError"
         assert "after the model had been sharded" in raised.message and "get_peft_model" in raised.message
+
+
+def adapt_dtensors() -> None:
+    mesh, model = tp_mesh(), build_model("llama")
+    model = get_peft_model(parallelize_module(model, mesh, torch_plan(model)), lora(target_modules=["q_proj"]))
+    parallelize(model, mesh)
+
+
+def test_adapters_on_dtensors_are_refused():
+    for raised in run_on_ranks(adapt_dtensors, 2, expect_raise=True):
+        assert raised.type_name == "PlanError" and "DTensors" in raised.message
 
 
 def test_a_plan_names_modules_as_they_were_before_adapters_and_shows_how_adapters_follow():
