@@ -24,7 +24,7 @@ from .export import full_tensors, meet_peers, save_full_checkpoints
 from .shard import shard_info
 from .styles.base import Site
 
-__all__ = ["Wrapping", "Wrappings", "check_adapters", "look_after_adapters"]
+__all__ = ["Wrapping", "Wrappings", "adapted_model", "check_adapters", "look_after_adapters"]
 
 _KNOWN = "_accel_tp_ddp_adapters"
 
@@ -68,8 +68,8 @@ class Wrappings:
         if "peft" in sys.modules:
             plain: dict[str, str] = {}
             self._walk(model, "", "", plain)
-            if isinstance(model, _peft_models()):
-                self.base = model.get_base_model()
+            if (base := adapted_model(model)) is not model:
+                self.base = base
                 self._root = f"{_name_inside(model, self.base)}."
             if self._found or self._root:
                 self._plain = plain
@@ -132,6 +132,11 @@ class Wrappings:
             for key, child in module._modules.items():
                 if child is not None:
                     self._walk(child, _join(name, key), _join(plain, key), names)
+
+
+def adapted_model(model: nn.Module) -> nn.Module:
+    """The model inside a `PeftModel`; any other model itself."""
+    return model.get_base_model() if "peft" in sys.modules and isinstance(model, _peft_models()) else model
 
 
 def check_adapters(model: nn.Module) -> None:

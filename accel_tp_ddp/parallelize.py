@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from .adapters import check_adapters, look_after_adapters
+from .adapters import adapted_model, check_adapters, look_after_adapters
 from .collectives import send_first_rank
 from .errors import PlanError
 from .export import save_full_checkpoints
@@ -165,7 +165,8 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
         region = Region(mesh, draws_dropout(model))
         for entry in plan.entries:
             entry.style.apply(entry.site, region)
-        region.attach(model)
+        for whole in {model, adapted_model(model)}:  # either may be called, and the second is what unloading leaves
+            region.attach(whole)
         if has_dtensor_parameters(model):
             localize_with_map(model, keep=plain)
         link_partial_gradients(plan)

@@ -409,14 +409,23 @@ def test_adapters_that_transformers_has_added_are_right_too(tmp_path):
     assert ours.read_bytes() == plain.read_bytes()
 
 
+ATTENTION = {"llama": ["q_proj", "o_proj"], "phi3": ["qkv_proj", "o_proj"]}
+
+
 @torch.no_grad()
 def assert_merging_is_right(architecture: str) -> None:
-    reference = adapted(build_model(architecture), lora())
+    base = build_model(architecture)
+    config = lora(target_modules=[*ATTENTION[architecture], "lm_head"])
+    reference = adapted(copy.deepcopy(base), config)
     model = parallelize(copy.deepcopy(reference), tp_mesh())
     batch = token_batch()
     wanted, before = logits_of(reference, batch), full_state_dict(model)
     model.merge_adapter()
     assert relative_error(logits_of(model, batch), wanted) < 1e-5
+    with model.disable_adapter():  # unmerges within the forward
+        assert relative_error(logits_of(model, batch), logits_of(base, batch)) < 1e-5
+    assert relative_error(logits_of(model, batch), wanted) < 1e-5
+    model.merge_adapter()
     model.unmerge_adapter()
     assert relative_error(logits_of(model, batch), wanted) < 1e-5
     assert_tensors_close(full_state_dict(model), before, 1e-5)
@@ -577,15 +586,18 @@ def train_with_trainer(tp: int | None, folder: str) -> tuple[list[dict], dict[st
     trainer = Trainer(model=model, args=args, train_dataset=Rows())
     trainer.train()
     state = full_state_dict(trainer.model)
+    trainer.save_model(folder)
     keys = ("loss", "grad_norm", "learning_rate")
     history = [{key: row[key] for key in keys} for row in trainer.state.log_history if "loss" in row]
     return history, {name: tensor for name, tensor in state.items() if "lora_" in name}
 
 
 def test_trainer_trains_a_peft_model_as_under_plain_ddp(tmp_path):
-    expected, adapters = run_on_ranks(train_with_trainer, 2, None, str(tmp_path))[0]
-    actual, ours = run_on_ranks(train_with_trainer, 4, 2, str(tmp_path))[0]
+    expected, adapters = run_on_ranks(train_with_trainer, 2, None, str(tmp_path / "plain"))[0]
+    actual, ours = run_on_ranks(train_with_trainer, 4, 2, str(tmp_path / "ours"))[0]
     assert len(expected) == 5
     for row, wanted in zip(actual, expected, strict=True):
         assert row == pytest.approx(wanted, rel=1e-3)
     assert_tensors_close(ours, adapters, WEIGHT_TOLERANCE)
+    saved, wanted = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("ours", "plain"))
+    assert_tensors_close(saved, wanted, WEIGHT_TOLERANCE)
