@@ -37,7 +37,7 @@ def _type_that_reads_whole(base: type[nn.Module], names: tuple[str, ...]) -> typ
 def _read(module: nn.Module, name: str) -> Tensor | None:
     param = module._parameters[name]
     call = module.__dict__.get("forward")
-    if not isinstance(call, ParallelForward) or not call.region.running or call.computing:
+    if not isinstance(call, ParallelForward) or not call.region.running or call.computing or call.idle:
         return param
     whole, key = call.region.whole, (id(param), param._version)
     if key not in whole:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 from .shard import ShardInfo, restore_shards, shard_info
 from .wrappers import unwrap
 
-__all__ = ["full_gradients", "full_state_dict", "save_config", "save_full_checkpoints"]
+__all__ = [
+    "full_gradients",
+    "full_state_dict",
+    "full_state_dict_of_all",
+    "full_tensors",
+    "meet_peers",
+    "save_config",
+    "save_full_checkpoints",
+]
 
 #: Seconds that the main process waits for its peers when weights are to be gathered.
 PEERS_TIMEOUT = 60.0
@@ -28,11 +37,17 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Args:
         model: Bare model, or its DDP wrapper.
     """
-    model, gather = unwrap(model), _Gather()
+    model = unwrap(model)
     restore_shards(model)
+    return full_tensors(model.state_dict(keep_vars=True))
+
+
+def full_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The unsharded tensors of a state dict that was taken with `keep_vars=True`, on the CPU. Collective."""
+    gather = _Gather()
     return {
         name: gather(value, value, shard_info(value)) if isinstance(value, Tensor) else value
-        for name, value in model.state_dict(keep_vars=True).items()
+        for name, value in state.items()
     }
 
 
@@ -112,7 +127,13 @@ class _NumParameters:
 
 
 def full_state_dict_of_all(model: nn.Module, caller: str) -> dict[str, Tensor]:
-    """`full_state_dict`, for callers that a script may have left to the main process alone.
+    """`full_state_dict`, for callers that a script may have left to the main process alone; see `meet_peers`."""
+    meet_peers(model, caller)
+    return full_state_dict(model)
+
+
+def meet_peers(model: nn.Module, caller: str) -> None:
+    """Let the ranks of a replica meet, before a collective that a script may have left to the main process alone.
 
     Raises:
         RuntimeError: On the main process, if the peers of its replica do not come; it says what to change.
@@ -122,7 +143,6 @@ def full_state_dict_of_all(model: nn.Module, caller: str) -> dict[str, Tensor]:
     groups = {info.mesh.get_group() for param in model.parameters() if (info := shard_info(param)) is not None}
     for group in sorted(groups, key=lambda group: group.group_name):  # the same order on all ranks
         _meet_main_process(model, group, caller)
-    return full_state_dict(model)
 
 
 def _meet_main_process(model: nn.Module, group: dist.ProcessGroup, caller: str) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from .adapters import adapted_model, check_adapters, look_after_adapters
 from .collectives import send_first_rank
 from .errors import PlanError
 from .export import save_full_checkpoints
@@ -98,6 +99,7 @@ def check_model(model: nn.Module, mesh: DeviceMesh, plan: PlanLike = "auto") -> 
             "Pass the bare model; `Accelerator.prepare` wraps it after sharding."
         )
     model = unwrap(model)
+    check_adapters(model)
     if is_parallelized(model):
         raise ValueError(
             f"this {type(model).__name__} is sharded already (tp_size={tp_size}). Prepare a model once, and use what "
@@ -163,23 +165,26 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
         region = Region(mesh, draws_dropout(model))
         for entry in plan.entries:
             entry.style.apply(entry.site, region)
-        region.attach(model)
+        for whole in {model, adapted_model(model)}:  # either may be called, and the second is what unloading leaves
+            region.attach(whole)
         if has_dtensor_parameters(model):
             localize_with_map(model, keep=plain)
-        link_partial_gradients(model)
+        link_partial_gradients(plan)
         mapping = {}
         if dist.get_rank() == 0:
             logger.info("%s", plan)
     mark_whole(model)
     save_full_checkpoints(model)
+    look_after_adapters(model)
     return mapping
 
 
-def link_partial_gradients(model: nn.Module) -> None:
+def link_partial_gradients(plan: Plan) -> None:
     """Let small partial gradients ride on the all-reduce of the column-parallel modules beside them."""
-    for parent in model.modules():
-        calls = [child.__dict__.get("forward") for child in parent.children()]
-        calls = [call for call in calls if isinstance(call, ParallelForward)]
+    by_parent: dict[int, list[ParallelForward]] = {}
+    for entry in plan.entries:
+        by_parent.setdefault(id(entry.site.parent), []).extend(entry.style.calls(entry.site))
+    for calls in by_parent.values():
         partial = tuple(call for call in calls if call.partial_gradients)
         for call in calls:
             if call.style.enters:

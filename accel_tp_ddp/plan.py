@@ -13,6 +13,7 @@ from .rules import Names, PlanLike, load_plan, shipped_plan, wildcards
 from .shard import Layout
 from .styles import Replicate, Style, get_style, is_known, style_label, tied_partner
 from .styles.base import Site
+from .styles.lora import lora_style
 from .styles.torch_style import TorchStyle
 
 __all__ = ["Plan", "PlanEntry", "resolve_plan"]
@@ -111,8 +112,8 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
     names = Names(model)
     sources = [
         ("user", user),
-        ("package", shipped_plan(model)),
-        ("model", dict(getattr(model, "tp_plan", None) or {})),
+        ("package", shipped_plan(names.wrappings.base)),
+        ("model", dict(getattr(names.wrappings.base, "tp_plan", None) or {})),
     ]
     if not any(rules for _, rules in sources):
         raise PlanError(
@@ -150,6 +151,7 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
         _entry(model, names, name, *chosen[name], tp_size, bare.get(name)) for name in names.modules if name in chosen
     ]
     entries = _settle_tied(model, names, entries, tp_size)
+    entries = _with_adapters(names, entries, tp_size)
     result = Plan(
         type(model).__name__,
         tp_size,
@@ -218,14 +220,31 @@ def _entry(
     tp_size: int,
     bare: dict[str, Style] | None = None,
 ) -> PlanEntry:
-    parent_name = name.rpartition(".")[0]
-    parent = names.modules.get(parent_name) if name else None
+    parent = names.parent(name)
     module = names.modules[name]
     config = getattr(parent, "config", None) or getattr(module, "config", None) or getattr(model, "config", None)
     site = Site(name, module, parent, config, tp_size, style_label(value), bare or {})
     style = get_style(value, rule)
     style.verify(site)
     return PlanEntry(site, style, site.style, source, style.layouts(site))
+
+
+def _with_adapters(names: Names, entries: list[PlanEntry], tp_size: int) -> list[PlanEntry]:
+    """Each entry, followed by one for the adapters that have been put around its module."""
+    by_module = {entry.site.module: entry for entry in entries}
+    names.wrappings.check(entry.site for entry in entries if not isinstance(entry.style, Replicate))
+    around: dict[nn.Module, PlanEntry] = {}
+    for layer in names.wrappings.lora_layers():
+        entry = by_module.get(layer.base)
+        site = Site(layer.name, layer.module, names.parent(layer.base_name), None, tp_size, "lora")
+        style = lora_style(site, entry.style if entry else Replicate(), entry.layouts if entry else {})
+        around[layer.base] = PlanEntry(site, style, site.style, "adapter", style.layouts(site))
+    result: list[PlanEntry] = []
+    for entry in entries:
+        result.append(entry)
+        if entry.site.module in around:
+            result.append(around.pop(entry.site.module))
+    return [*result, *around.values()]
 
 
 def _settle_tied(model: nn.Module, names: Names, entries: list[PlanEntry], tp_size: int) -> list[PlanEntry]:

@@ -23,6 +23,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from .adapters import check_adapters
 from .batches import watch_batches
 from .collectives import gather_replicas
 from .export import full_state_dict_of_all, save_config
@@ -133,6 +134,7 @@ class _Hooks:
                     f"({device_map}), which cannot be combined with tp_size={self.plugin.tp_size}. Load it "
                     "without device_map: the plugin spreads it over the devices itself."
                 )
+            check_adapters(unwrap(model))
             by_hand = is_parallelized(model) and not isinstance(model, nn.parallel.DistributedDataParallel)
             if by_hand:
                 check_mesh(model, self.tp_mesh)

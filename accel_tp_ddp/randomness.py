@@ -8,6 +8,8 @@ checkpointing, which puts that one back, draws the same again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +63,28 @@ class RandomStream:
             generator, seed, offset = device
             generator.manual_seed(seed)
             generator.set_offset(offset)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Draw from this stream for a while, for something sharded; wherever the generators stand."""
+        before = self._around is not None
+        self.enter()
+        try:
+            yield
+        finally:
+            if not before:
+                self.leave()
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Draw from the stream around for a while, for something replicated; wherever the generators stand."""
+        before = self._around is not None
+        self.leave()
+        try:
+            yield
+        finally:
+            if before:
+                self.enter()
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_around": None}

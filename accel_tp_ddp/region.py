@@ -129,15 +129,25 @@ class ParallelForward:
         self._inner: Callable | None = module.__dict__.get("forward")
         self._entered = False
         self.computing = False  # whether the module's own forward runs
+        self.idle = False  # while a module around this one runs it under the style
 
     @property
     def mesh(self) -> DeviceMesh:
         return self.region.mesh
 
     def __call__(self, *args, **kwargs):
+        if self.idle:
+            return self.inner(*args, **kwargs)
         if any(shard_info(self.module._parameters[name]) is None for name in self.shards):
             restore_shards(self.module)
         return self.style.forward(self, *args, **kwargs)
+
+    def install_on(self, module: nn.Module) -> None:
+        """Become the forward of `module`."""
+        module.forward = self
+        if self.style.enters:
+            module.register_forward_pre_hook(self.enter_hook, prepend=True, with_kwargs=True)
+            module.register_forward_hook(self.exit_hook, always_call=True)
 
     def inner(self, *args, **kwargs):
         """The module's own forward."""
@@ -154,6 +164,8 @@ class ParallelForward:
 
         A hook, because torch gives every module a tensor of its own after the pre-hooks if it has backward hooks.
         """
+        if self.idle:
+            return args, kwargs
         if args:
             args = (self.enter(args[0]), *args[1:])
         else:
@@ -215,4 +227,5 @@ class ParallelForward:
             self.module._parameters.update(saved)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "offered": {}, "_entered": False, "computing": False}
+        idle = {"offered": {}, "_entered": False, "computing": False, "idle": False}
+        return {**self.__dict__, **idle}

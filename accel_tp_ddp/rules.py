@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from .adapters import Wrappings
 from .errors import PlanError, nearest
 from .styles import Style
 
@@ -95,9 +96,15 @@ class Names:
         self.aliases = dict(model.named_modules(remove_duplicate=False))
         self.parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         self.first_name = {id(module): name for name, module in self.modules.items()}
-        self._split = [(name, name.split(".")) for name in [*self.aliases, *self.parameters] if name]
-        prefix = getattr(model, "base_model_prefix", "")
-        self.prefix = prefix if prefix and prefix in self.modules else ""
+        self.wrappings = Wrappings(model)
+        self._split = [
+            (name, spelled.split("."))
+            for name in [*self.aliases, *self.parameters]
+            for spelled in self.wrappings.spellings(name, name in self.aliases)
+            if spelled
+        ]
+        prefix = getattr(self.wrappings.base, "base_model_prefix", "")
+        self.prefix = prefix if any(split == [prefix] for _, split in self._split) else ""
 
     def match(self, rule: str) -> list[str]:
         """Names of the modules that `rule` means, in full or relative to the base model.
@@ -133,6 +140,14 @@ class Names:
         owner, _, leaf = parameter.rpartition(".")
         return self.first_name[id(self.aliases[owner])], leaf
 
+    def parent(self, name: str) -> nn.Module | None:
+        """The module that holds `name`, as it was before adapters were put around modules; None at the root."""
+        while name:
+            name = name.rpartition(".")[0]
+            if self.wrappings.is_own(name):
+                return self.modules.get(name)
+        return None
+
     def not_a_module(self, name: str, rule: str) -> PlanError:
         """The error for a rule that means the parameter `name`, with a style for modules."""
         owner, _, leaf = name.rpartition(".")
@@ -144,7 +159,8 @@ class Names:
         )
 
     def nearest(self, rule: str) -> str:
-        known = dict.fromkeys(wildcards(name) if "*" in rule else name for name, _ in self._split)
+        spelled = (".".join(split) for _, split in self._split)
+        known = dict.fromkeys(wildcards(name) if "*" in rule else name for name in spelled)
         relative = [name.removeprefix(f"{self.prefix}.") for name in known] if self.prefix else []
         return nearest(rule, [*known, *relative])
 

@@ -8,6 +8,7 @@ losses, weights and norms that look like any other's.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from accel_tp_ddp import collectives, gradients, prepare, region
+from accel_tp_ddp import collectives, gradients, prepare, region, replicas
 from accel_tp_ddp.shard import Layout, ShardInfo, chunk_ranges, shard_info
-from accel_tp_ddp.styles import attention, embedding, experts, linear, packed, replicated
+from accel_tp_ddp.styles import attention, embedding, experts, linear, lora, packed, replicated
 
 from .training import Record, Spec, train
 
@@ -29,7 +30,7 @@ from .training import Record, Spec, train
 def injected(fault: str | None) -> Iterator[None]:
     """Run with `fault` in the package; with None, as it is."""
     with ExitStack() as stack:
-        for owner, name, wrong in (_FAULTS | _STYLE_FAULTS)[fault] if fault else ():
+        for owner, name, wrong in {**_FAULTS, **_STYLE_FAULTS, **_LORA_FAULTS}[fault] if fault else ():
             stack.enter_context(mock.patch.object(owner, name, wrong))
         yield
 
@@ -160,3 +161,13 @@ _STYLE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "cached head counts left as they were": [(linear, "show_local_heads", lambda site: None)],
 }
 STYLE_FAULTS = tuple(_STYLE_FAULTS)
+
+# Shown by test_lora.py.
+_LORA_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
+    "LoRA A not summed": [(lora.PartialAdapter, "forward", lambda self, call, input: call.inner(input))],
+    "LoRA A drawn by each rank": [
+        (sys.modules["accel_tp_ddp.parallelize"], "_agree_on_weights", lambda model, mesh: None),
+        (replicas.ReplicaGuard, "agree_on_gradients", lambda self, optimizer: None),
+    ],
+}
+LORA_FAULTS = tuple(_LORA_FAULTS)

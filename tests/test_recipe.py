@@ -1,4 +1,4 @@
-"""The recipe, launched as its first line says, at a scale of seconds."""
+"""The recipes, launched as their first lines say, at a scale of seconds."""
 
 import json
 import os
@@ -18,8 +18,8 @@ TINY = (
 ).split()
 
 
-def launch(config, *arguments, timeout=150):
-    """Runs the recipe under the launcher; its processes do not outlive a timeout. Returns what it printed."""
+def launch(config, *arguments, recipe="finetune_causal_lm.py", timeout=150):
+    """Runs a recipe under the launcher; its processes do not outlive a timeout. Returns what it printed."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])  # this checkout's package
     env.pop("ACCELERATE_USE_CPU", None)
@@ -27,7 +27,7 @@ def launch(config, *arguments, timeout=150):
         env["ACCELERATE_USE_CPU"] = "true"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "recipes/configs" / config]
     process = subprocess.Popen(
-        [*command, ROOT / "recipes/finetune_causal_lm.py", *arguments],
+        [*command, ROOT / "recipes" / recipe, *arguments],
         cwd=ROOT,
         env=env,
         stdout=subprocess.PIPE,
@@ -54,3 +54,15 @@ def test_recipe_learns_and_its_checkpoint_is_the_trained_model(tmp_path):
     assert results["perplexity_after"] < results["perplexity_before"] / 2
     assert results["perplexity_reloaded"] == pytest.approx(results["perplexity_after"], rel=1e-4)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_lora_recipe_learns_and_plain_peft_loads_its_adapters(tmp_path):
+    tiny = "--max_train_steps 10 --max_eval_blocks 21 --block_size 64 --per_device_train_batch_size 4".split()
+    output = launch("cpu_tp2_dp2.yaml", *tiny, "--output_dir", str(tmp_path), recipe="lora.py")
+
+    assert "parameters are trained" in output
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["steps"] == 10
+    assert results["perplexity_after"] < results["perplexity_before"] / 2
+    assert results["perplexity_reloaded"] == pytest.approx(results["perplexity_after"], rel=1e-4)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}

@@ -176,6 +176,11 @@ class Style:
             shard_in_place(param, info)
         self.install(site.module, region, shards, self.facts(site))
 
+    def calls(self, site: Site) -> list[ParallelForward]:
+        """What `apply` has installed at `site`."""
+        call = site.module.__dict__.get("forward")
+        return [call] if isinstance(call, ParallelForward) else []
+
     def install(
         self,
         module: nn.Module,
@@ -186,12 +191,9 @@ class Style:
         """Put the style's forward in the place of the module's."""
         remember_shards(module, shards)
         call = ParallelForward(module, self, region, shards, facts)
-        module.forward = call
+        call.install_on(module)
         if self.whole_outside:
             read_whole(module, call)
-        if self.enters:
-            module.register_forward_pre_hook(call.enter_hook, prepend=True, with_kwargs=True)
-            module.register_forward_hook(call.exit_hook, always_call=True)
 
 
 def _existing(param: nn.Parameter, layout: Layout) -> ShardInfo | None:
