@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from .collectives import send_first_rank
 from .errors import PlanError
 from .export import save_full_checkpoints
+from .generation import generate_together
 from .localize import has_dtensor_parameters, localize_with_map
 from .plan import Plan, resolve_plan
 from .randomness import draws_dropout
@@ -71,6 +72,7 @@ def localize(model: nn.Module) -> nn.Module:
     localize_with_map(model)
     if meshes:
         adopt(model, Region(meshes[0]))
+        generate_together(model, meshes[0])
     mark_whole(model)
     save_full_checkpoints(model)
     return model
@@ -172,6 +174,7 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
             logger.info("%s", plan)
     mark_whole(model)
     save_full_checkpoints(model)
+    generate_together(model, mesh)
     return mapping
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from accel_tp_ddp import collectives, gradients, prepare, region
+from accel_tp_ddp import collectives, generation, gradients, prepare, region
 from accel_tp_ddp.shard import chunk_ranges, shard_info
 from accel_tp_ddp.styles import embedding, linear, packed, replicated
 
@@ -29,7 +29,7 @@ from .training import Record, Spec, train
 def injected(fault: str | None) -> Iterator[None]:
     """Run with `fault` in the package; with None, as it is."""
     with ExitStack() as stack:
-        for owner, name, wrong in _FAULTS[fault] if fault else ():
+        for owner, name, wrong in {**_FAULTS, **_MORE_FAULTS}[fault] if fault else ():
             stack.enter_context(mock.patch.object(owner, name, wrong))
         yield
 
@@ -121,4 +121,9 @@ _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
         (prepare, "watch_batches", lambda *args: None),  # which would raise
     ],
 }
+# Those that a plain training run does not meet, or does not show; each is tried where it can be seen.
+_MORE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
+    "generation draws by itself": [(generation, "agree_on_randomness", lambda mesh: None)],
+}
 FAULTS = tuple(_FAULTS)
+MORE_FAULTS = tuple(_MORE_FAULTS)
