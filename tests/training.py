@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,12 +37,19 @@ class Spec:
     max_norm: float | None = 0.5
     checkpointing: str | None = None  # "reentrant" or "non_reentrant"
     mixed_precision: str = "no"
+    dtype: str = "float32"  # of the weights
+    autocast: str | None = None  # by the script itself, as Accelerate has no fp16 on CPUs
     attention: str | None = None
     optimizer: str = "adamw"  # or "sgd", whose steps show a wrong gradient scale, which Adam's normalisation hides
     steps: int = 6
     samples: int = TRAIN_SAMPLES
     vocabulary: int = VOCABULARY  # the ids drawn stay below the default
     noise: float = 0.0  # relative, on every initial weight: to see what rounding alone does
+
+    @property
+    def exact(self) -> Spec:
+        """The same run in single precision."""
+        return replace(self, mixed_precision="no", dtype="float32", autocast=None)
 
 
 @dataclass
@@ -101,6 +109,7 @@ def train(spec: Spec) -> Record:
     model = build_model(
         spec.model, tied=spec.tied, attention=spec.attention, noise=spec.noise, vocab_size=spec.vocabulary
     )
+    model = model.to(getattr(torch, spec.dtype))
     if spec.checkpointing:
         reentrant = {"reentrant": True, "non_reentrant": False}[spec.checkpointing]
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -117,7 +126,8 @@ def train(spec: Spec) -> Record:
         for batch in train_loader:
             ids = batch.pop("id")
             with accelerator.accumulate(model):
-                loss = model(**batch).loss
+                with autocasting(spec.autocast):
+                    loss = model(**batch).loss
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and spec.max_norm is not None:
                     norm = accelerator.clip_grad_norm_(model.parameters(), spec.max_norm)
@@ -136,6 +146,10 @@ def train(spec: Spec) -> Record:
     if accelerator.is_main_process:
         record.weights = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
     return record
+
+
+def autocasting(dtype: str | None) -> AbstractContextManager:
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype=getattr(torch, dtype))
 
 
 @torch.no_grad()
