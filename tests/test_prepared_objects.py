@@ -4,6 +4,7 @@ Wherever it says tp = None, that is Accelerate without the plugin: the reference
 """
 
 import gc
+import inspect
 import json
 import os
 import subprocess
@@ -34,7 +35,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from accel_tp_ddp import TensorParallelDDPPlugin, full_state_dict
+from accel_tp_ddp import TensorParallelDDPPlugin, full_state_dict, parallelize
+from accel_tp_ddp.gradients import clip_grad_norm_, full_grad_norm
 from accel_tp_ddp.prepare import _Hooks
 
 from .compare import assert_tensors_close, relative_error
@@ -51,6 +53,7 @@ from .sharded import (
     full_gradients_of,
     shard,
     token_batch,
+    tp_mesh,
 )
 from .training import Spec, differences, train
 
@@ -291,6 +294,60 @@ def check_nonfinite(rank_with_inf):
 @pytest.mark.parametrize("rank_with_inf", [0, 1])
 def test_an_infinite_gradient_on_one_rank_is_an_infinite_norm_on_all(rank_with_inf):
     assert run_on_ranks(check_nonfinite, 2, rank_with_inf) == [float("inf")] * 2
+
+
+def check_norm_options(foreach):
+    """Bare parameters, of several data types, in the order that torch is given them too."""
+    mesh = tp_mesh()
+    models = {which: build_mlp() for which in ("sharded", "whole")}
+    parallelize(models["sharded"], mesh, MLP_PLAN)
+    for model in models.values():
+        model.up.to(torch.bfloat16)
+        model.head.to(torch.float64)
+        for index, param in enumerate(model.parameters()):
+            info, generator = getattr(param, "tp_shard", None), torch.Generator().manual_seed(index)
+            whole = torch.randn(info.global_shape if info else param.shape, generator=generator).to(param.dtype)
+            param.grad = info.local_part(whole) if info else whole
+    ours, theirs = (list(model.parameters()) for model in models.values())
+    results = []
+    for params, norm, clip in (
+        (ours, full_grad_norm, clip_grad_norm_),
+        (
+            theirs,
+            lambda params, **kw: torch.nn.utils.get_total_norm([p.grad for p in params], **kw),
+            torch.nn.utils.clip_grad_norm_,
+        ),
+    ):
+        with mock.patch.object(torch, "_foreach_norm", wraps=torch._foreach_norm) as spy:
+            total = norm(params, foreach=foreach)
+            used = spy.called
+            clipped = clip(params, 0.5, foreach=foreach)
+        results.append((used, total.dtype, relative_error(total, clipped), float(total)))
+    assert results[0][:3] == results[1][:3]
+    assert results[0][0] == (foreach is True or foreach is None and results[1][0])
+    assert results[0][3] == pytest.approx(results[1][3], rel=1e-2)  # bf16, and torch rounds its sum to that
+    for (name, param), other in zip(models["sharded"].named_parameters(), theirs):
+        full = param.tp_shard.full_tensor(param.grad) if param.tp_shard else param.grad
+        assert relative_error(full, other.grad) < 1e-2, name
+    if mesh.get_local_rank() == 1:
+        ours[0].grad.view(-1)[0] = float("nan")
+    for call in (full_grad_norm, lambda params, **options: clip_grad_norm_(params, 1.0, **options)):
+        assert torch.isnan(call(ours, foreach=foreach))
+        with pytest.raises(RuntimeError, match="error_if_nonfinite=False"):
+            call(ours, error_if_nonfinite=True, foreach=foreach)
+    return results[0]
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_foreach_and_error_if_nonfinite_are_those_of_torch(foreach):
+    first, second = run_on_ranks(check_norm_options, 2, foreach)
+    assert first == second
+
+
+def test_the_accelerators_clipping_takes_what_accelerates_takes():
+    assert inspect.signature(_Hooks.clip_grad_norm_).parameters.keys() == (
+        inspect.signature(Accelerator.clip_grad_norm_).parameters.keys()
+    )
 
 
 # --- learning rates --------------------------------------------------------------------------------------------------
