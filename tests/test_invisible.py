@@ -13,7 +13,7 @@ import torch
 from .faults import FAULTS, train_with
 from .models import ARCHITECTURES
 from .ranks import run_on_ranks
-from .training import SERIES, TOLERANCE, WEIGHT_TOLERANCE, Spec, assert_same_run, differences, train
+from .training import OPTIMIZERS, SERIES, TOLERANCE, WEIGHT_TOLERANCE, Spec, assert_same_run, differences, train
 
 LAYOUTS = {"tp2xdp2": (2, 2), "tp4xdp1": (4, 1), "tp1xdp2": (1, 2), "tp2xdp1": (2, 1)}
 OPTIONS = {
@@ -116,6 +116,20 @@ def cases():
 @pytest.mark.parametrize("option, model, tied, layout", list(cases()))
 def test_an_option_changes_nothing_about_that(option, model, tied, layout):
     assert_invisible(Spec(model, tied=tied, **OPTIONS[option]), *LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("decay", ["ndim", "name"])
+@pytest.mark.parametrize("optimizer", [kind for kind in OPTIMIZERS if ", " in kind])
+def test_every_way_of_stepping_and_of_decaying_is_that_of_plain_ddp(optimizer, decay):
+    model = {"ndim": "qwen3", "name": "gpt_neox"}[decay]
+    assert_invisible(Spec(model, tied=decay == "ndim", optimizer=optimizer, decay=decay), 2, 2)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw, foreach", "sgd, nesterov"])
+def test_weight_decay_on_other_parameters_is_another_run(optimizer):
+    by_name, by_ndim = (plain_ddp(Spec("llama", optimizer=optimizer, decay=decay), 2) for decay in ("name", "ndim"))
+    off = differences(by_name, by_ndim)
+    assert off["losses"] > 5 * TOLERANCE and off["weight model.embed_tokens.weight"] > 5 * WEIGHT_TOLERANCE
 
 
 PRECISIONS = {
