@@ -28,7 +28,7 @@ from .batches import watch_batches
 from .export import full_state_dict_of_all, save_config
 from .gradients import clip_grad_norm_, grad_scaler
 from .loaders import serve_replicas
-from .optimizer import check_optimizer, follow_model, take_full_state
+from .optimizer import check_optimizer, check_step, follow_model, take_full_state
 from .parallelize import check_mesh, check_model, is_parallelized, parallelize_with_map
 from .plan import Plan
 from .randomness import agree_on_randomness, draw_by_replica
@@ -203,6 +203,7 @@ class _Hooks:
         return shortened if shortened is dataloader else serve_replicas(shortened, self.plugin.device_mesh)
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Optimizer:
+        check_step(_bare(optimizer))  # again, for whoever calls this directly, or before there is a model
         if self._guard.watch(_bare(optimizer)):
             take_full_state(_bare(optimizer))
         self._agree_on_overflow()  # Accelerate hands its scaler to each optimizer here

@@ -174,7 +174,7 @@ def test_without_an_agreement_one_rank_steps_and_its_peer_does_not():
     assert [scale for _, scale, *_ in first] != [scale for _, scale, *_ in second]
 
 
-def refuse(name: str):
+def refuse(name: str, order: str):
     accelerator = Accelerator(parallelism_config=TensorParallelDDPPlugin(tp_size=2))
     model = build_model("llama")
     if name == "Adafactor":
@@ -183,13 +183,36 @@ def refuse(name: str):
         from transformers.optimization import Adafactor
 
         optimizer = Adafactor(model.parameters())
+    elif name == "LBFGS":
+        optimizer = torch.optim.LBFGS(model.parameters())
     else:
         optimizer = torch.optim.Muon([param for param in model.parameters() if param.ndim == 2])
-    accelerator.prepare(model, optimizer)
+    if order == "together":
+        accelerator.prepare(model, optimizer)
+    elif order == "optimizer first":
+        optimizer = accelerator.prepare(optimizer)
+        accelerator.prepare(model)
+    elif order == "optimizer later":
+        accelerator.prepare(model)
+        accelerator.prepare(optimizer)
+    else:
+        accelerator.prepare_model(model)
+        accelerator.prepare_optimizer(optimizer)
 
 
-@pytest.mark.parametrize("name", ["Adafactor", "transformers", "Muon"])
-def test_optimizers_that_look_at_whole_matrices_are_refused_by_name(name):
-    for error in run_on_ranks(refuse, 2, name, expect_raise=True):
+@pytest.mark.parametrize(
+    "name, order",
+    [
+        ("Adafactor", "together"),
+        ("transformers", "together"),
+        ("Muon", "together"),
+        ("LBFGS", "together"),
+        ("Muon", "optimizer first"),
+        ("Adafactor", "optimizer later"),
+        ("Muon", "by prepare_optimizer"),
+    ],
+)
+def test_optimizers_that_look_at_whole_matrices_are_refused_by_name(name, order):
+    for error in run_on_ranks(refuse, 2, name, order, expect_raise=True):
         assert error.type_name == "ValueError"
         assert name.replace("transformers", "Adafactor") in error.message and "AdamW" in error.message
