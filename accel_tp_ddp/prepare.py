@@ -7,7 +7,7 @@ about tensor parallelism is left to the accelerator's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -72,6 +72,7 @@ class _Hooks:
         "gather_for_metrics",
         "reduce",
         "split_between_processes",
+        "join_uneven_inputs",
         "get_state_dict",
         "save_model",
         "save_state",
@@ -267,6 +268,13 @@ class _Hooks:
             device=self.accelerator.device,
         )
         return PartialState.split_between_processes(replica, inputs, apply_padding=apply_padding)
+
+    def join_uneven_inputs(
+        self, joinables: list[Any], even_batches: bool | None = None
+    ) -> AbstractContextManager[None]:
+        if self.dp_size == 1:  # a bare model cannot be joined, and there is nobody to join with
+            return nullcontext(joinables)
+        return self.stock["join_uneven_inputs"](joinables, even_batches)
 
     # ----------------------------------------------------------------------------------------------------- saving
 

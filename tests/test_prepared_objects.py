@@ -4,13 +4,16 @@ Wherever it says tp = None, that is Accelerate without the plugin: the reference
 """
 
 import gc
+import importlib.util
 import inspect
 import json
 import os
 import subprocess
 import sys
 import textwrap
+import warnings
 import weakref
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -21,6 +24,7 @@ from accelerate.utils import (
     DDPCommunicationHookType,
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
+    broadcast_object_list,
     set_seed,
 )
 from torch import nn
@@ -747,6 +751,140 @@ def test_dispatched_batches_are_those_of_plain_ddp(split_batches):
     plain = run_on_ranks(dispatched, 2, None, split_batches)
     assert plain[0] != plain[1] and [sample for _, batch in plain[0][0] for sample in batch] == list(range(22))
     assert run_on_ranks(dispatched, 4, 2, split_batches) == [plain[0], plain[0], plain[1], plain[1]]
+
+
+class InPairs:
+    """A batch sampler of a user's own: each index together with its mirror image."""
+
+    batch_size, drop_last = 4, False
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        order = [index for pair in zip(range(self.samples), reversed(range(self.samples))) for index in pair]
+        order = order[: self.samples]
+        return iter([order[start : start + 4] for start in range(0, self.samples, 4)])
+
+    def __len__(self):
+        return -(-self.samples // 4)
+
+
+def uneven_batches(tp, options):
+    accelerator = accelerator_for(tp, MLP_PLAN, dataloader_config=DataLoaderConfiguration(**options))
+    accelerator.prepare(build_mlp())
+    seen = {}
+    for samples in (18, 22, 3):
+        set_seed(11)
+        for kind, loader in {
+            "own": DataLoader(range(samples), batch_sampler=InPairs(samples)),
+            "shuffled": DataLoader(range(samples), batch_size=4, shuffle=True),
+            "drop_last": DataLoader(range(max(samples, 8)), batch_size=4, drop_last=True),
+        }.items():
+            loader = accelerator.prepare(loader)
+            epochs = [[batch.tolist() for batch in loader] for _ in range(2)]
+            rest = [batch.tolist() for batch in accelerator.skip_first_batches(loader, 1)]
+            seen[kind, samples] = epochs, len(loader), rest
+    return seen
+
+
+@REPLICAS
+@pytest.mark.parametrize("split_batches", [False, True], ids=["", "split"])
+@pytest.mark.parametrize("even_batches", [False, True], ids=["uneven", "even"])
+def test_uneven_and_own_batches_are_those_of_plain_ddp(even_batches, split_batches, dp):
+    options = {"even_batches": even_batches, "split_batches": split_batches}
+    plain, sharded = plain_and_sharded(uneven_batches, dp, options)
+    assert_equal_per_replica(plain, sharded)
+    if dp == 2 and not split_batches:
+        first, second = (rank["own", 18][0][0] for rank in plain)
+        assert (len(first) == len(second)) == even_batches
+
+
+def stateful(tp):
+    accelerator = accelerator_for(tp, dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True))
+    accelerator.prepare(DataLoader(range(8)))
+
+
+def test_a_stateful_loader_without_torchdata_is_accelerates_own_error():
+    if importlib.util.find_spec("torchdata") is not None:
+        pytest.skip("torchdata is there")
+    plain = run_on_ranks(stateful, 2, None, expect_raise=True)
+    sharded = run_on_ranks(stateful, 2, 2, expect_raise=True)
+    assert plain[0].type_name == sharded[0].type_name == "ImportError"
+    assert "torchdata" in sharded[0].message and sharded[0].message == plain[0].message
+
+
+def joined(tp, even_batches, as_on_gpus):
+    """One replica has a batch more than the other; with DDP's join that takes no one to wait for."""
+    accelerator = accelerator_for(tp, MLP_PLAN)
+    samples = 14 if even_batches is None else 18
+    model = build_mlp()
+    loader = DataLoader(list(inputs(0, samples=samples)), batch_size=4)
+    model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), loader)
+    on_gpus = mock.patch.object(Accelerator, "multi_device", True) if as_on_gpus else nullcontext()
+    losses = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with on_gpus, accelerator.join_uneven_inputs([model], even_batches=even_batches):
+            for batch in loader:
+                loss = model(batch).square().mean()
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(float(loss))
+    told = any("join_uneven_inputs` will have no effect" in str(warning.message) for warning in caught)
+    return losses, full_state_dict(model), told
+
+
+@REPLICAS
+@pytest.mark.parametrize("even_batches", [None, False])
+def test_joining_uneven_inputs_trains_as_under_plain_ddp(even_batches, dp):
+    """On GPUs. Accelerate asks for the kind of device only, and DDP's join works on the CPU as well."""
+    plain = run_on_ranks(joined, dp, None, even_batches, dp > 1)
+    sharded = run_on_ranks(joined, 2 * dp, 2, even_batches, True)
+    if dp == 2:
+        assert [len(losses) for losses, *_ in plain] == ([2, 2] if even_batches is None else [3, 2])
+    for rank, (losses, weights, told) in enumerate(sharded):
+        assert losses == pytest.approx(plain[rank // 2][0], rel=TOLERANCE) and not told
+        if even_batches is None or dp == 1:
+            assert_tensors_close(weights, plain[rank // 2][1], 1e-4)
+
+
+def test_joining_has_no_effect_on_the_cpu_and_says_so_as_accelerate_does():
+    plain, sharded = run_on_ranks(joined, 2, None, None, False), run_on_ranks(joined, 4, 2, None, False)
+    assert all(told for *_, told in [*plain, *sharded])
+    for rank, (losses, *_) in enumerate(sharded):
+        assert losses == pytest.approx(plain[rank // 2][0], rel=TOLERANCE)
+
+
+def gathered_structures(tp):
+    accelerator = accelerator_for(tp, MLP_PLAN)
+    own = replica(accelerator)
+    row = torch.tensor([[own, 10 * own]])
+    nested = {"a": [row, (row + 1,)], "b": {"scalar": torch.tensor(float(own))}}
+    gathered = accelerator.gather(nested)
+    reduced = accelerator.reduce(nested["b"], "mean")
+    padded = accelerator.pad_across_processes({"x": [torch.ones(own + 1, 2)]}, dim=0, pad_index=7)["x"][0]
+    sent = broadcast_object_list([own, {"text": "a" * (own + 1)}])
+    return {
+        "rows": gathered["a"][0].tolist(),
+        "nested": gathered["a"][1][0].tolist(),
+        "scalars": gathered["b"]["scalar"].tolist(),
+        "mean": reduced["scalar"].item(),
+        "padded": padded.tolist(),
+        "sent": sent,
+    }
+
+
+def test_nested_structures_are_gathered_padded_and_sent_world_wide():
+    plain, sharded = plain_and_sharded(gathered_structures, 2)
+    for rank, found in enumerate(sharded):
+        wanted = plain[rank // 2]
+        for name in ("rows", "nested", "scalars"):
+            assert found.pop(name) == [item for item in wanted[name] for _ in range(2)], "each replica's twice"
+            assert name in wanted
+        assert found.items() <= wanted.items()
 
 
 # --- several models, and the order of preparing ----------------------------------------------------------------------
