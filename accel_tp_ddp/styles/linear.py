@@ -9,11 +9,17 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..collectives import gather_from_tp, reduce_from_tp, split_to_tp
-from ..region import ParallelForward
+from ..region import ParallelForward, Region
 from ..shard import Layout
 from .base import Site, Style, even_layout
 
 __all__ = ["Colwise", "ColwiseGatherOutput", "Rowwise", "RowwiseSplitInput"]
+
+
+# What attention modules call the number of their heads.
+_HEAD_COUNT_NAMES = ("num_heads", "num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "num_kv_heads")
+_HEAD_COUNT_NAMES += ("n_head_kv", "n_kv_heads")
+_TOLD = "_tp_local_head_counts"
 
 
 def has_bias(module: nn.Module) -> bool:
@@ -39,6 +45,11 @@ class Colwise(Style):
         if isinstance(site.module, nn.Linear) and self.whole_heads:
             verify_whole_heads(site, site.module.out_features, "output")
         super().verify(site)
+
+    def apply(self, site: Site, region: Region) -> None:
+        super().apply(site, region)
+        if self.whole_heads:
+            show_local_heads(site, site.module.out_features)
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
         return call.inner(call.entered(input))
@@ -101,6 +112,23 @@ class RowwiseSplitInput(Rowwise):
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
         return super().forward(call, split_to_tp(call.mesh, input, -1, call.shards["weight"].layout.sizes))
+
+
+def show_local_heads(site: Site, features: int) -> None:
+    """Tell the attention module around a column-parallel projection how many heads it has on this rank.
+
+    A module that keeps a head count and shapes by it, as in `view(batch, -1, self.num_heads, self.head_dim)`, would
+    take the sequence for the heads that are missing.
+    """
+    width = site.head_width()
+    if width is None or features % width:
+        return
+    told = site.parent.__dict__.setdefault(_TOLD, set())  # each count once: half of one may equal another
+    for name in _HEAD_COUNT_NAMES:
+        count = getattr(site.parent, name, None)
+        if name not in told and isinstance(count, int) and count == features // width and count % site.tp_size == 0:
+            setattr(site.parent, name, count // site.tp_size)
+            told.add(name)
 
 
 def verify_whole_heads(site: Site, features: int, side: str) -> None:
