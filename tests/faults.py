@@ -228,9 +228,10 @@ _MORE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "one random stream for all heads": [(region, "RandomStream", _NoStream)],
     "random streams by process": [(prepare, "draw_by_replica", _nothing), (prepare, "agree_on_randomness", _nothing)],
     "random streams that go on": [(region, "RandomStream", _StreamThatGoesOn)],
-    "optimizer left behind": [(prepare, "follow_model", _nothing)],
+    "optimizer left behind": [(prepare, "follow_model", _nothing), (prepare, "take_full_state", _nothing)],
     "a plan that shards nothing": [(plan, "refuse_empty", _nothing)],
     "padding row by its number in the whole": [(embedding, "local_padding_idx", _global_padding_idx)],
+    "initialisation of each part by itself": [(_parallelize, "initialize_whole", _nothing)],
     "generation draws by itself": [(generation, "agree_on_randomness", _nothing)],
 }
 FAULTS = tuple(_FAULTS)

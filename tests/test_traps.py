@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -157,6 +158,27 @@ def padding_rows():
 def with_every_token(model, seed):
     ids = torch.arange(129).repeat(2, 1)
     return torch.nn.functional.cross_entropy(model(ids).transpose(1, 2), ids.flip(1))
+
+
+def initialised_again():
+    """By modules and by transformers, from another seed on each rank: as the whole model from the first one's."""
+    for build, plan in ((test_full_gradients.toy(33), test_full_gradients.TOY_PLAN), (causal("llama", True), "auto")):
+        register_style("packed_in_three", test_full_gradients.PackedColwise(sections=3))
+        model, reference = parallelize(build(), tp_mesh(), plan), build()
+        kept = dict(model.named_parameters())
+        for each, seed in ((model, 5 + dist.get_rank()), (reference, 5)):
+            torch.manual_seed(seed)
+            if plan == "auto":
+                for module in each.modules():
+                    each._init_weights(module)
+            else:
+                for module in each.modules():
+                    if hasattr(module, "reset_parameters"):
+                        module.reset_parameters()
+        state, wanted = full_state_dict(model), reference.state_dict()
+        assert not torch.equal(wanted[name := list(wanted)[0]], build().state_dict()[name])
+        assert_tensors_close(state, wanted, 0.0)
+        assert all(kept[name] is param for name, param in model.named_parameters())
 
 
 def models_on_several_meshes():
@@ -399,8 +421,11 @@ TRAPS = {
         ),
     ),
     29: Trap(
-        "the padding row is the padding row on the shard that has it, and no other",
-        (("padding row by its number in the whole", Check(padding_rows, 2)),),
+        "a shard has the padding row if it is its own, and is initialised again as a part of the whole",
+        (
+            ("padding row by its number in the whole", Check(padding_rows, 2)),
+            ("initialisation of each part by itself", Check(initialised_again, 2)),
+        ),
     ),
 }
 
