@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -55,9 +56,11 @@ def full_grad_norm(
             by_mesh.setdefault(info.mesh, []).extend([param.grad] if info.is_counted else [])
         else:
             whole.append(param.grad)
-    total = _power(whole, norm_type, foreach, with_grad[0].grad)
+    device = with_grad[0].grad.device
+    dtype = reduce(torch.promote_types, (param.grad.dtype for param in with_grad))
+    total = _power(whole, norm_type, foreach, device, dtype)
     for mesh, grads in by_mesh.items():
-        part = _power(grads, norm_type, foreach, with_grad[0].grad)
+        part = _power(grads, norm_type, foreach, device, dtype)
         operation = dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM
         if mesh.get_local_rank() == 0:  # what is replicated is counted by the first rank, so that all see its value
             part = torch.maximum(part, total) if math.isinf(norm_type) else part + total
@@ -69,17 +72,19 @@ def full_grad_norm(
             f"The total norm of order {norm_type} for gradients from `parameters` is {norm.item()}, so it cannot be "
             "clipped. Pass error_if_nonfinite=False to clip by it anyway."
         )
-    return norm.to(with_grad[0].grad.dtype)
+    return norm.to(dtype)
 
 
-def _power(grads: list[Tensor], norm_type: float, foreach: bool | None, like: Tensor) -> Tensor:
+def _power(
+    grads: list[Tensor], norm_type: float, foreach: bool | None, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     """Sum of |g|^p over `grads`, or the maximum of |g| for infinity, in single precision at least."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    dtype = torch.promote_types(dtype, torch.float32)
     grads = [grad for grad in grads if grad.numel()]  # a rank may hold an empty part
     if not grads:
-        return torch.zeros((), dtype=dtype, device=like.device)
+        return torch.zeros((), dtype=dtype, device=device)
     norm = torch.nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite=False, foreach=foreach)
-    norm = norm.to(device=like.device, dtype=dtype)
+    norm = norm.to(device=device, dtype=dtype)
     return norm if math.isinf(norm_type) else norm.pow(norm_type)
 
 

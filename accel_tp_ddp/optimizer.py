@@ -11,13 +11,15 @@ from torch.optim import Optimizer
 
 from .shard import ShardInfo, shard_info
 
-__all__ = ["check_optimizer", "follow_model", "full_optimizer_state", "take_full_state"]
+__all__ = ["check_optimizer", "check_step", "follow_model", "full_optimizer_state", "take_full_state"]
 
 
-#: Optimizers whose step looks at a whole matrix, or at a norm of it: on a shard each would do something else.
+#: Optimizers whose step looks at a whole matrix, or at a norm or a dot product over many elements: on a shard each
+#: would do something else.
 LOOKS_AT_MATRICES = frozenset(
-    "AdaLomo Adafactor AdamMini APOLLO CAME GaLoreAdafactor GaLoreAdamW GaLoreAdamW8bit LAMB LARS Lamb Lars Muon SOAP "
-    "Shampoo DistributedShampoo".split()
+    "AdaLomo Adafactor AdamMini APOLLO CAME DAdaptAdaGrad DAdaptAdam DAdaptLion DAdaptSGD Dion DistributedShampoo "
+    "GaLoreAdafactor GaLoreAdamW GaLoreAdamW8bit LAMB LARS LBFGS Lamb Lars Muon MuonWithAuxAdam NovoGrad Prodigy SAM "
+    "SOAP Shampoo SingleDeviceMuon SingleDeviceMuonWithAuxAdam".split()
 )
 
 
@@ -28,13 +30,7 @@ def check_optimizer(optimizer: Optimizer, models: Iterable[nn.Module]) -> None:
         ValueError: With the optimizer's name, or the position and size of the first parameter that does not.
     """
     models = list(models)
-    for kind in type(optimizer).__mro__:
-        if kind.__name__ in LOOKS_AT_MATRICES:
-            raise ValueError(
-                f"the optimizer {kind.__name__} works on whole matrices (factored moments, orthogonalisation, norms), "
-                "and a tensor-parallel rank holds parts of them: its steps would differ from those without tensor "
-                "parallelism. Use one that works element by element, such as AdamW, SGD or Lion, or set tp_size=1."
-            )
+    check_step(optimizer)
     for group in optimizer.param_groups:
         for param in group["params"]:
             _check_state(optimizer, param)
@@ -52,6 +48,21 @@ def check_optimizer(optimizer: Optimizer, models: Iterable[nn.Module]) -> None:
                 f"number {index} of group {group_index}, of size {tuple(param.shape)}.{hint} Build the optimizer from "
                 "`model.parameters()` of the model that you prepare, after anything that replaces its parameters, and "
                 "prepare the model before the optimizer or together with it."
+            )
+
+
+def check_step(optimizer: Optimizer) -> None:
+    """Raise if the step of `optimizer` looks at more of a parameter than one element.
+
+    Raises:
+        ValueError: With the optimizer's name.
+    """
+    for kind in type(optimizer).__mro__:
+        if kind.__name__ in LOOKS_AT_MATRICES:
+            raise ValueError(
+                f"the optimizer {kind.__name__} works on whole matrices (factored moments, orthogonalisation, norms), "
+                "and a tensor-parallel rank holds parts of them: its steps would differ from those without tensor "
+                "parallelism. Use one that works element by element, such as AdamW, SGD or Lion, or set tp_size=1."
             )
 
 

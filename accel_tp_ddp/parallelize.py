@@ -13,6 +13,8 @@ from .adapters import adapted_model, check_adapters, look_after_adapters
 from .collectives import send_first_rank
 from .errors import PlanError
 from .export import save_full_checkpoints
+from .generation import generate_together
+from .initialization import initialize_whole
 from .localize import has_dtensor_parameters, localize_with_map
 from .plan import Plan, resolve_plan
 from .randomness import draws_dropout
@@ -72,6 +74,8 @@ def localize(model: nn.Module) -> nn.Module:
     localize_with_map(model)
     if meshes:
         adopt(model, Region(meshes[0]))
+        generate_together(model, meshes[0])
+        initialize_whole(model, meshes[0])
     mark_whole(model)
     save_full_checkpoints(model)
     return model
@@ -175,6 +179,8 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
             logger.info("%s", plan)
     mark_whole(model)
     save_full_checkpoints(model)
+    generate_together(model, mesh)
+    initialize_whole(model, mesh)
     look_after_adapters(model)
     return mapping
 

@@ -160,12 +160,21 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
         tuple(param.dtype for param in model.parameters()),
         tuple(unmatched),
     )
-    if tp_size > 1 and not result.layouts and not any(isinstance(entry.style, TorchStyle) for entry in entries):
+    refuse_empty(result)
+    return result
+
+
+def refuse_empty(plan: Plan) -> None:
+    """A plan that shards nothing would train as many equal copies as there are ranks, without a word."""
+    if (
+        plan.tp_size > 1
+        and not plan.layouts
+        and not any(isinstance(entry.style, TorchStyle) for entry in plan.entries)
+    ):
         raise PlanError(
-            f"tensor-parallel plan: the plan shards no parameter of {type(model).__name__} (tp_size={tp_size}). "
+            f"tensor-parallel plan: the plan shards no parameter of {plan.model} (tp_size={plan.tp_size}). "
             "Name at least one module with a style that shards it, or set tp_size=1."
         )
-    return result
 
 
 def _check_supported(model: nn.Module, chosen: dict[str, tuple[Any, str, str]], tp_size: int) -> None:

@@ -7,7 +7,7 @@ about tensor parallelism is left to the accelerator's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ from .collectives import gather_replicas
 from .export import full_state_dict_of_all, save_config
 from .gradients import clip_grad_norm_, grad_scaler
 from .loaders import serve_replicas
-from .optimizer import check_optimizer, follow_model, take_full_state
+from .optimizer import check_optimizer, check_step, follow_model, take_full_state
 from .parallelize import check_mesh, check_model, is_parallelized, parallelize_with_map
 from .plan import Plan
 from .randomness import agree_on_randomness, draw_by_replica
@@ -73,6 +73,7 @@ class _Hooks:
         "gather_for_metrics",
         "reduce",
         "split_between_processes",
+        "join_uneven_inputs",
         "get_state_dict",
         "save_model",
         "save_state",
@@ -205,6 +206,7 @@ class _Hooks:
         return shortened if shortened is dataloader else serve_replicas(shortened, self.plugin.device_mesh)
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Optimizer:
+        check_step(_bare(optimizer))  # again, for whoever calls this directly, or before there is a model
         if self._guard.watch(_bare(optimizer)):
             take_full_state(_bare(optimizer))
         self._agree_on_overflow()  # Accelerate hands its scaler to each optimizer here
@@ -263,6 +265,13 @@ class _Hooks:
             device=self.accelerator.device,
         )
         return PartialState.split_between_processes(replica, inputs, apply_padding=apply_padding)
+
+    def join_uneven_inputs(
+        self, joinables: list[Any], even_batches: bool | None = None
+    ) -> AbstractContextManager[None]:
+        if self.dp_size == 1:  # a bare model cannot be joined, and there is nobody to join with
+            return nullcontext(joinables)
+        return self.stock["join_uneven_inputs"](joinables, even_batches)
 
     # ----------------------------------------------------------------------------------------------------- saving
 

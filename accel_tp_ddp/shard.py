@@ -22,6 +22,7 @@ __all__ = [
     "mark_whole",
     "packed_ranges",
     "remember_shards",
+    "remembered_shards",
     "restore_shards",
     "shard_info",
 ]
@@ -180,10 +181,15 @@ def _cut_full_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str
             state_dict[prefix + name] = info.local_part(value)
 
 
+def remembered_shards(module: nn.Module) -> dict[str, ShardInfo]:
+    """The shards of the module's own parameters by name; empty for one that no plan has touched."""
+    return module.__dict__.get(_REMEMBERED, {})
+
+
 def restore_shards(model: nn.Module) -> None:
     """Give the parameters of a copied model their `tp_shard` back."""
     for module in model.modules():
-        for name, info in module.__dict__.get(_REMEMBERED, {}).items():
+        for name, info in remembered_shards(module).items():
             param = module._parameters.get(name)
             if param is not None and shard_info(param) is None:
                 param.tp_shard = info

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -19,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from accel_tp_ddp import collectives, gradients, prepare, region, replicas
+from accel_tp_ddp import collectives, generation, gradients, plan, prepare, randomness, region, replicas
+from accel_tp_ddp.localize import _ReconstructHook
 from accel_tp_ddp.shard import Layout, ShardInfo, chunk_ranges, shard_info
-from accel_tp_ddp.styles import attention, embedding, experts, linear, lora, packed, replicated
+from accel_tp_ddp.styles import attention, base, embedding, experts, linear, lora, packed, replicated
 
 from .training import Record, Spec, train
 
@@ -30,7 +32,8 @@ from .training import Record, Spec, train
 def injected(fault: str | None) -> Iterator[None]:
     """Run with `fault` in the package; with None, as it is."""
     with ExitStack() as stack:
-        for owner, name, wrong in {**_FAULTS, **_STYLE_FAULTS, **_LORA_FAULTS}[fault] if fault else ():
+        every = {**_FAULTS, **_MORE_FAULTS, **_STYLE_FAULTS, **_LORA_FAULTS}
+        for owner, name, wrong in every[fault] if fault else ():
             stack.enter_context(mock.patch.object(owner, name, wrong))
         yield
 
@@ -104,12 +107,92 @@ def _without_the_mesh(*args: Any, **kwargs: Any) -> Any:
     return _prepare_data_loader(*args, **{**kwargs, "torch_device_mesh": None})
 
 
+def _dropped_sum(mesh: Any, tensor: Tensor) -> Tensor:
+    result = tensor.clone()  # which keeps the strides, so that `contiguous` makes another copy
+    dist.all_reduce(result.contiguous(), group=mesh.get_group())
+    return result
+
+
+def _sum_over_the_world(mesh: Any, tensor: Tensor) -> Tensor:
+    result = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(result)
+    return result
+
+
+def _with_its_padding(mesh: Any, tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    padding = list(tensor.shape)
+    padding[dim] = max(sizes) - tensor.size(dim)
+    tensor = torch.cat([tensor, tensor.new_zeros(padding)], dim).contiguous()
+    parts = [torch.empty_like(tensor) for _ in sizes]
+    dist.all_gather(parts, tensor, group=mesh.get_group())
+    return torch.cat(parts, dim)
+
+
+def _untie(self: Any, site: Any, region: Any) -> None:
+    for name in self.layouts(site):
+        param = site.module._parameters[name]
+        if getattr(param, "tp_shard", None) is not None:
+            copy = torch.nn.Parameter(param.detach().clone())
+            copy.tp_shard = param.tp_shard
+            site.module._parameters[name] = copy
+    _apply(self, site, region)
+
+
+def _matrices_only(parameters: Any, *args: Any, **kwargs: Any) -> Tensor:
+    parameters = [p for p in parameters if p.ndim > 1 or getattr(p, "tp_shard", None) is None]
+    return _full_grad_norm(parameters, *args, **kwargs)
+
+
+def _of_the_replicas(self: accelerate.Accelerator, tensor: Tensor) -> Tensor:
+    return _gather(self, tensor)[:: self.parallelism_config.tp_size]
+
+
+def _heads_as_they_were(self: packed.PackedQKVColwise, site: Any, region: Any) -> None:
+    linear.Colwise.apply(self, site, region)
+
+
+def _global_padding_idx(module: Any, start: int, stop: int) -> Any:
+    return nullcontext()
+
+
+class _NoStream:
+    def __init__(self, index: int, device_type: str):
+        pass
+
+    def enter(self) -> None:
+        pass
+
+    leave = enter
+
+
+class _StreamThatGoesOn(randomness.RandomStream):
+    """Starts once and not from where the stream around it stands."""
+
+    def enter(self) -> None:
+        if self._around is None:
+            self._around = (torch.get_rng_state(), None)
+            torch.set_rng_state(self.kept) if hasattr(self, "kept") else torch.manual_seed(self.own % (1 << 63))
+
+    def leave(self) -> None:
+        if self._around is not None:
+            self.kept = torch.get_rng_state()
+            super().leave()
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
 def _stock(name: str) -> Callable:
     return lambda self, *args, **kwargs: self.stock[name](*args, **kwargs)
 
 
 _reduce_from_tp = collectives.reduce_from_tp
 _bare_layout = linear.Colwise.bare_layout
+_apply = base.Style.apply
+_parallelize = import_module("accel_tp_ddp.parallelize")  # in the package, the function of that name hides it
+_full_grad_norm = gradients.full_grad_norm
+_gather = accelerate.Accelerator.gather
 _prepare_data_loader = accelerate.accelerator.prepare_data_loader
 _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "local clip norm": [(prepare, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)],
@@ -137,7 +220,39 @@ _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     ],
     "shared heads counted by every rank": [(ShardInfo, "is_counted", True)],
 }
+# Those that a plain training run does not meet, or does not show; each is tried where it can be seen.
+_MORE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
+    # Without the guard too, whose broadcast before each step would wait for the rank that skips it.
+    "overflow on one rank": [
+        (prepare._Hooks, "_agree_on_overflow", _nothing),
+        (replicas.ReplicaGuard, "agree_on_gradients", _nothing),
+    ],
+    "parameters left as DTensors after a forward": [(_ReconstructHook, "localize", _nothing)],
+    "parameters never localized": [(_parallelize, "localize_with_map", lambda model, keep=None: {})],
+    "bare parameters left out of the norm": [(gradients, "full_grad_norm", _matrices_only)],
+    "replicated gradients not agreed on": [(replicas.ReplicaGuard, "agree_on_gradients", _nothing)],
+    "drift not looked for": [(replicas.ReplicaGuard, "compare", _nothing)],
+    "sum into a copy that is dropped": [(collectives, "_all_reduce", _dropped_sum)],
+    "sum over all meshes": [(collectives, "_all_reduce", _sum_over_the_world)],
+    "padding kept in a gather": [(collectives, "_all_gather", _with_its_padding)],
+    "head counts of the whole model": [
+        (linear, "show_local_heads", _nothing),
+        (packed.PackedQKVColwise, "apply", _heads_as_they_were),
+    ],
+    "tied weights untied": [(base.Style, "apply", _untie)],
+    "counts of the replicas only": [(accelerate.Accelerator, "gather", _of_the_replicas)],
+    "shuffles and dispatching without replicas": [(prepare, "serve_replicas", lambda loader, mesh: loader)],
+    "one random stream for all heads": [(region, "RandomStream", _NoStream)],
+    "random streams by process": [(prepare, "draw_by_replica", _nothing), (prepare, "agree_on_randomness", _nothing)],
+    "random streams that go on": [(region, "RandomStream", _StreamThatGoesOn)],
+    "optimizer left behind": [(prepare, "follow_model", _nothing), (prepare, "take_full_state", _nothing)],
+    "a plan that shards nothing": [(plan, "refuse_empty", _nothing)],
+    "padding row by its number in the whole": [(embedding, "local_padding_idx", _global_padding_idx)],
+    "initialisation of each part by itself": [(_parallelize, "initialize_whole", _nothing)],
+    "generation draws by itself": [(generation, "agree_on_randomness", _nothing)],
+}
 FAULTS = tuple(_FAULTS)
+MORE_FAULTS = tuple(_MORE_FAULTS)
 
 # Those of single styles, which show in the gradients of one backward pass.
 _STYLE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {

@@ -31,6 +31,8 @@ same_on_all_ranks = settings(
     suppress_health_check=list(HealthCheck),  # they look at the clock, which the ranks do not share
 )
 LAYOUTS = ("contiguous", "transposed", "strided", "expanded")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+WANTED = (("x", "up", "down"), ("up", "down"), ("x",), ("up",), ("down",), ("x", "down"))
 
 
 @contextmanager
@@ -53,7 +55,11 @@ def as_strict_as_nccl():
         dist.all_reduce, dist.all_gather = stock
 
 
-MESHES = pytest.mark.parametrize("world, tp", [(3, 3), (4, 2)], ids=["one mesh of 3", "2 meshes of 2"])
+MESHES = pytest.mark.parametrize(
+    "world, tp",
+    [(2, 1), (4, 2), (3, 3), (4, 4)],
+    ids=["2 meshes of 1", "2 meshes of 2", "one mesh of 3", "one mesh of 4"],
+)
 
 
 def tp_mesh(tp):
@@ -209,34 +215,153 @@ def check_a_whole_layer(tp):
     rank = mesh.get_local_rank()
 
     @same_on_all_ranks
-    @given(shapes(tp), st.booleans())
-    def holds(example, through_gather):
+    @given(shapes(tp), st.booleans(), st.sampled_from(WANTED))
+    def holds(example, through_gather, wanted):
         shape, _, sizes, layout, seed = example
         generator = seeded(seed)
         width = sum(sizes)
-        x = laid_out(normal((*shape, 3), generator), layout).requires_grad_()
+        x = laid_out(normal((*shape, 3), generator), layout).requires_grad_("x" in wanted)
         up, down = normal((3, width), generator), normal((width, 3), generator)
-        own_up, own_down = (w.clone().requires_grad_() for w in (up.split(sizes, 1)[rank], down.split(sizes, 0)[rank]))
+        own_up = up.split(sizes, 1)[rank].clone().requires_grad_("up" in wanted)
+        own_down = down.split(sizes, 0)[rank].clone().requires_grad_("down" in wanted)
         (copy,) = copy_to_tp(mesh, x)
         inner = (copy @ own_up).tanh()
         if through_gather:
             inner = split_to_tp(mesh, gather_from_tp(mesh, inner, -1, sizes) * 1.5, -1, sizes)
         output = reduce_from_tp(mesh, inner @ own_down)
         output.square().sum().backward()
-        plain = [tensor.detach().clone().requires_grad_() for tensor in (x, up, down)]
-        expected = (plain[0] @ plain[1]).tanh() * (1.5 if through_gather else 1.0) @ plain[2]
+        plain = {name: tensor.detach().clone() for name, tensor in (("x", x), ("up", up), ("down", down))}
+        for name in wanted:
+            plain[name].requires_grad_()
+        expected = (plain["x"] @ plain["up"]).tanh() * (1.5 if through_gather else 1.0) @ plain["down"]
         expected.square().sum().backward()
-        scale = max(1.0, *(tensor.grad.abs().max().item() for tensor in plain))
-        verdict(
-            {
-                "output": error(output.detach(), expected.detach()) / scale,
-                "input": error(x.grad, plain[0].grad) / scale,
-                "up": error(own_up.grad, plain[1].grad.split(sizes, 1)[rank]) / scale,
-                "down": error(own_down.grad, plain[2].grad.split(sizes, 0)[rank]) / scale,
-            }
-        )
+        scale = max(1.0, *(plain[name].grad.abs().max().item() for name in wanted))
+        own_parts = {
+            "x": (x, lambda grad: grad),
+            "up": (own_up, lambda grad: grad.split(sizes, 1)[rank]),
+            "down": (own_down, lambda grad: grad.split(sizes, 0)[rank]),
+        }
+        errors = {"output": error(output.detach(), expected.detach()) / scale}
+        for name, (tensor, part) in own_parts.items():
+            if name in wanted:
+                errors[name] = error(tensor.grad, part(plain[name].grad)) / scale
+            else:
+                errors[name] = 0.0 if tensor.grad is None else 1.0
+        verdict(errors)
 
     holds()
+
+
+def whole_numbers(shape, generator, dtype, limit=3):
+    """Small enough for sums and products of a few of them to be exact in any of `DTYPES`."""
+    return torch.randint(-limit, limit + 1, shape, generator=generator).to(dtype)
+
+
+def check_every_dtype(tp):
+    """On whole numbers nothing is rounded, so half precision has to give the very result, in its own type."""
+    mesh = tp_mesh(tp)
+    rank = mesh.get_local_rank()
+
+    @same_on_all_ranks
+    @given(shapes(tp), st.sampled_from(DTYPES))
+    def holds(example, dtype):
+        shape, dim, sizes, layout, seed = example
+        generator = seeded(seed)
+        x = laid_out(whole_numbers(shape, generator, dtype), layout)
+        parts = [laid_out(whole_numbers(shape, generator, dtype), layout) for _ in range(tp)]
+        weights = [whole_numbers(shape, generator, dtype) for _ in range(tp)]
+        own = x.split(sizes, dim)[rank]
+        mappings = {
+            "copy": (lambda t: copy_to_tp(mesh, t)[0], x, weights[rank], x, sum(weights)),
+            "reduce": (lambda t: reduce_from_tp(mesh, t), parts[rank], weights[0], sum(parts), weights[0]),
+            "gather": (
+                lambda t: gather_from_tp(mesh, t, dim, sizes),
+                *(own, weights[0], x, weights[0].split(sizes, dim)[rank]),
+            ),
+            "split": (
+                lambda t: split_to_tp(mesh, t, dim, sizes),
+                *(x, weights[0].split(sizes, dim)[rank], own, weights[0]),
+            ),
+        }
+        errors = {}
+        for name, (mapping, value, weight, output, grad) in mappings.items():
+            value = value.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+            result = mapping(value)
+            result.backward(weight)
+            errors[name] = error(result.detach(), output)
+            errors[f"{name}, gradient"] = error(value.grad, grad)
+        verdict(errors)
+
+    holds()
+
+
+def check_which_gradients_are_wanted(tp):
+    """Several tensors in one copy, of which some want no gradient and some are not used."""
+    mesh = tp_mesh(tp)
+    rank = mesh.get_local_rank()
+
+    @same_on_all_ranks
+    @given(
+        st.lists(st.tuples(shapes(tp), st.booleans(), st.booleans(), st.sampled_from(DTYPES)), min_size=1, max_size=4)
+    )
+    def holds(examples):
+        tensors, copies_wanted, grads = [], [], []
+        for (shape, _, _, layout, seed), wanted, used, dtype in examples:
+            generator = seeded(seed)
+            value = laid_out(whole_numbers(shape, generator, dtype), layout)
+            tensors.append(value.requires_grad_(wanted))
+            weights = [whole_numbers(shape, generator, dtype) for _ in range(tp)]
+            copies_wanted.append((wanted and used, weights[rank]))
+            grads.append(sum(weights) if wanted and used else None)
+        copies = copy_to_tp(mesh, *tensors)
+        used = [(copy, weight) for copy, (want, weight) in zip(copies, copies_wanted) if want]
+        if used:
+            torch.autograd.backward(*zip(*used))
+        errors = {}
+        for index, (tensor, copy, grad) in enumerate(zip(tensors, copies, grads)):
+            errors[f"forward {index}"] = error(copy.detach(), tensor.detach())
+            if grad is None:
+                errors[f"gradient {index}"] = 0.0 if tensor.grad is None else 1.0
+            else:
+                errors[f"gradient {index}"] = error(tensor.grad, grad)
+        verdict(errors)
+
+    holds()
+
+
+def check_gradcheck(tp):
+    """torch's own check by finite differences. It varies a tensor on all ranks in step, so each function that it is
+    given takes replicated tensors and gives a replicated result, by way of the mapping and its dual."""
+    mesh = tp_mesh(tp)
+    rank = mesh.get_local_rank()
+    sizes = tuple(1 + index % 2 for index in range(tp))  # uneven
+    for layout in ("contiguous", "transposed", "strided"):
+        generator = seeded(tp)
+        x = laid_out(normal((2, sum(sizes)), generator), layout).requires_grad_()
+        y = normal((3,), generator).requires_grad_()
+        factors = [normal(x.shape, generator) for _ in range(tp)]
+        own = factors[0].split(sizes, 1)[rank]
+
+        def copy_then_reduce(x, y):
+            a, b = copy_to_tp(mesh, x, y)
+            return reduce_from_tp(mesh, (a * factors[rank]).sin() * b.sum() * (rank + 1))
+
+        def split_then_gather(x, y):
+            return gather_from_tp(mesh, (split_to_tp(mesh, x, 1, sizes) * own).sin(), 1, sizes) * y.sum()
+
+        def split_then_reduce(x, y):
+            part = (split_to_tp(mesh, x, 1, sizes) * own).sin()
+            return reduce_from_tp(mesh, part.sum(1)) * y.sum()
+
+        def copy_then_gather(x, y):
+            (a,) = copy_to_tp(mesh, x)
+            return gather_from_tp(mesh, (a * factors[0]).split(sizes, 1)[rank].cos(), 1, sizes) * y.sum()
+
+        failures = {}
+        for function in (copy_then_reduce, split_then_gather, split_then_reduce, copy_then_gather):
+            right = torch.autograd.gradcheck(function, (x, y), raise_exception=False)
+            failures[function.__name__] = 0.0 if right else 1.0
+        verdict(failures)
 
 
 def run_check(name, tp):
@@ -244,7 +369,16 @@ def run_check(name, tp):
         globals()[name](tp)
 
 
-CHECKS = (check_copy_to_tp, check_reduce_from_tp, check_gather_from_tp, check_split_to_tp, check_a_whole_layer)
+CHECKS = (
+    check_copy_to_tp,
+    check_reduce_from_tp,
+    check_gather_from_tp,
+    check_split_to_tp,
+    check_a_whole_layer,
+    check_every_dtype,
+    check_which_gradients_are_wanted,
+    check_gradcheck,
+)
 
 
 @MESHES

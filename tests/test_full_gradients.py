@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
-from transformers import BertConfig, BertForMaskedLM, BertModel
+from transformers import BertConfig, BertForMaskedLM, BertModel, OPTConfig, OPTForCausalLM
 
 from accel_tp_ddp import full_gradients, parallelize, register_style
 from accel_tp_ddp.styles import PackedColwise
@@ -274,6 +274,75 @@ def test_an_encoder_by_a_plan_of_the_user(kind, tied, tp):
     below = {name for name, gradient in reference[0].items() if gradient.norm() < floor}
     assert below == {name for name in reference[0] if name.endswith("key.bias")}
     assert_gradients(run_on_ranks(sharded, tp, build, bert_loss, BERT_PLAN), reference, floor)
+
+
+# --- head counts that an attention module keeps ----------------------------------------------------------------------
+
+OPT_PLAN = {
+    **{f"model.decoder.layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
+    "model.decoder.layers.*.self_attn.out_proj": "rowwise",
+    "model.decoder.layers.*.fc1": "colwise",
+    "model.decoder.layers.*.fc2": "rowwise",
+}
+
+
+def build_opt():
+    """Its attention takes `view(batch, -1, num_heads, head_dim)`, where -1 is the length."""
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_attention_heads": 4}
+    config = OPTConfig(vocab_size=VOCABULARY, num_hidden_layers=2, max_position_embeddings=16, dropout=0.0, **sizes)
+    return seeded(lambda: OPTForCausalLM(config)).train()
+
+
+def unmasked_loss(model, seed):
+    """Without padding attention gets no mask, whose size would show that the length is wrong."""
+    ids = torch.randint(1, VOCABULARY, (BATCH, 8), generator=torch.Generator().manual_seed(seed))
+    return model(input_ids=ids, labels=ids).loss
+
+
+class KeepsCounts(nn.Module):
+    """Grouped-query attention without a config; half of its query heads are as many as its key/value heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = 8, 4, 3
+        self.q, self.k, self.v = (nn.Linear(12, heads * 3) for heads in (8, 4, 4))
+        self.o = nn.Linear(24, 12)
+
+    def forward(self, x):
+        length = x.shape[1]
+        q = self.q(x).view(len(x), -1, self.num_heads, self.head_dim)
+        k, v = (each(x).view(len(x), -1, self.num_kv_heads, self.head_dim) for each in (self.k, self.v))
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o(out.transpose(1, 2).reshape(len(x), length, -1))
+
+
+GROUPED_PLAN = {"q": "colwise", "k": "colwise", "v": "colwise", "o": "rowwise"}
+
+
+def build_grouped():
+    return seeded(KeepsCounts)
+
+
+def grouped_loss(model, seed):
+    x = torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(seed))
+    return model(x).square().sum()
+
+
+@pytest.mark.parametrize(
+    "build, loss, plan",
+    [
+        (build_opt, unmasked_loss, OPT_PLAN),
+        (build_opt, causal_loss, OPT_PLAN),
+        (build_grouped, grouped_loss, GROUPED_PLAN),
+    ],
+    ids=["opt without a mask", "opt", "grouped"],
+)
+@TP
+def test_an_attention_that_keeps_its_head_counts(tp, build, loss, plan):
+    reference = unsharded(build, loss)
+    floor = 1e-3 * max(gradient.norm().item() for gradient in reference[0].values())  # a key's bias has none
+    assert_gradients(run_on_ranks(sharded, tp, build, loss, plan), reference, floor)
 
 
 # --- each style, on a toy --------------------------------------------------------------------------------------------

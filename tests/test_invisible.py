@@ -13,7 +13,7 @@ import torch
 from .faults import FAULTS, train_with
 from .models import ARCHITECTURES, FURTHER
 from .ranks import run_on_ranks
-from .training import SERIES, TOLERANCE, WEIGHT_TOLERANCE, Spec, assert_same_run, differences, train
+from .training import OPTIMIZERS, SERIES, TOLERANCE, WEIGHT_TOLERANCE, Spec, assert_same_run, differences, train
 
 LAYOUTS = {"tp2xdp2": (2, 2), "tp4xdp1": (4, 1), "tp1xdp2": (1, 2), "tp2xdp1": (2, 1)}
 OPTIONS = {
@@ -40,19 +40,25 @@ def assert_invisible(spec, tp, dp):
     reference = plain_ddp(spec, dp)
     if tp == 1:
         assert_same_run(actual, reference, 0.0, 0.0)  # plain DDP it is
-    elif spec.mixed_precision == "no":
+    elif spec == spec.exact:
         assert_same_run(actual, reference)
     else:
-        assert_as_close_as_rounding(actual, reference, plain_ddp(replace(spec, mixed_precision="no"), dp))
+        seen = FP16_SEEN if "float16" in (spec.dtype, spec.autocast) else BF16_SEEN
+        assert_as_close_as_rounding(actual, reference, plain_ddp(spec.exact, dp), seen)
     for rank, record in enumerate(actual):  # peers do not only come close to each other
         first = asdict(replace(actual[rank - rank % tp], weights=None))
         assert asdict(replace(record, weights=None)) == first, f"rank {rank} is not bit-equal to its first peer"
 
 
-def assert_as_close_as_rounding(actual, reference, exact):
-    """Within what bf16 itself does to plain DDP; see `drift` for the limits."""
+# What half precision does to plain DDP at least, or it was not on. Single precision moves a run by 1e-6.
+BF16_SEEN = {"series": 10 * TOLERANCE, "weights": WEIGHT_TOLERANCE}
+FP16_SEEN = {"series": 1e-5, "weights": 1e-5}
+
+
+def assert_as_close_as_rounding(actual, reference, exact, seen=BF16_SEEN):
+    """Within what half precision itself does to plain DDP; see `drift` for the limits."""
     off, own = drift(actual, reference), drift(reference, exact)
-    assert own["series"] > 10 * TOLERANCE and own["weights"] > WEIGHT_TOLERANCE, "no bf16 to be seen"
+    assert all(own[name] > seen[name] for name in seen), f"no half precision to be seen: {own}"
     ratios = {name: off[name] / own[name] for name in off}
     assert all(ratios[name] <= LIMITS[name] for name in LIMITS), f"against plain DDP's own drift of {own}: {ratios}"
 
@@ -120,6 +126,34 @@ def cases():
 @pytest.mark.parametrize("option, model, tied, layout", list(cases()))
 def test_an_option_changes_nothing_about_that(option, model, tied, layout):
     assert_invisible(Spec(model, tied=tied, **OPTIONS[option]), *LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("decay", ["ndim", "name"])
+@pytest.mark.parametrize("optimizer", [kind for kind in OPTIMIZERS if ", " in kind])
+def test_every_way_of_stepping_and_of_decaying_is_that_of_plain_ddp(optimizer, decay):
+    model = {"ndim": "qwen3", "name": "gpt_neox"}[decay]
+    assert_invisible(Spec(model, tied=decay == "ndim", optimizer=optimizer, decay=decay), 2, 2)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw, foreach", "sgd, nesterov"])
+def test_weight_decay_on_other_parameters_is_another_run(optimizer):
+    by_name, by_ndim = (plain_ddp(Spec("llama", optimizer=optimizer, decay=decay), 2) for decay in ("name", "ndim"))
+    off = differences(by_name, by_ndim)
+    assert off["losses"] > 5 * TOLERANCE and off["weight model.embed_tokens.weight"] > 5 * WEIGHT_TOLERANCE
+
+
+PRECISIONS = {
+    "bf16 weights": {"dtype": "bfloat16"},
+    "fp16 weights": {"dtype": "float16"},
+    "fp16 autocast": {"autocast": "float16"},
+    "bf16 weights and autocast": {"dtype": "bfloat16", "mixed_precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("model, optimizer, layout", [("qwen3", "sgd", "tp2xdp2"), ("gpt_neox", "adamw", "tp4xdp1")])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_half_precision_drifts_no_further_than_plain_ddp_does(precision, model, optimizer, layout):
+    assert_invisible(Spec(model, optimizer=optimizer, **PRECISIONS[precision]), *LAYOUTS[layout])
 
 
 def test_the_quick_slice_has_each_option_in_each_layout_and_with_three_models():
@@ -193,3 +227,11 @@ def test_a_fault_is_caught_in_bf16(fault):
     wrong = run_on_ranks(train_with, tp * dp, fault, replace(spec, tp=tp))
     with pytest.raises(AssertionError):
         assert_as_close_as_rounding(wrong, plain_ddp(spec, dp), plain_ddp(exact, dp))
+
+
+@pytest.mark.parametrize("precision", ["bf16 weights", "fp16 weights", "fp16 autocast"])
+def test_a_local_clip_norm_is_caught_in_half_precision(precision):
+    spec = Spec("qwen3", optimizer="sgd", **PRECISIONS[precision])
+    wrong = run_on_ranks(train_with, 4, "local clip norm", replace(spec, tp=2))
+    with pytest.raises(AssertionError, match="own drift"):
+        assert_as_close_as_rounding(wrong, plain_ddp(spec, 2), plain_ddp(spec.exact, 2), FP16_SEEN)

@@ -4,12 +4,16 @@ Wherever it says tp = None, that is Accelerate without the plugin: the reference
 """
 
 import gc
+import importlib.util
+import inspect
 import json
 import os
 import subprocess
 import sys
 import textwrap
+import warnings
 import weakref
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -20,6 +24,7 @@ from accelerate.utils import (
     DDPCommunicationHookType,
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
+    broadcast_object_list,
     set_seed,
 )
 from torch import nn
@@ -34,8 +39,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from accel_tp_ddp import TensorParallelDDPPlugin, full_state_dict
+from accel_tp_ddp import TensorParallelDDPPlugin, full_state_dict, parallelize
+from accel_tp_ddp.gradients import clip_grad_norm_, full_grad_norm
 from accel_tp_ddp.prepare import _Hooks
+from accel_tp_ddp.replicas import checksum
 
 from .compare import assert_tensors_close, relative_error
 from .models import VOCABULARY, build_model
@@ -51,6 +58,7 @@ from .sharded import (
     full_gradients_of,
     shard,
     token_batch,
+    tp_mesh,
 )
 from .training import Spec, differences, train
 
@@ -161,7 +169,7 @@ def test_an_unused_parameter_is_still_an_error_without_the_option():
 
 
 # Full rank: PowerSGD then loses nothing, so that the shards' approximations and the whole's are the same. (Its batched
-# form takes the whole bucket for one matrix, so there is nothing to compare with.)
+# form runs up to its first compressed step only: from there torch 2.13 itself raises, without tensor parallelism too.)
 POWER = {"matrix_approximation_rank": 64, "start_powerSGD_iter": 2, "min_compression_rate": 0.001}
 COMM_HOOKS = {
     "fp16": ({"comm_hook": DDPCommunicationHookType.FP16}, 1e-4),
@@ -170,6 +178,15 @@ COMM_HOOKS = {
     "power_sgd, late": ({"comm_hook": DDPCommunicationHookType.POWER_SGD}, TOLERANCE),
     "power_sgd in fp16, late": (
         {"comm_hook": DDPCommunicationHookType.POWER_SGD, "comm_wrapper": DDPCommunicationHookType.FP16},
+        1e-4,
+    ),
+    "batched_power_sgd, late": ({"comm_hook": DDPCommunicationHookType.BATCHED_POWER_SGD}, TOLERANCE),
+    "power_sgd in bf16, late": (
+        {"comm_hook": DDPCommunicationHookType.POWER_SGD, "comm_wrapper": DDPCommunicationHookType.BF16},
+        2e-3,
+    ),
+    "batched_power_sgd in fp16, late": (
+        {"comm_hook": DDPCommunicationHookType.BATCHED_POWER_SGD, "comm_wrapper": DDPCommunicationHookType.FP16},
         1e-4,
     ),
     "fp16 in bf16": (
@@ -208,6 +225,136 @@ def test_comm_hooks_are_really_used(name):
     compressed = run_on_ranks(comm_hook_gradients, 4, 2, options)[0][0]
     errors = [relative_error(compressed[key], exact[key]) for key in exact]
     assert tolerance < max(errors) < 0.01
+
+
+def lossy_training(tp):
+    """A rank of 1 loses most of each gradient, of a shard other parts than of the whole: no run to compare with.
+
+    What is replicated over tensor-parallel ranks has to stay equal there all the same.
+    """
+    power = {"matrix_approximation_rank": 1, "start_powerSGD_iter": 2, "min_compression_rate": 0.001}
+    hook = DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.POWER_SGD, comm_state_option=power)
+    accelerator = accelerator_for(tp, kwargs_handlers=[hook])
+    model = build_model("qwen3")
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    losses = []
+    for _ in range(8):
+        loss = model(**token_batch(replica(accelerator))).loss
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    replicated = [param for param in model.parameters() if getattr(param, "tp_shard", None) is None]
+    return losses, [int(checksum(param)) for param in replicated]
+
+
+def test_under_lossy_compression_replicated_parameters_stay_equal_and_it_still_learns():
+    ranks = run_on_ranks(lossy_training, 4, 2)
+    assert ranks[0] == ranks[1] and ranks[2] == ranks[3] and ranks[0][1] == ranks[2][1]
+    assert len(ranks[0][1]) > 8
+    assert ranks[0][0][-1] < 0.9 * ranks[0][0][0]
+
+
+class Branches(nn.Module):
+    """Which branch runs is the input's choice, so replicas may take different ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = build_mlp(1), build_mlp(2)
+
+    def forward(self, x, branch):
+        return (self.first if branch == 0 else self.second)(x)
+
+
+def branching(tp):
+    options = DistributedDataParallelKwargs(find_unused_parameters=True)
+    plan = {f"{branch}.{name}": style for branch in ("first", "second") for name, style in MLP_PLAN.items()}
+    accelerator = accelerator_for(tp, plan, kwargs_handlers=[options])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Branches()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    results = []
+    for step in range(5):
+        # Both replicas in the first branch, then each in one of its own, and at last in the other one.
+        branch = 0 if step == 0 else (replica(accelerator) + step) % 2
+        accelerator.backward(model(inputs(10 * step + replica(accelerator)), branch).square().mean())
+        grads = full_gradients_of(model)
+        norm = float(accelerator.clip_grad_norm_(model.parameters(), 0.1))
+        optimizer.step()
+        optimizer.zero_grad()
+        results.append((grads, norm))
+    return results, full_state_dict(model)
+
+
+def test_a_parameter_without_gradient_on_some_replicas_gets_the_mean_of_the_others():
+    plain, sharded = plain_and_sharded(branching, 2)
+    assert len(plain[0][0][0][0]) == 6 and len(plain[0][0][1][0]) == 12, "one branch alone, then both"
+    for rank, (results, weights) in enumerate(sharded):
+        wanted, same = plain[rank // 2]
+        for (grads, norm), (expected, other) in zip(results, wanted, strict=True):
+            assert_gradients_close(grads, expected)
+            assert norm == pytest.approx(other, rel=TOLERANCE)
+        assert_tensors_close(weights, same, 1e-4)
+
+
+def buffers_after_a_forward(options):
+    accelerator = accelerator_for(2, MLP_PLAN, kwargs_handlers=[DistributedDataParallelKwargs(**options)])
+    model = build_mlp()
+    model.register_buffer("counter", torch.zeros(2))
+    wrapped = accelerator.prepare(model)
+    model.counter.fill_(accelerator.process_index)
+    wrapped(inputs(0))
+    return model.counter.tolist()
+
+
+def test_buffers_are_broadcast_over_the_replicas_only():
+    assert run_on_ranks(buffers_after_a_forward, 4, {}) == [[0, 0], [1, 1], [0, 0], [1, 1]]
+    own = [[rank, rank] for rank in range(4)]
+    assert run_on_ranks(buffers_after_a_forward, 4, {"broadcast_buffers": False}) == own
+
+
+def transformer_steps(tp, options, checkpointing):
+    """Partial gradients (q_norm), tied weights, recomputation and two microbatches, under an option of DDP."""
+    accelerator = accelerator_for(
+        tp,
+        kwargs_handlers=[DistributedDataParallelKwargs(**options)],
+        gradient_accumulation_steps=1 if "static_graph" in options else 2,  # plain DDP itself cannot do both
+    )
+    model = build_model("qwen3", tied=True)
+    if checkpointing:
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": checkpointing == "reentrant"}
+        )
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9))
+    norms = []
+    for step in range(6):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**token_batch(10 * step + replica(accelerator))).loss)
+            if accelerator.sync_gradients:
+                norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 0.5)))
+            optimizer.step()
+            optimizer.zero_grad()
+    return norms, full_state_dict(model)
+
+
+@pytest.mark.parametrize(
+    "options, checkpointing",
+    [
+        ({"static_graph": True}, "reentrant"),
+        ({"static_graph": True, "gradient_as_bucket_view": True}, "non_reentrant"),
+        ({"gradient_as_bucket_view": True, "bucket_cap_mb": 1}, None),
+        ({"find_unused_parameters": True}, "non_reentrant"),
+    ],
+    ids=str,
+)
+def test_ddp_options_hold_on_a_transformer_with_checkpointing_and_accumulation(options, checkpointing):
+    plain, sharded = plain_and_sharded(transformer_steps, 2, options, checkpointing)
+    for rank, (norms, weights) in enumerate(sharded):
+        wanted, same = plain[rank // 2]
+        assert norms == pytest.approx(wanted, rel=TOLERANCE) and len(norms) >= 3
+        assert_tensors_close(weights, same, 1e-4)
 
 
 # --- gradients: norms and clipping -----------------------------------------------------------------------------------
@@ -291,6 +438,60 @@ def check_nonfinite(rank_with_inf):
 @pytest.mark.parametrize("rank_with_inf", [0, 1])
 def test_an_infinite_gradient_on_one_rank_is_an_infinite_norm_on_all(rank_with_inf):
     assert run_on_ranks(check_nonfinite, 2, rank_with_inf) == [float("inf")] * 2
+
+
+def check_norm_options(foreach):
+    """Bare parameters, of several data types, in the order that torch is given them too."""
+    mesh = tp_mesh()
+    models = {which: build_mlp() for which in ("sharded", "whole")}
+    parallelize(models["sharded"], mesh, MLP_PLAN)
+    for model in models.values():
+        model.up.to(torch.bfloat16)
+        model.head.to(torch.float64)
+        for index, param in enumerate(model.parameters()):
+            info, generator = getattr(param, "tp_shard", None), torch.Generator().manual_seed(index)
+            whole = torch.randn(info.global_shape if info else param.shape, generator=generator).to(param.dtype)
+            param.grad = info.local_part(whole) if info else whole
+    ours, theirs = (list(model.parameters()) for model in models.values())
+    results = []
+    for params, norm, clip in (
+        (ours, full_grad_norm, clip_grad_norm_),
+        (
+            theirs,
+            lambda params, **kw: torch.nn.utils.get_total_norm([p.grad for p in params], **kw),
+            torch.nn.utils.clip_grad_norm_,
+        ),
+    ):
+        with mock.patch.object(torch, "_foreach_norm", wraps=torch._foreach_norm) as spy:
+            total = norm(params, foreach=foreach)
+            used = spy.called
+            clipped = clip(params, 0.5, foreach=foreach)
+        results.append((used, total.dtype, relative_error(total, clipped), float(total)))
+    assert results[0][:3] == results[1][:3]
+    assert results[0][0] == (foreach is True or foreach is None and results[1][0])
+    assert results[0][3] == pytest.approx(results[1][3], rel=1e-2)  # bf16, and torch rounds its sum to that
+    for (name, param), other in zip(models["sharded"].named_parameters(), theirs):
+        full = param.tp_shard.full_tensor(param.grad) if param.tp_shard else param.grad
+        assert relative_error(full, other.grad) < 1e-2, name
+    if mesh.get_local_rank() == 1:
+        ours[0].grad.view(-1)[0] = float("nan")
+    for call in (full_grad_norm, lambda params, **options: clip_grad_norm_(params, 1.0, **options)):
+        assert torch.isnan(call(ours, foreach=foreach))
+        with pytest.raises(RuntimeError, match="error_if_nonfinite=False"):
+            call(ours, error_if_nonfinite=True, foreach=foreach)
+    return results[0]
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_foreach_and_error_if_nonfinite_are_those_of_torch(foreach):
+    first, second = run_on_ranks(check_norm_options, 2, foreach)
+    assert first == second
+
+
+def test_the_accelerators_clipping_takes_what_accelerates_takes():
+    assert inspect.signature(_Hooks.clip_grad_norm_).parameters.keys() == (
+        inspect.signature(Accelerator.clip_grad_norm_).parameters.keys()
+    )
 
 
 # --- learning rates --------------------------------------------------------------------------------------------------
@@ -550,6 +751,140 @@ def test_dispatched_batches_are_those_of_plain_ddp(split_batches):
     plain = run_on_ranks(dispatched, 2, None, split_batches)
     assert plain[0] != plain[1] and [sample for _, batch in plain[0][0] for sample in batch] == list(range(22))
     assert run_on_ranks(dispatched, 4, 2, split_batches) == [plain[0], plain[0], plain[1], plain[1]]
+
+
+class InPairs:
+    """A batch sampler of a user's own: each index together with its mirror image."""
+
+    batch_size, drop_last = 4, False
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        order = [index for pair in zip(range(self.samples), reversed(range(self.samples))) for index in pair]
+        order = order[: self.samples]
+        return iter([order[start : start + 4] for start in range(0, self.samples, 4)])
+
+    def __len__(self):
+        return -(-self.samples // 4)
+
+
+def uneven_batches(tp, options):
+    accelerator = accelerator_for(tp, MLP_PLAN, dataloader_config=DataLoaderConfiguration(**options))
+    accelerator.prepare(build_mlp())
+    seen = {}
+    for samples in (18, 22, 3):
+        set_seed(11)
+        for kind, loader in {
+            "own": DataLoader(range(samples), batch_sampler=InPairs(samples)),
+            "shuffled": DataLoader(range(samples), batch_size=4, shuffle=True),
+            "drop_last": DataLoader(range(max(samples, 8)), batch_size=4, drop_last=True),
+        }.items():
+            loader = accelerator.prepare(loader)
+            epochs = [[batch.tolist() for batch in loader] for _ in range(2)]
+            rest = [batch.tolist() for batch in accelerator.skip_first_batches(loader, 1)]
+            seen[kind, samples] = epochs, len(loader), rest
+    return seen
+
+
+@REPLICAS
+@pytest.mark.parametrize("split_batches", [False, True], ids=["", "split"])
+@pytest.mark.parametrize("even_batches", [False, True], ids=["uneven", "even"])
+def test_uneven_and_own_batches_are_those_of_plain_ddp(even_batches, split_batches, dp):
+    options = {"even_batches": even_batches, "split_batches": split_batches}
+    plain, sharded = plain_and_sharded(uneven_batches, dp, options)
+    assert_equal_per_replica(plain, sharded)
+    if dp == 2 and not split_batches:
+        first, second = (rank["own", 18][0][0] for rank in plain)
+        assert (len(first) == len(second)) == even_batches
+
+
+def stateful(tp):
+    accelerator = accelerator_for(tp, dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True))
+    accelerator.prepare(DataLoader(range(8)))
+
+
+def test_a_stateful_loader_without_torchdata_is_accelerates_own_error():
+    if importlib.util.find_spec("torchdata") is not None:
+        pytest.skip("torchdata is there")
+    plain = run_on_ranks(stateful, 2, None, expect_raise=True)
+    sharded = run_on_ranks(stateful, 2, 2, expect_raise=True)
+    assert plain[0].type_name == sharded[0].type_name == "ImportError"
+    assert "torchdata" in sharded[0].message and sharded[0].message == plain[0].message
+
+
+def joined(tp, even_batches, as_on_gpus):
+    """One replica has a batch more than the other; with DDP's join that takes no one to wait for."""
+    accelerator = accelerator_for(tp, MLP_PLAN)
+    samples = 14 if even_batches is None else 18
+    model = build_mlp()
+    loader = DataLoader(list(inputs(0, samples=samples)), batch_size=4)
+    model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), loader)
+    on_gpus = mock.patch.object(Accelerator, "multi_device", True) if as_on_gpus else nullcontext()
+    losses = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with on_gpus, accelerator.join_uneven_inputs([model], even_batches=even_batches):
+            for batch in loader:
+                loss = model(batch).square().mean()
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(float(loss))
+    told = any("join_uneven_inputs` will have no effect" in str(warning.message) for warning in caught)
+    return losses, full_state_dict(model), told
+
+
+@REPLICAS
+@pytest.mark.parametrize("even_batches", [None, False])
+def test_joining_uneven_inputs_trains_as_under_plain_ddp(even_batches, dp):
+    """On GPUs. Accelerate asks for the kind of device only, and DDP's join works on the CPU as well."""
+    plain = run_on_ranks(joined, dp, None, even_batches, dp > 1)
+    sharded = run_on_ranks(joined, 2 * dp, 2, even_batches, True)
+    if dp == 2:
+        assert [len(losses) for losses, *_ in plain] == ([2, 2] if even_batches is None else [3, 2])
+    for rank, (losses, weights, told) in enumerate(sharded):
+        assert losses == pytest.approx(plain[rank // 2][0], rel=TOLERANCE) and not told
+        if even_batches is None or dp == 1:
+            assert_tensors_close(weights, plain[rank // 2][1], 1e-4)
+
+
+def test_joining_has_no_effect_on_the_cpu_and_says_so_as_accelerate_does():
+    plain, sharded = run_on_ranks(joined, 2, None, None, False), run_on_ranks(joined, 4, 2, None, False)
+    assert all(told for *_, told in [*plain, *sharded])
+    for rank, (losses, *_) in enumerate(sharded):
+        assert losses == pytest.approx(plain[rank // 2][0], rel=TOLERANCE)
+
+
+def gathered_structures(tp):
+    accelerator = accelerator_for(tp, MLP_PLAN)
+    own = replica(accelerator)
+    row = torch.tensor([[own, 10 * own]])
+    nested = {"a": [row, (row + 1,)], "b": {"scalar": torch.tensor(float(own))}}
+    gathered = accelerator.gather(nested)
+    reduced = accelerator.reduce(nested["b"], "mean")
+    padded = accelerator.pad_across_processes({"x": [torch.ones(own + 1, 2)]}, dim=0, pad_index=7)["x"][0]
+    sent = broadcast_object_list([own, {"text": "a" * (own + 1)}])
+    return {
+        "rows": gathered["a"][0].tolist(),
+        "nested": gathered["a"][1][0].tolist(),
+        "scalars": gathered["b"]["scalar"].tolist(),
+        "mean": reduced["scalar"].item(),
+        "padded": padded.tolist(),
+        "sent": sent,
+    }
+
+
+def test_nested_structures_are_gathered_padded_and_sent_world_wide():
+    plain, sharded = plain_and_sharded(gathered_structures, 2)
+    for rank, found in enumerate(sharded):
+        wanted = plain[rank // 2]
+        for name in ("rows", "nested", "scalars"):
+            assert found.pop(name) == [item for item in wanted[name] for _ in range(2)], "each replica's twice"
+            assert name in wanted
+        assert found.items() <= wanted.items()
 
 
 # --- several models, and the order of preparing ----------------------------------------------------------------------

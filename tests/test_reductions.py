@@ -6,11 +6,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.local_sgd import LocalSGD
-from accelerate.utils import set_seed
+from accelerate.utils import GradScalerKwargs, set_seed
 
 from accel_tp_ddp import TensorParallelDDPPlugin, grad_scaler
 
 from .compare import assert_tensors_close
+from .faults import injected
 from .models import VOCABULARY, build_model
 from .ranks import run_on_ranks
 from .training import make_accelerator
@@ -114,7 +115,66 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all_of_them(rank):
     assert scales == [2.0**11, 2.0**10, 2.0**11]
 
 
-def refuse(name: str):
+def prepared_overflow(rank_with_inf: int | None, fault: str | None = None):
+    """As a script meets it: through the accelerator's own optimizer, clipping and scheduler."""
+    options = {"init_scale": 2.0**10, "growth_interval": 1}
+    accelerator = make_accelerator(2, kwargs_handlers=[GradScalerKwargs(**options)])
+    accelerator.scaler = torch.amp.GradScaler("cpu", **options)  # Accelerate makes one for fp16, but not on the CPU
+    model = build_model("qwen3")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    with injected(fault):
+        model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+        return scaled_steps(accelerator, model, optimizer, scheduler, rank_with_inf)
+
+
+def scaled_steps(accelerator, model, optimizer, scheduler, rank_with_inf):
+    history = []
+    for index in range(4):
+        ids = torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(index))
+        accelerator.backward(model(input_ids=ids, labels=ids).loss)
+        if index in (1, 2) and accelerator.process_index == rank_with_inf:
+            sharded = next(param for param in model.parameters() if param.tp_shard is not None)
+            sharded.grad.view(-1)[0] = float("nan") if index == 2 else float("inf")
+        if index != 1:  # with clipping, which unscales, and without
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        before = [param.detach().clone() for param in model.parameters()]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        moved = any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+        history.append(
+            (
+                accelerator.optimizer_step_was_skipped,
+                accelerator.scaler.get_scale(),
+                moved,
+                scheduler.get_last_lr()[0],
+                *({int(state["step"]) for state in optimizer.state.values()} if index else ()),
+            )
+        )
+    return history
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_skipped_step_is_reported_on_every_rank_and_scales_stay_equal(rank):
+    plain = run_on_ranks(prepared_overflow, 2, None)[0]
+    results = run_on_ranks(prepared_overflow, 2, rank)
+    assert results[0] == results[1]
+    history = results[0]
+    assert [skipped for skipped, *_ in history] == [False, True, True, False] != [skipped for skipped, *_ in plain]
+    assert [moved for _, _, moved, *_ in history] == [True, False, False, True]
+    assert [scale for _, scale, *_ in history] == [2.0**11, 2.0**10, 2.0**9, 2.0**10]
+    rates = [rate for _, _, _, rate, *_ in history]
+    assert rates[0] == rates[1] == rates[2] > rates[3], "the schedule waits for a skipped step"
+
+
+def test_without_an_agreement_one_rank_steps_and_its_peer_does_not():
+    first, second = run_on_ranks(prepared_overflow, 2, 1, "overflow on one rank")
+    assert [skipped for skipped, *_ in first] != [skipped for skipped, *_ in second]
+    assert [scale for _, scale, *_ in first] != [scale for _, scale, *_ in second]
+
+
+def refuse(name: str, order: str):
     accelerator = Accelerator(parallelism_config=TensorParallelDDPPlugin(tp_size=2))
     model = build_model("llama")
     if name == "Adafactor":
@@ -123,13 +183,36 @@ def refuse(name: str):
         from transformers.optimization import Adafactor
 
         optimizer = Adafactor(model.parameters())
+    elif name == "LBFGS":
+        optimizer = torch.optim.LBFGS(model.parameters())
     else:
         optimizer = torch.optim.Muon([param for param in model.parameters() if param.ndim == 2])
-    accelerator.prepare(model, optimizer)
+    if order == "together":
+        accelerator.prepare(model, optimizer)
+    elif order == "optimizer first":
+        optimizer = accelerator.prepare(optimizer)
+        accelerator.prepare(model)
+    elif order == "optimizer later":
+        accelerator.prepare(model)
+        accelerator.prepare(optimizer)
+    else:
+        accelerator.prepare_model(model)
+        accelerator.prepare_optimizer(optimizer)
 
 
-@pytest.mark.parametrize("name", ["Adafactor", "transformers", "Muon"])
-def test_optimizers_that_look_at_whole_matrices_are_refused_by_name(name):
-    for error in run_on_ranks(refuse, 2, name, expect_raise=True):
+@pytest.mark.parametrize(
+    "name, order",
+    [
+        ("Adafactor", "together"),
+        ("transformers", "together"),
+        ("Muon", "together"),
+        ("LBFGS", "together"),
+        ("Muon", "optimizer first"),
+        ("Adafactor", "optimizer later"),
+        ("Muon", "by prepare_optimizer"),
+    ],
+)
+def test_optimizers_that_look_at_whole_matrices_are_refused_by_name(name, order):
+    for error in run_on_ranks(refuse, 2, name, order, expect_raise=True):
         assert error.type_name == "ValueError"
         assert name.replace("transformers", "Adafactor") in error.message and "AdamW" in error.message

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,12 +37,22 @@ class Spec:
     max_norm: float | None = 0.5
     checkpointing: str | None = None  # "reentrant" or "non_reentrant"
     mixed_precision: str = "no"
+    dtype: str = "float32"  # of the weights
+    autocast: str | None = None  # by the script itself, as Accelerate has no fp16 on CPUs
     attention: str | None = None
-    optimizer: str = "adamw"  # or "sgd", whose steps show a wrong gradient scale, which Adam's normalisation hides
+    decay: str = "ndim"  # which parameters decay, see `make_optimizer`
+    optimizer: str = (
+        "adamw"  # of OPTIMIZERS; "sgd", whose steps show a wrong gradient scale, which Adam's normalisation hides
+    )
     steps: int = 6
     samples: int = TRAIN_SAMPLES
     vocabulary: int = VOCABULARY  # the ids drawn stay below the default
     noise: float = 0.0  # relative, on every initial weight: to see what rounding alone does
+
+    @property
+    def exact(self) -> Spec:
+        """The same run in single precision."""
+        return replace(self, mixed_precision="no", dtype="float32", autocast=None)
 
 
 @dataclass
@@ -82,15 +93,38 @@ def make_accelerator(tp: int | None, **options: Any) -> Accelerator:
     return Accelerator(parallelism_config=TensorParallelDDPPlugin(tp_size=tp), **options)
 
 
-def make_optimizer(model: torch.nn.Module, kind: str = "adamw") -> torch.optim.Optimizer:
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    if kind == "sgd":
-        groups = [{"params": decayed, "weight_decay": 1e-3}, {"params": others, "weight_decay": 0.0, "lr": 0.25}]
-        return torch.optim.SGD(groups, lr=0.5, momentum=0.9)
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0, "lr": 5e-3}]
-    # With the default eps, Adam blows the rounding noise of a gradient that is zero (a key's bias) up to a full step.
-    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-5)
+# What a script may give besides the learning rate. With the default eps, Adam blows the rounding noise of a gradient
+# that is zero (a key's bias) up to a full step.
+_ADAMW = {"lr": 1e-2, "eps": 1e-5}
+_SGD = {"lr": 0.5, "momentum": 0.9}
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adamw": (torch.optim.AdamW, _ADAMW),
+    "adamw, foreach": (torch.optim.AdamW, {**_ADAMW, "foreach": True}),
+    "adamw, one by one": (torch.optim.AdamW, {**_ADAMW, "foreach": False}),
+    "adamw, fused": (torch.optim.AdamW, {**_ADAMW, "fused": True}),
+    "sgd": (torch.optim.SGD, _SGD),
+    "sgd, nesterov": (torch.optim.SGD, {**_SGD, "nesterov": True, "foreach": True}),
+    "sgd, fused": (torch.optim.SGD, {**_SGD, "nesterov": True, "fused": True}),
+}
+_OF_NORMS_AND_BIASES = {torch.optim.AdamW: {"lr": 5e-3}, torch.optim.SGD: {"lr": 0.25}}
+_DECAY = {torch.optim.AdamW: 0.1, torch.optim.SGD: 1e-3}
+
+
+def make_optimizer(model: torch.nn.Module, kind: str = "adamw", mask: str = "ndim") -> torch.optim.Optimizer:
+    """With weight decay on some parameters only: on matrices, or on what no `mask` "name" speaks of."""
+    make, options = OPTIMIZERS[kind]
+    without = ("bias", "norm", "embed")
+    decays = {
+        "ndim": lambda name, param: param.ndim >= 2,
+        "name": lambda name, param: not any(word in name for word in without),
+    }[mask]
+    decayed = [param for name, param in model.named_parameters() if decays(name, param)]
+    others = [param for name, param in model.named_parameters() if not decays(name, param)]
+    groups = [
+        {"params": decayed, "weight_decay": _DECAY[make]},
+        {"params": others, "weight_decay": 0.0, **_OF_NORMS_AND_BIASES[make]},
+    ]
+    return make(groups, **options)
 
 
 def train(spec: Spec) -> Record:
@@ -101,10 +135,11 @@ def train(spec: Spec) -> Record:
     model = build_model(
         spec.model, tied=spec.tied, attention=spec.attention, noise=spec.noise, vocab_size=spec.vocabulary
     )
+    model = model.to(getattr(torch, spec.dtype))
     if spec.checkpointing:
         reentrant = {"reentrant": True, "non_reentrant": False}[spec.checkpointing]
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    optimizer = make_optimizer(model, spec.optimizer)
+    optimizer = make_optimizer(model, spec.optimizer, spec.decay)
     scheduler = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=3, num_training_steps=40)
     train_loader = DataLoader(SyntheticTokens(spec.samples, seed=1), batch_size=BATCH, shuffle=True)
     eval_loader = DataLoader(SyntheticTokens(EVAL_SAMPLES, seed=2), batch_size=BATCH)
@@ -117,7 +152,8 @@ def train(spec: Spec) -> Record:
         for batch in train_loader:
             ids = batch.pop("id")
             with accelerator.accumulate(model):
-                loss = model(**batch).loss
+                with autocasting(spec.autocast):
+                    loss = model(**batch).loss
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and spec.max_norm is not None:
                     norm = accelerator.clip_grad_norm_(model.parameters(), spec.max_norm)
@@ -136,6 +172,10 @@ def train(spec: Spec) -> Record:
     if accelerator.is_main_process:
         record.weights = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
     return record
+
+
+def autocasting(dtype: str | None) -> AbstractContextManager:
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype=getattr(torch, dtype))
 
 
 @torch.no_grad()

@@ -164,24 +164,34 @@ def verify_whole_heads(site: Site, features: int, side: str, repeats: bool = Tru
 
 # What attention modules call the head counts that they keep, and some of them view their activations by.
 _QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-_KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
+_KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "n_head_kv")
 _SHOWN = "_tp_heads"
 
 
 def show_local_heads(site: Site) -> None:
-    """Show this rank's head counts to the attention module around a projection, where it keeps any."""
-    parent = site.parent
-    if parent is None or site.head_width() is None or _SHOWN in parent.__dict__:
+    """Show this rank's head counts to the attention module around a projection, where it keeps any.
+
+    One that shapes by them, as in `view(batch, -1, self.num_heads, self.head_dim)`, would take the sequence for the
+    heads that are missing. Without a config that states the counts, they are known by the projection's size.
+    """
+    parent, width = site.parent, site.head_width()
+    if parent is None or width is None:
         return
+    shown = parent.__dict__.setdefault(_SHOWN, set())  # each count once: half of one may equal another
     queries, key_values = site.head_counts().get("num_attention_heads"), site.key_value_heads
-    parent.__dict__[_SHOWN] = site.tp_size
     if queries is None:
-        return
-    if key_values is None:
-        key_values = site.head_counts().get("num_key_value_heads", queries)
+        features = site.module.out_features
+        counts = [((*_QUERY_COUNTS, *_KEY_VALUE_COUNTS), features // width)] if features % width == 0 else []
+    elif key_values is None:
+        counts = [
+            (_QUERY_COUNTS, queries),
+            (_KEY_VALUE_COUNTS, site.head_counts().get("num_key_value_heads", queries)),
+        ]
     else:
         parent.num_key_value_groups = queries // site.tp_size // max(key_values // site.tp_size, 1)
-    for names, count in ((_QUERY_COUNTS, queries), (_KEY_VALUE_COUNTS, key_values)):
+        counts = [(_QUERY_COUNTS, queries), (_KEY_VALUE_COUNTS, key_values)]
+    for names, count in counts:
         for name in names:
-            if getattr(parent, name, None) == count:
+            if name not in shown and getattr(parent, name, None) == count:
                 setattr(parent, name, max(count // site.tp_size, 1))
+                shown.add(name)

@@ -63,9 +63,6 @@ class PackedQKVColwise(PackedColwise):
 
     def apply(self, site: Site, region: Region) -> None:
         super().apply(site, region)
-        for name, count in site.head_counts().items():
-            if getattr(site.parent, name, None) == count:
-                setattr(site.parent, name, count // site.tp_size)
         if site.parent is not None and getattr(site.parent, "config", None) is site.config:
             site.parent.config = LocalHeads(site.config, site.tp_size)
 
