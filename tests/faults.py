@@ -14,11 +14,13 @@ from typing import Any
 from unittest import mock
 
 import accelerate.accelerator
+import accelerate.scheduler
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from accel_tp_ddp import collectives, gradients, prepare, region
+from accel_tp_ddp.checkpoint import load, objects, tensors
 from accel_tp_ddp.shard import chunk_ranges, shard_info
 from accel_tp_ddp.styles import embedding, linear, packed, replicated
 
@@ -29,7 +31,7 @@ from .training import Record, Spec, train
 def injected(fault: str | None) -> Iterator[None]:
     """Run with `fault` in the package; with None, as it is."""
     with ExitStack() as stack:
-        for owner, name, wrong in _FAULTS[fault] if fault else ():
+        for owner, name, wrong in {**_FAULTS, **_RESUME_FAULTS}[fault] if fault else ():
             stack.enter_context(mock.patch.object(owner, name, wrong))
         yield
 
@@ -122,3 +124,18 @@ _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     ],
 }
 FAULTS = tuple(_FAULTS)
+
+
+def _state_of_the_first_peer(value: Tensor, param: torch.nn.Parameter) -> tensors.Part:
+    with mock.patch.object(tensors, "own_ranges", lambda info: info.layout.ranges[0]):
+        return tensors.Part(value, shard_info(param))
+
+
+# These show when a run is resumed; the tests of `test_checkpoint.py` inject them.
+_RESUME_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
+    "optimizer state of the first peer": [(objects, "state_part", _state_of_the_first_peer)],
+    "random states not loaded": [(load._Sharded, "random_state_of", lambda self: -1)],
+    "random states of the first rank": [(load._Sharded, "random_state_of", lambda self: 0)],
+    "scheduler not loaded": [(accelerate.scheduler.AcceleratedScheduler, "load_state_dict", lambda self, state: None)],
+}
+RESUME_FAULTS = tuple(_RESUME_FAULTS)
