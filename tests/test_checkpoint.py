@@ -235,6 +235,25 @@ def test_several_models_and_optimizers_custom_objects_and_the_scaler_come_back(t
     assert run_on_ranks(several, 2, str(tmp_path / "state")) == [(1, 8.0, 0.25)] * 2
 
 
+def state_on_one_rank(folder):
+    """As where a rank holds nothing of a small parameter: only one has a state for it. Any may write the summary."""
+    prepared = Prepared(Run(2))
+    prepared.train(prepared.loader, 1, Saved())
+    norm, found = prepared.model.model.norm.weight, []
+    for without in (0, 1):
+        before = prepared.optimizer.state[norm]["exp_avg"].clone()
+        if int(os.environ["RANK"]) == without:
+            del prepared.optimizer.state[norm]
+        prepared.accelerator.save_state(folder)
+        prepared.accelerator.load_state(folder)
+        found.append(torch.equal(prepared.optimizer.state[norm]["exp_avg"], before))
+    return found
+
+
+def test_a_state_that_only_one_rank_has_is_saved(tmp_path):
+    assert run_on_ranks(state_on_one_rank, 2, str(tmp_path / "state")) == [[True, True]] * 2
+
+
 class RowMomentum(torch.optim.SGD):
     """Keeps one number for each row: of a sharded parameter nobody could say how it is cut."""
 
