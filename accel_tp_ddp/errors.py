@@ -13,7 +13,7 @@ class PlanError(ValueError):
 
 
 class CheckpointError(RuntimeError):
-    """A state that cannot be saved or loaded; raised on every rank, and nothing has been changed by it."""
+    """A state that cannot be saved or loaded; raised on every rank. Nothing has been changed, unless it says so."""
 
 
 def nearest(name: str, names: Iterable[str], most: int = 3) -> str:

@@ -144,8 +144,11 @@ class _Loader:
         self.ranks.together(self.check_others)
         self.ranks.together(self._run_hooks)
         self.ranks.together(self.check)
-        self.ranks.together(self.load)
-        self.ranks.together(self.load_others)
+        try:
+            self.ranks.together(self.load)
+            self.ranks.together(self.load_others)
+        except (CheckpointError, ValueError) as error:
+            raise CheckpointError(f"{error} Loading had begun: models and optimizers may hold parts of it.") from error
 
     def _run_hooks(self) -> None:
         """Call the user's hooks as Accelerate does: models that they take out of the list are theirs to load."""
