@@ -1,6 +1,7 @@
 """Tensor parallelism inside plain DistributedDataParallel, for Hugging Face Accelerate."""
 
-from .errors import PlanError
+from .checkpoint.load import load_state
+from .errors import CheckpointError, PlanError
 from .export import full_gradients, full_state_dict
 from .gradients import grad_scaler
 from .parallelize import localize, parallelize
@@ -11,6 +12,7 @@ from .styles import Style, register_style
 
 __version__ = "0.1.0"
 __all__ = [
+    "CheckpointError",
     "Plan",
     "PlanError",
     "ShardInfo",
@@ -19,6 +21,7 @@ __all__ = [
     "full_gradients",
     "full_state_dict",
     "grad_scaler",
+    "load_state",
     "localize",
     "parallelize",
     "register_style",

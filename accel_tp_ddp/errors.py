@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["PlanError", "nearest"]
+__all__ = ["CheckpointError", "PlanError", "nearest"]
 
 
 class PlanError(ValueError):
     """A tensor-parallel plan that cannot be carried out. Raised before any weight is touched."""
+
+
+class CheckpointError(RuntimeError):
+    """A state that cannot be saved or loaded; raised on every rank. Nothing has been changed, unless it says so."""
 
 
 def nearest(name: str, names: Iterable[str], most: int = 3) -> str:

@@ -55,8 +55,16 @@ def _dispatch_to_replicas(loader: DataLoaderDispatcher, mesh: DeviceMesh) -> Non
     loader._fetch_batches = fetch_batches
 
 
+def _sampler_of(loader: DataLoader) -> Any:
+    """The sampler under all batch samplers: also where `skip_first_batches` has put one around them."""
+    batches = loader.batch_sampler
+    while (inner := getattr(batches, "batch_sampler", None)) is not None:
+        batches = inner
+    return getattr(batches, "sampler", None) or get_sampler(loader)
+
+
 def _agree_on_order(loader: DataLoader, mesh: DeviceMesh) -> None:
-    sampler = get_sampler(loader)
+    sampler = _sampler_of(loader)
     if isinstance(sampler, SeedableRandomSampler):
         seed = torch.tensor(sampler.initial_seed, dtype=torch.int64)
         send_first_rank(mesh["tp"], seed)

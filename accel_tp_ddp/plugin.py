@@ -13,6 +13,7 @@ from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import DeviceMesh
 
+from .checkpoint.load import hook_load_state
 from .prepare import hook_accelerator
 from .rules import PlanLike
 from .trainer import mend_trainer
@@ -171,6 +172,8 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             _adopt_timeout(accelerator, self.device_mesh)
             hook_accelerator(accelerator, self)
             mend_trainer(TensorParallelDDPPlugin)
+        else:
+            hook_load_state(accelerator)  # for states that were saved with tp_size > 1
 
 
 def _adopt_timeout(accelerator: Accelerator, mesh: DeviceMesh) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -25,6 +26,8 @@ from torch.utils.data import DataLoader
 
 from .adapters import check_adapters
 from .batches import watch_batches
+from .checkpoint.load import load_state
+from .checkpoint.save import save_state
 from .collectives import gather_replicas
 from .export import full_state_dict_of_all, save_config
 from .gradients import clip_grad_norm_, grad_scaler
@@ -285,22 +288,20 @@ class _Hooks:
         if self.accelerator.is_main_process:
             save_config(unwrap(model), save_directory)
 
-    def save_state(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(_NO_STATE.format("save_state"))
+    def save_state(
+        self, output_dir: str | None = None, safe_serialization: bool = True, **save_model_func_kwargs: Any
+    ) -> Path:
+        return save_state(self.accelerator, output_dir, self.plugin.tp_size)
 
-    def load_state(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(_NO_STATE.format("load_state"))
+    def load_state(
+        self, input_dir: str | None = None, load_kwargs: dict | None = None, **load_model_func_kwargs: Any
+    ) -> None:
+        load_state(self.accelerator, input_dir, load_kwargs, **load_model_func_kwargs)
 
     def end_training(self) -> None:
         # A rank that takes its groups down while others still talk makes them abort at exit.
         self.accelerator.wait_for_everyone()
         self.stock["end_training"]()
-
-
-_NO_STATE = (
-    "accelerator.{} is not available under tensor parallelism yet: Accelerate's own would keep the first rank's "
-    "shards only. Save the model with accelerator.save_model or unwrap_model(model).save_pretrained."
-)
 
 
 class _OverReplicas:

@@ -16,11 +16,13 @@ from typing import Any
 from unittest import mock
 
 import accelerate.accelerator
+import accelerate.scheduler
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from accel_tp_ddp import collectives, generation, gradients, plan, prepare, randomness, region, replicas
+from accel_tp_ddp.checkpoint import load, objects, tensors
 from accel_tp_ddp.localize import _ReconstructHook
 from accel_tp_ddp.shard import Layout, ShardInfo, chunk_ranges, shard_info
 from accel_tp_ddp.styles import attention, base, embedding, experts, linear, lora, packed, replicated
@@ -32,7 +34,7 @@ from .training import Record, Spec, train
 def injected(fault: str | None) -> Iterator[None]:
     """Run with `fault` in the package; with None, as it is."""
     with ExitStack() as stack:
-        every = {**_FAULTS, **_MORE_FAULTS, **_STYLE_FAULTS, **_LORA_FAULTS}
+        every = {**_FAULTS, **_MORE_FAULTS, **_STYLE_FAULTS, **_LORA_FAULTS, **_RESUME_FAULTS}
         for owner, name, wrong in every[fault] if fault else ():
             stack.enter_context(mock.patch.object(owner, name, wrong))
         yield
@@ -286,3 +288,18 @@ _LORA_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     ],
 }
 LORA_FAULTS = tuple(_LORA_FAULTS)
+
+
+def _state_of_the_first_peer(value: Tensor, param: torch.nn.Parameter) -> tensors.Part:
+    with mock.patch.object(tensors, "own_ranges", lambda info: info.layout.ranges[0]):
+        return tensors.Part(value, shard_info(param))
+
+
+# These show when a run is resumed; the tests of `test_checkpoint.py` inject them.
+_RESUME_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
+    "optimizer state of the first peer": [(objects, "state_part", _state_of_the_first_peer)],
+    "random states not loaded": [(load._Sharded, "random_state_of", lambda self: -1)],
+    "random states of the first rank": [(load._Sharded, "random_state_of", lambda self: 0)],
+    "scheduler not loaded": [(accelerate.scheduler.AcceleratedScheduler, "load_state_dict", lambda self, state: None)],
+}
+RESUME_FAULTS = tuple(_RESUME_FAULTS)

@@ -11,7 +11,10 @@ import accel_tp_ddp
 PACKAGE = Path(accel_tp_ddp.__file__).parent
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
 
-KNOW_ACCELERATE = {"__init__.py", "launch.py", "loaders.py", "plugin.py", "prepare.py", "trainer.py"}
+KNOW_ACCELERATE = {
+    *("__init__.py", "launch.py", "loaders.py", "plugin.py", "prepare.py", "trainer.py"),
+    *("checkpoint/load.py", "checkpoint/places.py", "checkpoint/save.py"),
+}
 FOREIGN = {"accelerate", "transformers", "trl", "peft", "datasets"}
 KNOW_PEFT = {"adapters.py", "styles/lora.py"}  # for models that hold adapters already
 
@@ -19,6 +22,7 @@ KNOW_PEFT = {"adapters.py", "styles/lora.py"}  # for models that hold adapters a
 CALL_COLLECTIVES = {
     "collectives.py": "compute; set-up: the first rank's values",
     "batches.py": "the comparison of inputs",
+    "checkpoint/ranks.py": "saving and loading: one outcome on all ranks",
     "launch.py": "the end of the script",
     "gradients.py": "the norm of the full gradient",
     "prepare.py": "set-up: agreement; metrics",
@@ -100,7 +104,7 @@ def test_peft_is_never_imported_by_merely_importing_the_package():
 
 @pytest.mark.parametrize("file", sorted(SOURCES))
 def test_what_is_below_does_not_import_the_top_modules(file):
-    top = {f"accel_tp_ddp.{name.removesuffix('.py')}" for name in KNOW_ACCELERATE - {"__init__.py"}}
+    top = {f"accel_tp_ddp.{name.removesuffix('.py').replace('/', '.')}" for name in KNOW_ACCELERATE - {"__init__.py"}}
     if file not in KNOW_ACCELERATE:
         assert not imported(SOURCES[file], file) & top
 
