@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from .collectives import send_first_rank
+from .randomness import agree_on_randomness
 
 __all__ = ["serve_replicas"]
 
@@ -71,4 +72,16 @@ def _agree_on_order(loader: DataLoader, mesh: DeviceMesh) -> None:
         sampler.initial_seed = int(seed)
     elif loader.synchronized_generator is None and not isinstance(sampler, SequentialSampler):
         # Accelerate shares a random state only where there are replicas, and only that of a sampler's own generator.
-        loader.rng_types = [*(loader.rng_types or []), "torch"]
+        loader.begin = _AgreeAndBegin(loader, mesh["tp"])
+
+
+class _AgreeAndBegin:
+    """A loader's own `begin`, called before its sampler draws, on one random state in each replica."""
+
+    def __init__(self, loader: DataLoader, mesh: DeviceMesh):
+        self.loader = loader
+        self.mesh = mesh
+
+    def __call__(self) -> None:
+        agree_on_randomness(self.mesh)
+        type(self.loader).begin(self.loader)

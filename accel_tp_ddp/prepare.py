@@ -35,7 +35,7 @@ from .loaders import serve_replicas
 from .optimizer import check_optimizer, check_step, follow_model, take_full_state
 from .parallelize import check_mesh, check_model, is_parallelized, parallelize_with_map
 from .plan import Plan
-from .randomness import agree_on_randomness, draw_by_replica
+from .randomness import agree_as_processes, draw_by_replica
 from .replicas import ReplicaGuard, is_replicated
 from .rules import PlanLike
 from .shard import shard_info
@@ -126,7 +126,7 @@ class _Hooks:
         for optimizer in [*optimizers, *(_bare(prepared) for prepared in self.accelerator._optimizers)]:
             follow_model(optimizer, mapping)
         if models:
-            agree_on_randomness(self.tp_mesh)
+            agree_as_processes(self.plugin.device_mesh)
 
     def _check(self, models: list[nn.Module], optimizers: Sequence[Optimizer]) -> list[Plan | None]:
         plans = []

@@ -8,17 +8,21 @@ checkpointing, which puts that one back, draws the same again.
 
 from __future__ import annotations
 
+import pickle
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .collectives import send_first_rank
 
-__all__ = ["RandomStream", "agree_on_randomness", "draw_by_replica", "draws_dropout"]
+__all__ = ["RandomStream", "agree_as_processes", "agree_on_randomness", "draw_by_replica", "draws_dropout"]
 
 _GOLDEN = 0x9E3779B97F4A7C15  # an odd constant that spreads rank numbers over 64 bits
 _JUMP = 1 << 34  # more random numbers than one region of one layer can draw
@@ -121,6 +125,31 @@ def draws_dropout(model: nn.Module) -> bool:
             if "dropout" in name and isinstance(value, float) and value > 0:
                 return True
     return False
+
+
+def agree_as_processes(mesh: DeviceMesh) -> None:
+    """The random streams of process `r` on all ranks of replica `r`, if the ranks of a replica differ in theirs.
+
+    Seeds that a script has set by process (`set_seed(device_specific=True)`) give every replica then what they give
+    process `r` of plain DDP. Collective over all ranks.
+
+    Args:
+        mesh: Two-dimensional mesh of replicas and tensor-parallel ranks, in rank order.
+    """
+    on_gpu = mesh.device_type == "cuda"
+    own = (random.getstate(), np.random.get_state(), torch.get_rng_state().numpy().tobytes())
+    own += (torch.cuda.get_rng_state().numpy().tobytes(),) if on_gpu else ()
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, pickle.dumps(own))
+    tp_size = mesh.size(1)
+    if all(state == states[rank - rank % tp_size] for rank, state in enumerate(states)):
+        return
+    python, numpy, cpu, *gpu = pickle.loads(states[mesh.get_local_rank(0)])
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(torch.frombuffer(bytearray(cpu), dtype=torch.uint8))
+    if on_gpu:
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray(gpu[0]), dtype=torch.uint8))
 
 
 def agree_on_randomness(mesh: DeviceMesh) -> None:

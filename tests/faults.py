@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from accel_tp_ddp import collectives, generation, gradients, plan, prepare, randomness, region, replicas
+from accel_tp_ddp import collectives, export, generation, gradients, plan, prepare, randomness, region, replicas
 from accel_tp_ddp.checkpoint import load, objects, tensors
 from accel_tp_ddp.localize import _ReconstructHook
 from accel_tp_ddp.shard import Layout, ShardInfo, chunk_ranges, shard_info
@@ -245,12 +245,13 @@ _MORE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "counts of the replicas only": [(accelerate.Accelerator, "gather", _of_the_replicas)],
     "shuffles and dispatching without replicas": [(prepare, "serve_replicas", lambda loader, mesh: loader)],
     "one random stream for all heads": [(region, "RandomStream", _NoStream)],
-    "random streams by process": [(prepare, "draw_by_replica", _nothing), (prepare, "agree_on_randomness", _nothing)],
+    "random streams by process": [(prepare, "draw_by_replica", _nothing), (prepare, "agree_as_processes", _nothing)],
     "random streams that go on": [(region, "RandomStream", _StreamThatGoesOn)],
     "optimizer left behind": [(prepare, "follow_model", _nothing), (prepare, "take_full_state", _nothing)],
     "a plan that shards nothing": [(plan, "refuse_empty", _nothing)],
     "padding row by its number in the whole": [(embedding, "local_padding_idx", _global_padding_idx)],
     "initialisation of each part by itself": [(_parallelize, "initialize_whole", _nothing)],
+    "the main process gathers alone": [(export, "_meet_main_process", _nothing)],
     "generation draws by itself": [(generation, "agree_on_randomness", _nothing)],
 }
 FAULTS = tuple(_FAULTS)

@@ -26,6 +26,7 @@ CALL_COLLECTIVES = {
     "launch.py": "the end of the script",
     "gradients.py": "the norm of the full gradient",
     "prepare.py": "set-up: agreement; metrics",
+    "randomness.py": "set-up: agreement",
     "replicas.py": "between steps: what is replicated stays equal",
     "shard.py": "saving: full tensors",
 }

@@ -22,7 +22,7 @@ from .models import VOCABULARY, build_model
 from .ranks import RanksError, run_on_ranks
 
 PAD = 0
-TIMES = ("runtime", "per_second", "preparation_time")
+TIMES = ("runtime", "per_second", "preparation_time", "step_time")
 
 
 def rows(count, seed=0, uneven=True):
