@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .collectives import gather_from_tp
 from .region import ParallelForward
 
-__all__ = ["read_whole"]
+__all__ = ["read_whole", "refuse_resizing"]
 
 
 def read_whole(module: nn.Module, call: ParallelForward) -> None:
@@ -54,3 +54,16 @@ def _reduce(module: nn.Module, protocol: int, base: type[nn.Module], names: tupl
 def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     kind = _type_that_reads_whole(base, names)
     return kind.__new__(kind)
+
+
+def refuse_resizing(model: nn.Module) -> None:
+    """Let `model.resize_token_embeddings`, which would build new embeddings out of this rank's rows, raise."""
+    if callable(getattr(type(model), "resize_token_embeddings", None)):
+        model.resize_token_embeddings = _refuse_resizing
+
+
+def _refuse_resizing(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        "resize_token_embeddings after the model has been sharded would work on this rank's part of the vocabulary. "
+        "Call it before `prepare` (or `parallelize`)."
+    )

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from .adapters import adapted_model, check_adapters, look_after_adapters
 from .collectives import send_first_rank
+from .direct import refuse_resizing
 from .errors import PlanError
 from .export import save_full_checkpoints
 from .generation import generate_together
@@ -179,6 +180,7 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
             logger.info("%s", plan)
     mark_whole(model)
     save_full_checkpoints(model)
+    refuse_resizing(model)
     generate_together(model, mesh)
     initialize_whole(model, mesh)
     look_after_adapters(model)

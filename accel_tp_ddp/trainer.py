@@ -128,8 +128,13 @@ def _save(
     stock: Callable, trainer: Any, plugin: Sizes, output_dir: str | None = None, state_dict: dict | None = None
 ) -> None:
     """`_save` returns early on all but the main process, which then has its own shards only."""
-    if state_dict is None:
-        state_dict = full_state_dict_of_all(trainer.accelerator.unwrap_model(trainer.model), "Trainer._save")
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if state_dict is None and not hasattr(model, "save_pretrained"):
+        state_dict = full_state_dict_of_all(model, "Trainer.save_model")
+    elif state_dict is None and not trainer.args.should_save:
+        model.save_pretrained(
+            output_dir or trainer.args.output_dir, is_main_process=False
+        )  # its part of the gathering
     stock(output_dir, state_dict=state_dict)
 
 

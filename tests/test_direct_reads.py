@@ -103,3 +103,15 @@ def pickled_head():
 
 def test_its_type_can_be_pickled():
     assert run_on_ranks(pickled_head, 2) == [True, True]
+
+
+def resized():
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    model = build_model("llama")
+    model.resize_token_embeddings(VOCABULARY + 8)
+    parallelize(model, mesh).resize_token_embeddings(VOCABULARY)
+
+
+def test_resizing_a_sharded_vocabulary_is_refused():
+    for raised in run_on_ranks(resized, 2, expect_raise=True):
+        assert "Call it before `prepare`" in raised.message

@@ -18,7 +18,7 @@ TINY = (
 ).split()
 
 
-def launch(config, *arguments, recipe="finetune_causal_lm.py", timeout=150):
+def launch(config, *arguments, recipe="finetune_causal_lm.py", unaware=False, timeout=150):
     """Runs a recipe under the launcher; its processes do not outlive a timeout. Returns what it printed."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])  # this checkout's package
@@ -26,6 +26,8 @@ def launch(config, *arguments, recipe="finetune_causal_lm.py", timeout=150):
     if torch.accelerator.is_available():
         env["ACCELERATE_USE_CPU"] = "true"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "recipes/configs" / config]
+    if unaware:
+        command += ["-m", "accel_tp_ddp.launch"]
     process = subprocess.Popen(
         [*command, ROOT / "recipes" / recipe, *arguments],
         cwd=ROOT,
@@ -66,3 +68,29 @@ def test_lora_recipe_learns_and_plain_peft_loads_its_adapters(tmp_path):
     assert results["perplexity_after"] < results["perplexity_before"] / 2
     assert results["perplexity_reloaded"] == pytest.approx(results["perplexity_after"], rel=1e-4)
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+
+
+# script: what to add to its launch line, and what has to become of its first measure
+UNAWARE = {
+    "finetune_trainer.py": ("--per_device_train_batch_size 4 --max_blocks 400", "perplexity", lambda a, b: b < a / 2),
+    "classify_trainer.py": ("--per_device_train_batch_size 8", "accuracy", lambda a, b: b > a + 0.1),
+    "sft_trl.py": ("--per_device_train_batch_size 4", "loss", lambda a, b: b < a - 1),
+}
+
+
+@pytest.mark.parametrize("recipe", UNAWARE)
+def test_a_recipe_that_knows_nothing_of_it_runs_under_the_launcher(recipe, tmp_path):
+    options, measure, improved = UNAWARE[recipe]
+    options += f" --max_steps 20 --eval_strategy no --save_strategy no --output_dir {tmp_path} --use_cpu"
+    output = launch("cpu_tp2_dp2.yaml", *options.split(), recipe=recipe, unaware=True)
+
+    assert output.count("TensorParallelDDPPlugin(tp_size=2, dp_replicate_size=2") == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["steps"] == 20
+    assert improved(results[f"{measure}_before"], results[f"{measure}_after"]), results
+    assert {"config.json", "model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+    assert "accel_tp_ddp" not in "\n".join(_code(ROOT / "recipes" / recipe)), "no knowledge of it in the code"
+
+
+def _code(path):
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
