@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 
-from accel_tp_ddp.collectives import copy_to_tp, gather_from_tp, reduce_from_tp, split_to_tp
+from accel_tp_ddp.collectives import add_share, copy_to_tp, gather_from_tp, reduce_from_tp, split_to_tp
 
 from .ranks import run_on_ranks
 
@@ -329,6 +329,60 @@ def check_which_gradients_are_wanted(tp):
     holds()
 
 
+def check_copy_to_tp_in_slots(tp):
+    """A tensor that only some ranks share: its gradient is the sum over those."""
+    mesh = tp_mesh(tp)
+    rank = mesh.get_local_rank()
+
+    @same_on_all_ranks
+    @given(shapes(tp), st.sampled_from([n for n in range(1, tp + 1) if tp % n == 0]), st.booleans())
+    def holds(example, slots, beside_another):
+        shape, _, _, layout, seed = example
+        generator = seeded(seed)
+        own = rank * slots // tp
+        shared = [laid_out(normal(shape, generator), layout) for _ in range(slots)]
+        whole = normal((3,), generator)
+        weights = [normal(shape, generator) for _ in range(tp)]
+
+        def loss(of_rank, x, y):
+            return (x.sin() * weights[of_rank]).sum() * (y.sum() if beside_another else 1)
+
+        x, y = shared[own].clone().requires_grad_(), whole.clone().requires_grad_()
+        tensors = (x, y) if beside_another else (x,)
+        copies = copy_to_tp(mesh, *tensors, slots=[(own, slots), None][: len(tensors)])
+        loss(rank, copies[0], copies[-1]).backward()
+        plain, plain_y = [each.clone().requires_grad_() for each in shared], whole.clone().requires_grad_()
+        sum(loss(other, plain[other * slots // tp], plain_y) for other in range(tp)).backward()
+        errors = {"gradient of the shared": error(x.grad, plain[own].grad)}
+        if beside_another:
+            errors["gradient of the other"] = error(y.grad, plain_y.grad)
+        verdict(errors)
+
+    holds()
+
+
+def check_add_share(tp):
+    mesh = tp_mesh(tp)
+    rank = mesh.get_local_rank()
+
+    @same_on_all_ranks
+    @given(shapes(tp))
+    def holds(example):
+        shape, _, _, layout, seed = example
+        generator = seeded(seed)
+        parts = [normal(shape, generator) for _ in range(tp)]
+        term, weight = laid_out(normal(shape, generator), layout), normal(shape, generator)
+        x = term.clone(memory_format=torch.preserve_format).requires_grad_()
+        total = reduce_from_tp(mesh, parts[rank] + add_share(mesh, x))
+        (total.sin() * weight).sum().backward()
+        plain = term.clone().requires_grad_()
+        expected = sum(parts) + plain
+        (expected.sin() * weight).sum().backward()
+        verdict({"forward": error(total.detach(), expected.detach()), "gradient": error(x.grad, plain.grad)})
+
+    holds()
+
+
 def check_gradcheck(tp):
     """torch's own check by finite differences. It varies a tensor on all ranks in step, so each function that it is
     given takes replicated tensors and gives a replicated result, by way of the mapping and its dual."""
@@ -357,8 +411,11 @@ def check_gradcheck(tp):
             (a,) = copy_to_tp(mesh, x)
             return gather_from_tp(mesh, (a * factors[0]).split(sizes, 1)[rank].cos(), 1, sizes) * y.sum()
 
+        def share_then_reduce(x, y):
+            return reduce_from_tp(mesh, add_share(mesh, x * factors[0]) + factors[rank]).sin() * y.sum()
+
         failures = {}
-        for function in (copy_then_reduce, split_then_gather, split_then_reduce, copy_then_gather):
+        for function in (copy_then_reduce, split_then_gather, split_then_reduce, copy_then_gather, share_then_reduce):
             right = torch.autograd.gradcheck(function, (x, y), raise_exception=False)
             failures[function.__name__] = 0.0 if right else 1.0
         verdict(failures)
@@ -377,6 +434,8 @@ CHECKS = (
     check_a_whole_layer,
     check_every_dtype,
     check_which_gradients_are_wanted,
+    check_copy_to_tp_in_slots,
+    check_add_share,
     check_gradcheck,
 )
 

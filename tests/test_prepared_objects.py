@@ -4,7 +4,6 @@ Wherever it says tp = None, that is Accelerate without the plugin: the reference
 """
 
 import gc
-import importlib.util
 import inspect
 import json
 import os
@@ -801,17 +800,27 @@ def test_uneven_and_own_batches_are_those_of_plain_ddp(even_batches, split_batch
 
 
 def stateful(tp):
-    accelerator = accelerator_for(tp, dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True))
-    accelerator.prepare(DataLoader(range(8)))
+    """All batches; and what a loader made anew gives that has the state after two of them."""
+    options = {"dataloader_config": DataLoaderConfiguration(use_stateful_dataloader=True)}
+    accelerator = accelerator_for(tp, **options)
+    first = accelerator.prepare(DataLoader(range(20), batch_size=2))
+    seen, state = [], None
+    for index, batch in enumerate(first):
+        seen.append(batch.tolist())
+        if index == 1:
+            state = first.state_dict()
+    second = accelerator.prepare(DataLoader(range(20), batch_size=2))
+    second.load_state_dict(state)
+    return seen, [batch.tolist() for batch in second]
 
 
-def test_a_stateful_loader_without_torchdata_is_accelerates_own_error():
-    if importlib.util.find_spec("torchdata") is not None:
-        pytest.skip("torchdata is there")
-    plain = run_on_ranks(stateful, 2, None, expect_raise=True)
-    sharded = run_on_ranks(stateful, 2, 2, expect_raise=True)
-    assert plain[0].type_name == sharded[0].type_name == "ImportError"
-    assert "torchdata" in sharded[0].message and sharded[0].message == plain[0].message
+@REPLICAS
+def test_a_stateful_loader_goes_on_where_it_was(dp):
+    pytest.importorskip("torchdata.stateful_dataloader")
+    plain, sharded = plain_and_sharded(stateful, dp)
+    assert_equal_per_replica(plain, sharded)
+    for seen, resumed in plain:
+        assert resumed == seen[2:] and len(resumed) > 2
 
 
 def joined(tp, even_batches, as_on_gpus):
