@@ -38,6 +38,7 @@ class Training(TrainingArguments):
     per_device_train_batch_size: int = 16
     per_device_eval_batch_size: int = 32
     logging_steps: int = 20
+    eval_on_start: bool = True
     save_strategy: str = "no"
     report_to: str = "none"
 
@@ -79,11 +80,11 @@ def main():
         processing_class=tokenizer,
         compute_metrics=accuracy,
     )
-    before = trainer.evaluate()["eval_accuracy"]
     trainer.train()
     after = trainer.evaluate()["eval_accuracy"]
     trainer.save_model()
     if trainer.is_world_process_zero():
+        before = trainer.state.log_history[0]["eval_accuracy"]
         results = {"accuracy_before": before, "accuracy_after": after, "steps": trainer.state.global_step}
         Path(training.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(f"accuracy {before:.3f} before, {after:.3f} after {trainer.state.global_step} steps")

@@ -49,6 +49,7 @@ class Training(TrainingArguments):
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 16
     logging_steps: int = 10
+    eval_on_start: bool = True  # not by `evaluate()` before `train()`, after which Trainer would not wrap it in DDP
     eval_strategy: str = "steps"
     eval_steps: int = 60
     save_steps: int = 60
@@ -88,11 +89,11 @@ def main():
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
-    before = math.exp(trainer.evaluate()["eval_loss"])
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     after = math.exp(trainer.evaluate()["eval_loss"])
     trainer.save_model()
     if trainer.is_world_process_zero():
+        before = math.exp(next(row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row))
         results = {"perplexity_before": before, "perplexity_after": after, "steps": trainer.state.global_step}
         Path(training.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(f"perplexity {before:.2f} before, {after:.2f} after {trainer.state.global_step} steps")

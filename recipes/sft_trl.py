@@ -39,6 +39,7 @@ class Training(SFTConfig):
     per_device_eval_batch_size: int = 8
     max_length: int = 192
     logging_steps: int = 10
+    eval_on_start: bool = True
     save_strategy: str = "no"
     bf16: bool = False
     gradient_checkpointing: bool = False
@@ -76,11 +77,11 @@ def main():
         processing_class=tokenizer,
         peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM") if args.lora else None,
     )
-    before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model()
     if trainer.is_world_process_zero():
+        before = trainer.state.log_history[0]["eval_loss"]
         results = {"loss_before": before, "loss_after": after, "steps": trainer.state.global_step}
         Path(training.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(f"evaluation loss {before:.3f} before, {after:.3f} after {trainer.state.global_step} steps")

@@ -78,6 +78,31 @@ UNAWARE = {
 }
 
 
+PLAIN = """
+distributed_type: MULTI_GPU
+num_machines: 1
+num_processes: 2
+main_process_port: 0
+mixed_precision: 'no'
+"""
+
+
+def test_a_trainer_script_on_a_text_file_logs_what_it_logs_under_plain_ddp(tmp_path):
+    (tmp_path / "plain.yaml").write_text(PLAIN)
+    logs = {}
+    for name, config in (("plain", tmp_path / "plain.yaml"), ("sharded", "cpu_tp2_dp2.yaml")):
+        options = f"--text_file {ROOT}/README.md --block_size 48 --per_device_train_batch_size 2 --max_steps 6"
+        options += f" --logging_steps 1 --eval_steps 3 --save_steps 3 --output_dir {tmp_path}/{name} --use_cpu"
+        launch(config, *options.split(), recipe="finetune_trainer.py", unaware=name == "sharded")
+        state = json.loads((tmp_path / name / "checkpoint-6/trainer_state.json").read_text())
+        logs[name] = [
+            {key: row[key] for key in row if "_per_" not in key and "time" not in key} for row in state["log_history"]
+        ]
+    assert len(logs["plain"]) == 9 and logs["plain"][1].keys() >= {"loss", "grad_norm", "learning_rate"}
+    for ours, theirs in zip(logs["sharded"], logs["plain"], strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4)
+
+
 @pytest.mark.parametrize("recipe", UNAWARE)
 def test_a_recipe_that_knows_nothing_of_it_runs_under_the_launcher(recipe, tmp_path):
     options, measure, improved = UNAWARE[recipe]

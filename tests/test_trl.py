@@ -74,6 +74,10 @@ def make_trainer(kind, tp, folder):
     if kind.startswith("SFT"):
         data = dataset("prompt", "completion") if "completions" in kind else dataset("text")
         arguments |= {"max_length": 16, "packing": "packed" in kind}
+        if "LoRA" in kind:
+            from peft import LoraConfig
+
+            shared["peft_config"] = LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")
         return trl.SFTTrainer(model, trl.SFTConfig(**arguments), train_dataset=data, eval_dataset=data, **shared)
     if kind == "reward":
         model.config.num_labels, model.config.pad_token_id = 1, 0
@@ -106,7 +110,7 @@ def run(kind, tp, folder):
     return [_untimed(row) for row in trainer.state.log_history], {name: w.clone() for name, w in weights.items()}
 
 
-KINDS = ["SFT", "SFT packed", "SFT completions", "DPO", "reward", "GRPO", "GRPO, a group over replicas"]
+KINDS = ["SFT", "SFT packed", "SFT completions", "SFT LoRA", "DPO", "reward", "GRPO", "GRPO, a group over replicas"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
