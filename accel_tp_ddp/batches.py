@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -39,6 +40,7 @@ class _BatchWatch:
         if (self._forwards - 1) % self.every == 0:
             self.compare({**{f"argument {index}": arg for index, arg in enumerate(args)}, **kwargs})
 
+    @torch.compiler.disable
     def compare(self, inputs: Mapping[str, Any]) -> None:
         """Raise on every rank of the group unless all have the same tensors.
 

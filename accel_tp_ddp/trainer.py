@@ -88,6 +88,17 @@ def _store_flos(stock: Callable, trainer: Any, plugin: Sizes) -> None:
     stock()
 
 
+def _evaluation_loop(stock: Callable, trainer: Any, plugin: Sizes, *args: Any, **kwargs: Any) -> Any:
+    """`Seq2SeqTrainer` gathers by `gather`, which keeps what fills up the last batch, and the copies of peers."""
+    if trainer.gather_function == trainer.accelerator.gather:
+        trainer.gather_function = _gather_over_replicas(plugin)
+    return stock(*args, **kwargs)
+
+
+def _gather_over_replicas(plugin: Sizes) -> Callable:
+    return functools.partial(recursively_apply, functools.partial(gather_replicas, plugin.device_mesh["dp_replicate"]))
+
+
 @contextmanager
 def _replicas_as_processes(trainer: Any, plugin: Sizes, **changed: Any) -> Iterator[None]:
     """Let the trainer's arguments count replicas where they count processes, and have these values."""
@@ -119,6 +130,14 @@ def _train(stock: Callable, trainer: Any, plugin: Sizes, *args: Any, **kwargs: A
     """`evaluation_loop` marks the model as prepared, and training then goes on without DDP (so it does upstream)."""
     trainer.model.__dict__.pop("_is_accelerate_prepared", None)
     return stock(*args, **kwargs)
+
+
+def _hyperparameter_search(stock: Callable, trainer: Any, plugin: Sizes, *args: Any, **kwargs: Any) -> None:
+    """`hyperparameter_search` starts trials on the main process alone, or in processes of its own."""
+    raise NotImplementedError(
+        f"Trainer.hyperparameter_search is not supported with tp_size={plugin.tp_size}: its trials know nothing of "
+        "the ranks of a replica. Search with tp_size=1 on a smaller model, or start one run for each setting."
+    )
 
 
 # ---- saving and loading ---------------------------------------------------------------------------------------------
@@ -189,8 +208,8 @@ def _among_replicas(stock: Callable, trainer: Any, plugin: Sizes, *args: Any, **
     They gather from all processes, count these and find their own place among them; let those be the replicas.
     """
     module = sys.modules[_GRPO[0]]
-    over = functools.partial(gather_replicas, plugin.device_mesh["dp_replicate"])
-    names = {"gather": functools.partial(recursively_apply, over), "gather_object": over}
+    objects = functools.partial(gather_replicas, plugin.device_mesh["dp_replicate"])
+    names = {"gather": _gather_over_replicas(plugin), "gather_object": objects}
     accelerator, saved = trainer.accelerator, {name: getattr(module, name) for name in names}
     trainer.accelerator = _AmongReplicas(accelerator, plugin, names["gather"])
     vars(module).update(names)
@@ -221,7 +240,9 @@ _MENDS: dict[tuple[str, str], dict[str, Callable]] = {
         "_get_num_items_in_batch": _get_num_items_in_batch,
         "_track_num_input_tokens": _track_num_input_tokens,
         "store_flos": _store_flos,
+        "evaluation_loop": _evaluation_loop,
         "train": _train,
+        "hyperparameter_search": _hyperparameter_search,
         "_save": _save,
         "_save_optimizer_and_scheduler": _save_optimizer_and_scheduler,
         "_save_rng_state": _save_rng_state,

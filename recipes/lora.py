@@ -1,7 +1,7 @@
 # 4 ranks on CPU, tensor parallelism 2 x data parallelism 2 (no network; about 90 s on two cores):
-#   accelerate launch --config_file recipes/configs/cpu_tp2_dp2.yaml recipes/lora.py
+#   accelerate launch --config_file recipes/configs/cpu_tp2_dp2.yaml -m accel_tp_ddp.launch recipes/lora.py
 # A model from the hub, on 8 GPUs:
-#   accelerate launch --config_file recipes/configs/node8_tp2_dp4.yaml recipes/lora.py \
+#   accelerate launch --config_file recipes/configs/node8_tp2_dp4.yaml -m accel_tp_ddp.launch recipes/lora.py \
 #       --model_name_or_path Qwen/Qwen3-8B --learning_rate 1e-4 --block_size 1024
 """Train LoRA adapters (PEFT) on the source text of Python's standard library, and load them in plain PEFT.
 
@@ -22,8 +22,6 @@ from accelerate.utils import set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
-
-from accel_tp_ddp import TensorParallelDDPPlugin
 
 
 def parse_args():
@@ -70,8 +68,7 @@ def perplexity(model, loader, gather):
 
 def main():
     args = parse_args()
-    plugin = TensorParallelDDPPlugin()  # its sizes come from the launcher's YAML
-    accelerator = Accelerator(parallelism_config=plugin, cpu=not torch.accelerator.is_available())
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path) if args.model_name_or_path else ByT5Tokenizer()
     blocks = token_blocks(tokenizer, args)

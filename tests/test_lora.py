@@ -279,8 +279,8 @@ def test_every_adapter_gradient_is_the_unsharded_one_after_two_microbatches(vari
     run_on_ranks(assert_gradients_of, 2, "llama", variant)
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen3", "phi3", "gpt_neox"])
-def test_so_it_is_on_four_ranks_and_with_packed_projections(model):
+@pytest.mark.parametrize("model", ["llama", "qwen3", "phi3", "gpt_neox", "llama_one_key"])
+def test_so_it_is_on_four_ranks_with_packed_projections_and_shared_heads(model):
     run_on_ranks(assert_gradients_of, 4, model)
 
 

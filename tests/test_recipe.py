@@ -60,7 +60,7 @@ def test_recipe_learns_and_its_checkpoint_is_the_trained_model(tmp_path):
 
 def test_lora_recipe_learns_and_plain_peft_loads_its_adapters(tmp_path):
     tiny = "--max_train_steps 10 --max_eval_blocks 21 --block_size 64 --per_device_train_batch_size 4".split()
-    output = launch("cpu_tp2_dp2.yaml", *tiny, "--output_dir", str(tmp_path), recipe="lora.py")
+    output = launch("cpu_tp2_dp2.yaml", *tiny, "--output_dir", str(tmp_path), recipe="lora.py", unaware=True)
 
     assert "parameters are trained" in output
     results = json.loads((tmp_path / "results.json").read_text())

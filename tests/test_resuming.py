@@ -12,7 +12,7 @@ from .ranks import run_on_ranks
 from .resuming import LAYOUTS, MORE, SAVED_AFTER, Run, go_on_from, save_and_go_on
 
 TOLERANCE = 2e-4  # relative, of losses
-RUNS = {"llama, adamw": Run(1), "phi3, sgd": Run(1, "phi3", "sgd")}
+RUNS = {"shared heads, adamw": Run(1, "llama_one_key"), "phi3, sgd": Run(1, "phi3", "sgd")}
 
 
 @pytest.fixture(scope="module")

@@ -260,11 +260,15 @@ CASES = {
     "a batch size that fits": Case(
         {"per_device_train_batch_size": 8, "auto_find_batch_size": True, "eval_strategy": "no"}, most_samples=6
     ),
+    "compiled": Case({"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3}, uneven=False),
     "noise on the embeddings": Case({"neftune_noise_alpha": 5.0}),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = {"compiled"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
 def test_a_run_is_that_of_plain_ddp(name, tmp_path):
     assert_invisible(name, tmp_path)
 
@@ -325,7 +329,8 @@ NEEDED_BY = {
 
 
 def test_each_mend_is_tried():
-    assert NEEDED_BY.keys() | {"_load_rng_state"} == trainer._MENDS["transformers.trainer", "Trainer"].keys()
+    others = {"_load_rng_state", "hyperparameter_search", "evaluation_loop"}  # seen further down
+    assert NEEDED_BY.keys() | others == trainer._MENDS["transformers.trainer", "Trainer"].keys()
 
 
 @pytest.mark.parametrize("mend", NEEDED_BY)
@@ -346,3 +351,45 @@ def adafactor(folder):
 def test_an_optimizer_that_would_be_wrong_on_shards_is_refused_by_name(tmp_path):
     for raised in run_on_ranks(adafactor, 2, str(tmp_path), expect_raise=True):
         assert "Adafactor works on whole matrices" in raised.message
+
+
+def searched(folder):
+    make_trainer(2, folder, Case()).hyperparameter_search(backend="optuna", n_trials=1)
+
+
+def test_a_hyperparameter_search_is_refused(tmp_path):
+    for raised in run_on_ranks(searched, 2, str(tmp_path), expect_raise=True):
+        assert raised.type_name == "NotImplementedError" and "tp_size=2" in raised.message
+
+
+# --- generation in evaluation ----------------------------------------------------------------------------------------
+
+
+def generated(tp, folder):
+    """Greedy and sampled, by the trainer that generates in evaluation."""
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
+
+    set_seed(0)
+    results = []
+    for sampled in (False, True):
+        arguments = Seq2SeqTrainingArguments(
+            folder,
+            per_device_eval_batch_size=2,
+            predict_with_generate=True,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            parallelism_config=TensorParallelDDPPlugin(tp_size=tp) if tp else None,
+        )
+        data = [{"input_ids": row["input_ids"][:6], "labels": row["input_ids"][:6]} for row in rows(7, 5)]
+        trainer = Seq2SeqTrainer(build_model("qwen3"), arguments, data_collator=collate, eval_dataset=data)
+        prediction = trainer.predict(data, max_new_tokens=6, do_sample=sampled, pad_token_id=PAD)
+        results.append(prediction.predictions.tolist())
+    return results
+
+
+def test_predictions_that_are_generated_are_those_of_plain_ddp(tmp_path):
+    expected = run_on_ranks(generated, 2, None, str(tmp_path))
+    assert len(expected[0][0]) == 8 and expected[0][0] != expected[0][1]  # upstream, with one to fill up the batch
+    for results in run_on_ranks(generated, 4, 2, str(tmp_path)):
+        assert results == expected[0]
