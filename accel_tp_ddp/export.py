@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import meeting
+from .meeting import missing_peers
 from .shard import ShardInfo, restore_shards, shard_info
 from .wrappers import unwrap
 
@@ -23,10 +24,6 @@ __all__ = [
     "save_config",
     "save_full_checkpoints",
 ]
-
-#: Seconds that the main process waits for its peers when weights are to be gathered.
-PEERS_TIMEOUT = 60.0
-_VISITS = "_accel_tp_ddp_visits"
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -142,32 +139,19 @@ def meet_peers(model: nn.Module, caller: str) -> None:
     restore_shards(model)
     groups = {info.mesh.get_group() for param in model.parameters() if (info := shard_info(param)) is not None}
     for group in sorted(groups, key=lambda group: group.group_name):  # the same order on all ranks
-        _meet_main_process(model, group, caller)
+        _meet_main_process(group, caller)
 
 
-def _meet_main_process(model: nn.Module, group: dist.ProcessGroup, caller: str) -> None:
-    """Let the main process wait until its peers have arrived, and give up long before a collective would.
-
-    Only this way round: the peers have nothing else to do, the main process may well be late.
-    """
+def _meet_main_process(group: dist.ProcessGroup, caller: str) -> None:
     ranks = dist.get_process_group_ranks(group)
-    if 0 not in ranks:
-        return
-    visit = model.__dict__.get(_VISITS, 0) + 1
-    key = f"accel_tp_ddp/{caller}/{group.group_name}/{visit}"
-    store = dist.distributed_c10d._get_default_store()
-    arrived, deadline = store.add(key, int(dist.get_rank() != 0)), time.monotonic() + PEERS_TIMEOUT
-    while dist.get_rank() == 0 and arrived < len(ranks) - 1:
-        if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"`{caller}` was called on the main process, but {len(ranks) - 1 - arrived} of its {len(ranks) - 1} "
-                f"tensor-parallel peers did not come within {PEERS_TIMEOUT:.0f} s. Each of them holds a part of the "
-                f"weights, so every rank has to call it: take it out of `if accelerator.is_main_process:`, and pass "
-                "`is_main_process=accelerator.is_main_process` where it takes that."
-            )
-        time.sleep(0.01)
-        arrived = store.add(key, 0)
-    setattr(model, _VISITS, visit)
+    missing = missing_peers(f"{caller}/{group.group_name}", len(ranks) - 1) if 0 in ranks else 0
+    if missing:
+        raise RuntimeError(
+            f"`{caller}` was called on the main process, but {missing} of its {len(ranks) - 1} tensor-parallel peers "
+            f"did not come within {meeting.PEERS_TIMEOUT:.0f} s. Each of them holds a part of the weights, so every "
+            "rank has to call it: take it out of `if accelerator.is_main_process:`, and pass "
+            "`is_main_process=accelerator.is_main_process` where it takes that."
+        )
 
 
 def save_config(model: nn.Module, save_directory: str | os.PathLike) -> None:

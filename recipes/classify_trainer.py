@@ -6,11 +6,10 @@
 `AutoModelForSequenceClassification` on a small Qwen3 from scratch, byte by byte; accuracy on lines it has not seen.
 """
 
-import inspect
 import json
 import random
+import sysconfig
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 from datasets import Dataset
@@ -25,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-MODULES = ("argparse", "turtle", "decimal")
+MODULES = ("argparse", "turtle", "_pydecimal")
 
 
 @dataclass
@@ -47,7 +46,7 @@ def lines(tokenizer):
     """Samples of three lines each, of uneven length, with the number of the module they are from."""
     samples = []
     for label, name in enumerate(MODULES):
-        source = inspect.getsource(import_module("_pydecimal" if name == "decimal" else name)).splitlines()
+        source = Path(sysconfig.get_paths()["stdlib"], f"{name}.py").read_text(encoding="utf-8").splitlines()
         texts = ["\n".join(source[start : start + 3]) for start in range(0, len(source) - 2, 3)]
         kept = [text for text in texts if len(text) > 40][:600]
         samples += [{**tokenizer(text, truncation=True, max_length=96), "label": label} for text in kept]

@@ -7,7 +7,7 @@ import time
 import pytest
 from transformers import AutoModelForCausalLM
 
-from accel_tp_ddp import export
+from accel_tp_ddp import meeting
 
 from .compare import assert_tensors_close
 from .models import build_model
@@ -18,7 +18,7 @@ from .training import make_accelerator
 def alone(folder: str, how: str):
     accelerator = make_accelerator(2)
     model = accelerator.prepare(build_model("llama"))
-    export.PEERS_TIMEOUT = 1.0
+    meeting.PEERS_TIMEOUT = 1.0
     message, seconds = None, 0.0
     try:
         if accelerator.is_main_process:
@@ -30,7 +30,7 @@ def alone(folder: str, how: str):
     except RuntimeError as error:
         message, seconds = str(error), time.monotonic() - started
     finally:
-        export.PEERS_TIMEOUT = 60.0
+        meeting.PEERS_TIMEOUT = 60.0
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(model).save_pretrained(folder, is_main_process=accelerator.is_main_process)
     accelerator.wait_for_everyone()

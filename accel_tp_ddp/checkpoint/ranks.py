@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from .. import meeting
 from ..errors import CheckpointError
+from ..meeting import missing_peers
 
-__all__ = ["PEERS_TIMEOUT", "Ranks"]
+__all__ = ["Ranks"]
 
 T = TypeVar("T")
-
-#: Seconds that the main process waits for the other ranks to come to `save_state` or `load_state`.
-PEERS_TIMEOUT = 60.0
-_visits: dict[str, int] = {}
 
 
 class Ranks:
@@ -48,21 +45,13 @@ class Ranks:
         """
         if self.size == 1:
             return
-        visit = _visits.get(self.caller, 0) + 1
-        store = dist.distributed_c10d._get_default_store()
-        key = f"accel_tp_ddp/{self.caller}/{visit}"
-        arrived, deadline = store.add(key, int(not self.is_main)), time.monotonic() + PEERS_TIMEOUT
-        while self.is_main and arrived < self.size - 1:
-            if time.monotonic() > deadline:
-                raise CheckpointError(
-                    f"`{self.caller}` was called on the main process, but {self.size - 1 - arrived} of the "
-                    f"{self.size - 1} other ranks did not come within {PEERS_TIMEOUT:.0f} s. Each rank holds a part "
-                    "of the weights and of the optimizer state, so every rank has to call it: take it out of "
-                    "`if accelerator.is_main_process:`."
-                )
-            time.sleep(0.005)
-            arrived = store.add(key, 0)
-        _visits[self.caller] = visit
+        missing = missing_peers(self.caller, self.size - 1)
+        if missing:
+            raise CheckpointError(
+                f"`{self.caller}` was called on the main process, but {missing} of the {self.size - 1} other ranks "
+                f"did not come within {meeting.PEERS_TIMEOUT:.0f} s. Each rank holds a part of the weights and of the "
+                "optimizer state, so every rank has to call it: take it out of `if accelerator.is_main_process:`."
+            )
 
     def together(self, step: Callable[[], T]) -> T:
         """Run `step` on every rank. If it fails on any, raise the first failing rank's error on all of them."""
