@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -100,12 +100,8 @@ def full_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, A
         keep: Whether this rank wants the result; others take part, and get an empty state.
     """
     state_dict = optimizer.state_dict()
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
     full: dict[Any, dict[str, Any]] = {}
-    for index, param in zip(indices, params):
-        if index not in state_dict["state"]:
-            continue
+    for index, param in _with_state(optimizer, state_dict):
         info, states = shard_info(param), {}
         for key, value in state_dict["state"][index].items():
             if isinstance(value, Tensor):
@@ -118,18 +114,19 @@ def full_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, A
 
 
 def _cut_full_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
     state = dict(state_dict["state"])
-    for index, param in zip(indices, params):
-        info = shard_info(param)
-        if info is None or not info.is_sharded or index not in state:
-            continue
-        state[index] = {
-            key: info.local_part(value) if isinstance(value, Tensor) and value.shape == info.global_shape else value
-            for key, value in state[index].items()
-        }
+    for index, param in _with_state(optimizer, state_dict):
+        if (info := shard_info(param)) is not None:
+            state[index] = {key: info.cut_if_full(value) for key, value in state[index].items()}
     return {**state_dict, "state": state}
+
+
+def _with_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator[tuple[Any, nn.Parameter]]:
+    """Each parameter that has state in `state_dict`, with the number that it has there."""
+    for group, own in zip(state_dict["param_groups"], optimizer.param_groups):
+        for index, param in zip(group["params"], own["params"]):
+            if index in state_dict["state"]:
+                yield index, param
 
 
 def _check_state(optimizer: Optimizer, param: nn.Parameter) -> None:

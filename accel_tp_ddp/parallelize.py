@@ -72,13 +72,11 @@ def localize(model: nn.Module) -> nn.Module:
         ValueError: If a parameter lies on a mesh of more than one dimension, or has a partial placement.
     """
     meshes = [param.device_mesh for param in model.parameters() if isinstance(param, DTensor)]
-    localize_with_map(model)
     if meshes:
-        adopt(model, Region(meshes[0]))
-        generate_together(model, meshes[0])
-        initialize_whole(model, meshes[0])
-    mark_whole(model)
-    save_full_checkpoints(model)
+        parallelize_with_map(model, meshes[0], None)
+    else:
+        mark_whole(model)
+        save_full_checkpoints(model)
     return model
 
 

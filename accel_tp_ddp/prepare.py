@@ -89,7 +89,8 @@ class _Hooks:
         self.plugin = plugin
         self.tp_mesh = plugin.device_mesh["tp"]
         self.dp_size = plugin.dp_replicate_size
-        self.dp_group = plugin.device_mesh["dp_replicate"].get_group()
+        self.dp_mesh = plugin.device_mesh["dp_replicate"]
+        self.dp_group = self.dp_mesh.get_group()
         self.stock = {name: getattr(accelerator, name) for name in self.REPLACED}
         self._sharded: list[nn.Module] = []  # by `prepare`, and about to reach `prepare_model`
         self._guard = ReplicaGuard(self.tp_mesh, plugin.replica_check_steps, plugin.replica_drift)
@@ -239,14 +240,14 @@ class _Hooks:
     def _gather_objects(self, objects: Any, samples: int | None) -> Any:
         if self.dp_size == 1:  # as a single process gets them: whatever they are
             return objects[:samples] if isinstance(objects, (list, tuple, str)) else objects
-        return gather_replicas(self.plugin.device_mesh["dp_replicate"], objects)[:samples]
+        return gather_replicas(self.dp_mesh, objects)[:samples]
 
     def _gather_samples(self, tensor: Tensor, samples: int | None) -> Tensor:
         """Each sample once: its rank's tensor-parallel peers hold copies. Scalars keep Accelerate's world-wide way."""
         if tensor.ndim == 0:
             tp_size = self.plugin.tp_size
             return self.accelerator.gather(tensor)[: None if samples is None else samples * tp_size]
-        return gather_replicas(self.plugin.device_mesh["dp_replicate"], tensor)[:samples]
+        return gather_replicas(self.dp_mesh, tensor)[:samples]
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         if not isinstance(tensor, Tensor) or not self._is_shard(tensor):

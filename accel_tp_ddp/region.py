@@ -216,6 +216,13 @@ class ParallelForward:
         )
         return {**{name: offered[name] for name in names if name in offered}, **dict(zip(missing, own))}
 
+    def inner_with_sums(self, *args, **kwargs):
+        """The module's own forward, on parameters whose partial gradients are summed in the backward."""
+        if not self.partial_gradients:
+            return self.inner(*args, **kwargs)
+        with self.replacing(**self.summed_parameters()):
+            return self.inner(*args, **kwargs)
+
     @contextmanager
     def replacing(self, **params: Tensor | None) -> Iterator[None]:
         """Let the module compute with other tensors in place of some of its parameters."""

@@ -134,6 +134,11 @@ class ShardInfo:
         dim, own = self.layout.dim, self.layout.ranges[self.mesh.get_local_rank()]
         return torch.cat([full.detach().narrow(dim, start, stop - start) for start, stop in own], dim)
 
+    def cut_if_full(self, value: Any) -> Any:
+        """This rank's part of a tensor of shape `global_shape`; anything else as it is."""
+        full = isinstance(value, Tensor) and self.is_sharded and value.shape == self.global_shape
+        return self.local_part(value) if full else value
+
     def full_tensor(self, local: Tensor) -> Tensor:
         """The unsharded tensor, from every rank's `local` part. Collective over the tensor-parallel group."""
         local = local.detach()
@@ -175,10 +180,9 @@ def remember_shards(module: nn.Module, shards: dict[str, ShardInfo]) -> None:
 
 def _cut_full_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Load-state-dict pre-hook. `state_dict` is torch's own shallow copy of what was passed."""
-    for name, info in module.__dict__[_REMEMBERED].items():
-        value = state_dict.get(prefix + name)
-        if isinstance(value, Tensor) and info.is_sharded and value.shape == info.global_shape:
-            state_dict[prefix + name] = info.local_part(value)
+    for name, info in remembered_shards(module).items():
+        if prefix + name in state_dict:
+            state_dict[prefix + name] = info.cut_if_full(state_dict[prefix + name])
 
 
 def remembered_shards(module: nn.Module) -> dict[str, ShardInfo]:

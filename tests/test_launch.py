@@ -26,6 +26,7 @@ parallelism_config:
   parallelism_config_tp_size: {tp}
   parallelism_config_dp_replicate_size: {dp}
 """
+ARGUMENTS = ("--output_dir", "out", "--tp_size", "7", "a b", "-m", "c")  # the script's own, whatever they look like
 TP2_DP2 = YAML.format(processes=4) + SIZES.format(tp=2, dp=2)
 
 
@@ -48,18 +49,7 @@ def result_of(folder):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
-    launch(
-        folder,
-        YAML.format(processes=2),
-        SCRIPTS / "ordinary.py",
-        "--output_dir",
-        "out",
-        "--tp_size",
-        "7",
-        "a b",
-        "-m",
-        "c",
-    )
+    launch(folder, YAML.format(processes=2), SCRIPTS / "ordinary.py", *ARGUMENTS)
     return result_of(folder)
 
 
@@ -72,29 +62,19 @@ def assert_same_run(folder, plain):
 
 
 def test_a_script_runs_unchanged_with_the_sizes_of_the_launchers_yaml(tmp_path, plain):
-    arguments = (
-        "--output_dir",
-        "out",
-        "--tp_size",
-        "7",
-        "a b",
-        "-m",
-        "c",
-    )  # the script's own, whatever they look like
-    done = launch(tmp_path, TP2_DP2, "-m", "accel_tp_ddp.launch", SCRIPTS / "ordinary.py", *arguments)
+    done = launch(tmp_path, TP2_DP2, "-m", "accel_tp_ddp.launch", SCRIPTS / "ordinary.py", *ARGUMENTS)
     assert done.stdout.count("accel_tp_ddp.launch: TensorParallelDDPPlugin(tp_size=2, dp_replicate_size=2") == 1
     assert_same_run(tmp_path, plain)
 
 
 def test_a_module_runs_unchanged_with_the_sizes_of_options(tmp_path, plain):
     config, own = YAML.format(processes=4), ("-m", "accel_tp_ddp.launch", "--tp_size", "2", "-m")
-    launch(tmp_path, config, *own, "tests.scripts.ordinary", "--output_dir", "out", "--tp_size", "7", "a b", "-m", "c")
+    launch(tmp_path, config, *own, "tests.scripts.ordinary", *ARGUMENTS)
     assert_same_run(tmp_path, plain)
 
 
 def test_without_tensor_parallelism_it_says_so_and_runs_the_script_as_it_is(tmp_path, plain):
-    arguments = ("--output_dir", "out", "--tp_size", "7", "a b", "-m", "c")
-    done = launch(tmp_path, YAML.format(processes=2), "-m", "accel_tp_ddp.launch", SCRIPTS / "ordinary.py", *arguments)
+    done = launch(tmp_path, YAML.format(processes=2), "-m", "accel_tp_ddp.launch", SCRIPTS / "ordinary.py", *ARGUMENTS)
     assert done.stdout.count("no tensor parallelism asked for; the script runs as it is") == 1
     (got, weights), (expected, expected_weights) = result_of(tmp_path), plain
     assert got == expected

@@ -267,10 +267,8 @@ class OptimizerState:
         result = dict(values)
         for key, value in values.items():
             if isinstance(value, Tensor):
-                if info is not None and info.is_sharded and value.shape == info.global_shape:
-                    value = info.local_part(value)
-                else:
-                    value = value.clone()  # not the file itself, mapped into memory
+                part = value if info is None else info.cut_if_full(value)
+                value = value.clone() if part is value else part  # not the file itself, mapped into memory
                 present = existing.get(key)
                 if isinstance(present, Tensor) and (present.shape, present.dtype) == (value.shape, value.dtype):
                     value = present.copy_(value)

@@ -62,11 +62,7 @@ class Colwise(Style):
             show_local_heads(site)
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
-        input = call.entered(input)
-        if not call.partial_gradients:
-            return call.inner(input)
-        with call.replacing(**call.summed_parameters()):
-            return call.inner(input)
+        return call.inner_with_sums(call.entered(input))
 
 
 class ColwiseGatherOutput(Colwise):

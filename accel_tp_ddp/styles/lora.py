@@ -116,10 +116,7 @@ class CutAdapter(Style):
         return cut
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
-        if not call.partial_gradients:  # where several ranks hold the same key/value head
-            return call.inner(input)
-        with call.replacing(**call.summed_parameters()):
-            return call.inner(input)
+        return call.inner_with_sums(input)  # where several ranks hold the same key/value head
 
 
 class PartialAdapter(ReplicatedWithGradAllReduce):

@@ -30,8 +30,7 @@ class ReplicatedWithGradAllReduce(Style):
     partial_gradients = True
 
     def forward(self, call: ParallelForward, *args, **kwargs):
-        with call.replacing(**call.summed_parameters()):
-            return call.inner(*args, **kwargs)
+        return call.inner_with_sums(*args, **kwargs)
 
 
 class AllReduce(Style):
