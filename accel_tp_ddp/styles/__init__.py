@@ -8,14 +8,14 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from ..errors import PlanError, nearest
 from .attention import LatentKeyValueDown, LocalParameters
 from .base import Site, Style
-from .embedding import EmbeddingColwise, EmbeddingRowwise
+from .embedding import EmbeddingColwise, EmbeddingHeads, EmbeddingRowwise
 from .experts import Experts, IdentityExpert, SharedBias
 from .grouped import GroupedQKVColwise
 from .kinds import is_linear, output_dim
 from .linear import Colwise, ColwiseGatherOutput, Rowwise, RowwiseSplitInput
 from .local import LocalHeads, LocalSizes, Requires, Together
 from .packed import PackedColwise, PackedQKVColwise, PackedRowwise
-from .replicated import AllReduce, Replicate, ReplicatedWithGradAllReduce
+from .replicated import AllReduce, Replicate, ReplicatedDropout, ReplicatedWithGradAllReduce
 from .spelling import Spelled, build, parse
 from .torch_style import TorchStyle
 
@@ -36,6 +36,7 @@ _STYLES: dict[str, Style] = {
     "colwise": Colwise(),
     "colwise_gather_output": ColwiseGatherOutput(),
     "embedding_colwise": EmbeddingColwise(),
+    "embedding_heads": EmbeddingHeads(),
     "embedding_rowwise": EmbeddingRowwise(),
     "local_params": LocalParameters(),
     "mla_kv_a_proj": LatentKeyValueDown(),
@@ -45,6 +46,7 @@ _STYLES: dict[str, Style] = {
     "packed_qkv_colwise": PackedQKVColwise(),
     "packed_rowwise": PackedRowwise(),
     "replicate": Replicate(),
+    "replicated_dropout": ReplicatedDropout(),
     "replicated_with_grad_allreduce": ReplicatedWithGradAllReduce(),
     "rowwise": Rowwise(),
     "rowwise_split_input": RowwiseSplitInput(),

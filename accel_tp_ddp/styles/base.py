@@ -16,7 +16,7 @@ from ..shard import Layout, ShardInfo, chunk_ranges, remember_shards
 __all__ = ["Site", "Style"]
 
 # What attention modules call the width of one head.
-_HEAD_WIDTH_NAMES = ("head_dim", "head_size", "attention_head_size")
+_HEAD_WIDTH_NAMES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 
 
 @dataclass(frozen=True)
