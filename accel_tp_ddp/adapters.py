@@ -23,6 +23,7 @@ from .errors import PlanError
 from .export import full_tensors, meet_peers, save_full_checkpoints
 from .shard import shard_info
 from .styles.base import Site
+from .styles.kinds import is_linear
 
 __all__ = ["Wrapping", "Wrappings", "adapted_model", "check_adapters", "look_after_adapters"]
 
@@ -181,7 +182,7 @@ def look_after_adapters(model: nn.Module) -> None:
             save_full_checkpoints(module.get_base_model())
     for module in model.modules():  # one that no forward can do without
         weight = module._parameters.get("weight")
-        if isinstance(module, nn.Linear) and shard_info(weight) is not None:
+        if is_linear(module) and shard_info(weight) is not None:
             module.register_forward_pre_hook(_LookForLateAdapters(wrappings.base), prepend=True)
             break
 

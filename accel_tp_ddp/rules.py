@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from .adapters import Wrappings
 from .errors import PlanError, nearest
 from .styles import Style
+from .styles.kinds import LINEAR
 
 __all__ = ["Names", "PlanLike", "load_plan", "shipped_plan", "wildcards"]
 
@@ -131,7 +132,7 @@ class Names:
         owner, _, leaf = name.rpartition(".")
         module = self.aliases[owner]
         only = len(module._parameters) == 1 and not module._modules
-        if only or leaf == "weight" and isinstance(module, (nn.Linear, nn.Embedding)):
+        if only or leaf == "weight" and isinstance(module, (*LINEAR, nn.Embedding)):
             return self.first_name[id(module)]
         return name
 

@@ -34,7 +34,7 @@ from .training import Record, Spec, train
 def injected(fault: str | None) -> Iterator[None]:
     """Run with `fault` in the package; with None, as it is."""
     with ExitStack() as stack:
-        every = {**_FAULTS, **_MORE_FAULTS, **_STYLE_FAULTS, **_LORA_FAULTS, **_RESUME_FAULTS}
+        every = {**_FAULTS, **_MORE_FAULTS, **_STYLE_FAULTS, **_LORA_FAULTS, **_RESUME_FAULTS, **_ENCODER_FAULTS}
         for owner, name, wrong in every[fault] if fault else ():
             stack.enter_context(mock.patch.object(owner, name, wrong))
         yield
@@ -103,6 +103,11 @@ def _first_copied(mesh: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
 def _heads_in_reverse(self: linear.Colwise, site: Any, name: str) -> Layout:
     layout = _bare_layout(self, site, name)
     return Layout(layout.dim, layout.ranges[::-1])
+
+
+def _heads_of_another_rank(self: embedding.EmbeddingHeads, site: Any) -> dict[str, Layout]:
+    layouts = _own_heads(self, site)
+    return {name: Layout(layout.dim, layout.ranges[::-1]) for name, layout in layouts.items()}
 
 
 def _without_the_mesh(*args: Any, **kwargs: Any) -> Any:
@@ -191,6 +196,7 @@ def _stock(name: str) -> Callable:
 
 _reduce_from_tp = collectives.reduce_from_tp
 _bare_layout = linear.Colwise.bare_layout
+_own_heads = embedding.EmbeddingHeads.layouts
 _apply = base.Style.apply
 _parallelize = import_module("accel_tp_ddp.parallelize")  # in the package, the function of that name hides it
 _full_grad_norm = gradients.full_grad_norm
@@ -304,3 +310,11 @@ _RESUME_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "scheduler not loaded": [(accelerate.scheduler.AcceleratedScheduler, "load_state_dict", lambda self, state: None)],
 }
 RESUME_FAULTS = tuple(_RESUME_FAULTS)
+
+# Shown by test_encoder_plans.py.
+_ENCODER_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
+    "position bias of other heads": [(embedding.EmbeddingHeads, "layouts", _heads_of_another_rank)],
+    "a dropout mask a rank for what is replicated": [
+        (replicated.ReplicatedDropout, "forward", lambda self, call, input: call.inner(input)),
+    ],
+}

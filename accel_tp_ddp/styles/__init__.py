@@ -8,11 +8,15 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from ..errors import PlanError, nearest
 from .attention import LatentKeyValueDown, LocalParameters
 from .base import Site, Style
-from .embedding import EmbeddingColwise, EmbeddingRowwise
+from .embedding import EmbeddingColwise, EmbeddingHeads, EmbeddingRowwise
 from .experts import Experts, IdentityExpert, SharedBias
+from .grouped import GroupedQKVColwise
+from .kinds import is_linear, output_dim
 from .linear import Colwise, ColwiseGatherOutput, Rowwise, RowwiseSplitInput
+from .local import LocalHeads, LocalSizes, Requires, Together
 from .packed import PackedColwise, PackedQKVColwise, PackedRowwise
-from .replicated import AllReduce, Replicate, ReplicatedWithGradAllReduce
+from .replicated import AllReduce, Replicate, ReplicatedDropout, ReplicatedWithGradAllReduce
+from .spelling import Spelled, build, parse
 from .torch_style import TorchStyle
 
 __all__ = [
@@ -32,6 +36,7 @@ _STYLES: dict[str, Style] = {
     "colwise": Colwise(),
     "colwise_gather_output": ColwiseGatherOutput(),
     "embedding_colwise": EmbeddingColwise(),
+    "embedding_heads": EmbeddingHeads(),
     "embedding_rowwise": EmbeddingRowwise(),
     "local_params": LocalParameters(),
     "mla_kv_a_proj": LatentKeyValueDown(),
@@ -41,10 +46,20 @@ _STYLES: dict[str, Style] = {
     "packed_qkv_colwise": PackedQKVColwise(),
     "packed_rowwise": PackedRowwise(),
     "replicate": Replicate(),
+    "replicated_dropout": ReplicatedDropout(),
     "replicated_with_grad_allreduce": ReplicatedWithGradAllReduce(),
     "rowwise": Rowwise(),
     "rowwise_split_input": RowwiseSplitInput(),
     "shared_bias": SharedBias(),
+}
+# Those that take arguments in parentheses; where a name stands above too, it may do without.
+_WITH_ARGUMENTS: dict[str, type[Style]] = {
+    "grouped_qkv_colwise": GroupedQKVColwise,
+    "local_heads": LocalHeads,
+    "local_sizes": LocalSizes,
+    "packed_colwise": PackedColwise,
+    "packed_rowwise": PackedRowwise,
+    "requires": Requires,
 }
 _ALIASES = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input"}
 # Named by plans of transformers, and not understood yet.
@@ -92,20 +107,51 @@ def get_style(value: str | Style | ParallelStyle, rule: str) -> Style:
         raise PlanError(
             f"tensor-parallel plan: the style `{value}` of `{rule}` is not supported yet. Set `{rule}` to `replicate`."
         )
-    raise PlanError(
-        f"tensor-parallel plan: unknown style `{value}` for `{rule}`.{nearest(value, style_names())} "
-        f"Allowed: {', '.join(style_names())}."
-    )
+    try:
+        spelled = parse(value)
+    except ValueError as error:
+        raise PlanError(
+            f"tensor-parallel plan: the style `{value}` of `{rule}` cannot be read: {error}. Write `style`, "
+            "`style(argument, name=value)`, or several of them joined by ` + `."
+        ) from error
+    styles = [_one_style(part, value, rule) for part in spelled]
+    return styles[0] if len(styles) == 1 else Together(styles)
+
+
+def _one_style(part: Spelled, value: str, rule: str) -> Style:
+    name = _ALIASES.get(part.name, part.name)
+    if not part.called and name in _STYLES:
+        return _STYLES[name]
+    if name not in _WITH_ARGUMENTS:
+        if name in _STYLES:
+            raise PlanError(
+                f"tensor-parallel plan: the style `{part.name}` of `{rule}: {value}` takes no arguments. Take the "
+                "parentheses away."
+            )
+        raise PlanError(
+            f"tensor-parallel plan: unknown style `{part.name}` for `{rule}`.{nearest(part.name, style_names())} "
+            f"Allowed: {', '.join(style_names())}."
+        )
+    style = _WITH_ARGUMENTS[name]
+    try:
+        return build(style, part)
+    except ValueError as error:
+        raise PlanError(
+            f"tensor-parallel plan: the arguments of `{part.name}` in `{rule}: {value}` are wrong: {error}. Write "
+            f"`{style.usage}`."
+        ) from error
 
 
 def is_known(value: str | Style | ParallelStyle) -> bool:
-    """Whether a plan's value is a style, and not the name of one that is unknown or still to come."""
-    return not isinstance(value, str) or _ALIASES.get(value, value) in _STYLES
+    """Whether a plan's value is a style or meant to be one with arguments, and not a name that is unknown."""
+    if not isinstance(value, str) or not value.isidentifier():
+        return True
+    return _ALIASES.get(value, value) in {*_STYLES, *_WITH_ARGUMENTS}
 
 
 def style_names() -> list[str]:
-    """Every name that a plan may use."""
-    return sorted([*_STYLES, *_ALIASES])
+    """Every name that a plan may use; some take arguments in parentheses."""
+    return sorted({*_STYLES, *_ALIASES, *_WITH_ARGUMENTS})
 
 
 def style_label(value: str | Style | ParallelStyle) -> str:
@@ -117,6 +163,6 @@ def tied_partner(module: nn.Module, dim: int) -> str | None:
     """The style under which `module` can use a weight that its tied partner has cut along `dim`; None without one."""
     if isinstance(module, nn.Embedding):
         return ("embedding_rowwise", "embedding_colwise")[dim]
-    if isinstance(module, nn.Linear):
-        return ("colwise_gather_output", "rowwise_split_input")[dim]
+    if is_linear(module):
+        return "colwise_gather_output" if dim == output_dim(module) else "rowwise_split_input"
     return None

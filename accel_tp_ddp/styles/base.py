@@ -16,7 +16,7 @@ from ..shard import Layout, ShardInfo, chunk_ranges, remember_shards
 __all__ = ["Site", "Style"]
 
 # What attention modules call the width of one head.
-_HEAD_WIDTH_NAMES = ("head_dim", "head_size", "attention_head_size")
+_HEAD_WIDTH_NAMES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,7 @@ class Style:
     def verify(self, site: Site) -> None:
         """Raise `PlanError` if the style cannot be applied at `site`. Touches nothing, communicates nothing."""
         if not isinstance(site.module, self.accepts):
-            named = (f"{kind.__module__.partition('.modules.')[0]}.{kind.__name__}" for kind in self.accepts)
-            kinds = " or ".join(named)
+            kinds = " or ".join(map(_spelled, self.accepts))
             raise site.error(
                 f"the module is a {type(site.module).__name__}, the style takes {kinds}.",
                 "Name another style, or `replicate`.",
@@ -194,6 +193,10 @@ class Style:
         call.install_on(module)
         if self.whole_outside:
             read_whole(module, call)
+
+
+def _spelled(kind: type) -> str:
+    return getattr(kind, "spelled", f"{kind.__module__.partition('.modules.')[0]}.{kind.__name__}")
 
 
 def _existing(param: nn.Parameter, layout: Layout) -> ShardInfo | None:

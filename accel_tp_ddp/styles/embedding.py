@@ -13,7 +13,7 @@ from ..region import ParallelForward
 from ..shard import Layout
 from .base import Site, Style, even_layout
 
-__all__ = ["EmbeddingColwise", "EmbeddingRowwise"]
+__all__ = ["EmbeddingColwise", "EmbeddingHeads", "EmbeddingRowwise"]
 
 
 class EmbeddingRowwise(Style):
@@ -58,6 +58,22 @@ class EmbeddingColwise(Style):
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
         return gather_from_tp(call.mesh, call.inner(input), -1, call.shards["weight"].layout.sizes)
+
+
+class EmbeddingHeads(Style):
+    """An embedding of one value for each attention head, such as of relative positions: each rank looks up its heads'.
+
+    Forward and backward: nothing, as the attention scores that the values are added to are cut over the heads too.
+    """
+
+    accepts = (nn.Embedding,)
+
+    def layouts(self, site: Site) -> dict[str, Layout]:
+        return {"weight": even_layout(site.module.embedding_dim, 1, site.tp_size)}
+
+    def verify(self, site: Site) -> None:
+        super().verify(site)
+        refuse_options(site, "max_norm", "sparse")
 
 
 @contextmanager

@@ -6,12 +6,25 @@ Column-parallel: Y = X [A1 A2]; row-parallel: Y = X1 B1 + X2 B2 (Megatron-LM, ar
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from ..collectives import gather_from_tp, reduce_from_tp, split_to_tp
 from ..region import ParallelForward, Region
 from ..shard import Layout, chunk_ranges
 from .base import Site, Style, even_layout
+from .kinds import (
+    LINEAR,
+    in_features,
+    input_dim,
+    is_linear,
+    out_features,
+    output_dim,
+    show_local_outputs,
+    without_bias,
+)
+from .local import show_local_size
 
 __all__ = ["Colwise", "ColwiseGatherOutput", "Rowwise", "RowwiseSplitInput"]
 
@@ -20,7 +33,7 @@ def has_bias(module: nn.Module) -> bool:
     return module._parameters.get("bias") is not None
 
 
-def output_dim(param: nn.Parameter) -> int:
+def bare_output_dim(param: nn.Parameter) -> int:
     """The dimension of the outputs in a bare parameter, laid out as the weight of a linear layer: the last but one."""
     return max(param.ndim - 2, 0)
 
@@ -28,7 +41,7 @@ def output_dim(param: nn.Parameter) -> int:
 class Colwise(Style):
     """Each rank computes a slice of the output. Forward: nothing; backward: all-reduce of the input's gradient."""
 
-    accepts = (nn.Linear,)
+    accepts = LINEAR
     enters = True
     #: Whether the output leaves the module sharded, and so has to hold whole attention heads.
     whole_heads = True
@@ -37,10 +50,12 @@ class Colwise(Style):
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         layout = self.output_layout(site)
-        return {"weight": layout, "bias": layout} if has_bias(site.module) else {"weight": layout}
+        weight = {"weight": replace(layout, dim=output_dim(site.module))}
+        return {**weight, "bias": layout} if has_bias(site.module) else weight
 
     def output_layout(self, site: Site) -> Layout:
-        features = site.module.out_features
+        """How the outputs are dealt out, along the only dimension of the bias."""
+        features = out_features(site.module)
         copies = site.ranks_per_head(features) if self.repeats_heads else 1
         (parts,) = zip(*chunk_ranges(features, site.tp_size // copies))
         return Layout(0, tuple((part,) for part in parts for _ in range(copies)))
@@ -48,16 +63,18 @@ class Colwise(Style):
     def bare_layout(self, site: Site, name: str) -> Layout:
         """Rows of a matrix or of a stack of matrices; the elements of a vector, such as one for each head."""
         param = site.module._parameters[name]
-        dim = output_dim(param)
+        dim = bare_output_dim(param)
         return even_layout(param.shape[dim], dim, site.tp_size)
 
     def verify(self, site: Site) -> None:
-        if isinstance(site.module, nn.Linear) and self.whole_heads:
-            verify_whole_heads(site, site.module.out_features, "output", self.repeats_heads)
+        if is_linear(site.module) and self.whole_heads:
+            verify_whole_heads(site, out_features(site.module), "output", self.repeats_heads)
         super().verify(site)
 
     def apply(self, site: Site, region: Region) -> None:
+        sizes = self.output_layout(site).sizes
         super().apply(site, region)
+        show_local_outputs(site.module, sizes[region.mesh.get_local_rank()])
         if self.whole_heads:
             show_local_heads(site)
 
@@ -88,14 +105,15 @@ class Rowwise(Style):
     The bias is replicated and added once, after the sum.
     """
 
-    accepts = (nn.Linear,)
+    accepts = LINEAR
     whole_heads = True
 
     def layouts(self, site: Site) -> dict[str, Layout]:
-        return {"weight": self.input_layout(site)}
+        return {"weight": replace(self.input_layout(site), dim=input_dim(site.module))}
 
     def input_layout(self, site: Site) -> Layout:
-        return even_layout(site.module.in_features, 1, site.tp_size)
+        """How the inputs are dealt out, along the last dimension of torch's weight."""
+        return even_layout(in_features(site.module), 1, site.tp_size)
 
     def bare_layout(self, site: Site, name: str) -> Layout:
         """The last dimension: inputs of a stack of matrices, or outputs of transposed ones and their biases."""
@@ -103,8 +121,8 @@ class Rowwise(Style):
         return even_layout(param.shape[-1], param.ndim - 1, site.tp_size)
 
     def verify(self, site: Site) -> None:
-        if isinstance(site.module, nn.Linear) and self.whole_heads:
-            verify_whole_heads(site, site.module.in_features, "input")
+        if is_linear(site.module) and self.whole_heads:
+            verify_whole_heads(site, in_features(site.module), "input")
         super().verify(site)
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
@@ -112,7 +130,7 @@ class Rowwise(Style):
         bias = call.module._parameters["bias"]
         if bias is None:
             return reduce_from_tp(call.mesh, call.inner(input))
-        with call.replacing(bias=None):
+        with without_bias(call):
             output = reduce_from_tp(call.mesh, call.inner(input))
         return output + bias.to(output.dtype)  # as autocast would have cast it
 
@@ -161,7 +179,6 @@ def verify_whole_heads(site: Site, features: int, side: str, repeats: bool = Tru
 # What attention modules call the head counts that they keep, and some of them view their activations by.
 _QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "n_head_kv")
-_SHOWN = "_tp_heads"
 
 
 def show_local_heads(site: Site) -> None:
@@ -173,10 +190,9 @@ def show_local_heads(site: Site) -> None:
     parent, width = site.parent, site.head_width()
     if parent is None or width is None:
         return
-    shown = parent.__dict__.setdefault(_SHOWN, set())  # each count once: half of one may equal another
     queries, key_values = site.head_counts().get("num_attention_heads"), site.key_value_heads
     if queries is None:
-        features = site.module.out_features
+        features = out_features(site.module)
         counts = [((*_QUERY_COUNTS, *_KEY_VALUE_COUNTS), features // width)] if features % width == 0 else []
     elif key_values is None:
         counts = [
@@ -188,6 +204,5 @@ def show_local_heads(site: Site) -> None:
         counts = [(_QUERY_COUNTS, queries), (_KEY_VALUE_COUNTS, key_values)]
     for names, count in counts:
         for name in names:
-            if name not in shown and getattr(parent, name, None) == count:
-                setattr(parent, name, max(count // site.tp_size, 1))
-                shown.add(name)
+            if getattr(parent, name, None) == count:
+                show_local_size(parent, name, max(count // site.tp_size, 1))

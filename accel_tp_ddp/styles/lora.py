@@ -16,12 +16,14 @@ beside them make in any case, so adapters add no collective.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from ..region import ParallelForward, Region
 from ..shard import Layout
 from .base import Site, Style
+from .kinds import output_dim
 from .linear import Colwise, Rowwise
 from .replicated import Replicate, ReplicatedWithGradAllReduce
 
@@ -54,7 +56,8 @@ def lora_style(site: Site, base: Style, layouts: Mapping[str, Layout]) -> Style:
             "whole weight or its input.",
             "Use plain LoRA (use_dora=False and no other variant), or set the module to `replicate`.",
         )
-    return ShardedLora(layouts["weight"])
+    layout = layouts["weight"]
+    return ShardedLora(replace(layout, dim=0 if layout.dim == output_dim(site.module.base_layer) else 1))
 
 
 class WholeLora(Style):
@@ -69,7 +72,7 @@ class WholeLora(Style):
 
 
 class ShardedLora(Style):
-    """The adapters of a base layer whose weight lies as `layout` says."""
+    """The adapters of a base layer whose weight, written `[out, in]`, lies as `layout` says."""
 
     def __init__(self, layout: Layout):
         self.layout = layout

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from ..region import Region
 from ..shard import Layout, packed_ranges
 from .base import Site
-from .linear import Colwise, Rowwise, output_dim
+from .kinds import in_features, is_linear, out_features
+from .linear import Colwise, Rowwise, bare_output_dim
 
 __all__ = ["PackedColwise", "PackedQKVColwise", "PackedRowwise"]
 
@@ -17,26 +16,28 @@ __all__ = ["PackedColwise", "PackedQKVColwise", "PackedRowwise"]
 class PackedColwise(Colwise):
     """Column-parallel for a weight whose output features are `sections` equal sections, such as gate and up.
 
-    Cut as one piece, the first rank would hold all of gate and the second all of up.
+    Cut as one piece, the first rank would hold all of gate and the second all of up. In a plan `packed_colwise`, or
+    `packed_colwise(3)` for queries, keys and values of equal size.
     """
 
+    usage = "packed_colwise(sections)"
     repeats_heads = False
 
     def __init__(self, sections: int = 2):
-        self.sections = sections
+        self.sections = _at_least_one(sections)
 
     def section_sizes(self, site: Site) -> list[int]:
-        return equal_sections(site, site.module.out_features, self.sections)
+        return equal_sections(site, out_features(site.module), self.sections)
 
     def output_layout(self, site: Site) -> Layout:
         return Layout(0, packed_ranges(self.section_sizes(site), site.tp_size))
 
     def bare_layout(self, site: Site, name: str) -> Layout:
         """Rows of a matrix or of a stack of matrices, or a stack's or a single vector's biases."""
-        return packed_bare_layout(site, name, output_dim(site.module._parameters[name]), self.sections)
+        return packed_bare_layout(site, name, bare_output_dim(site.module._parameters[name]), self.sections)
 
     def verify(self, site: Site) -> None:
-        if isinstance(site.module, nn.Linear):
+        if is_linear(site.module):
             verify_sections(site, self.section_sizes(site))
         super().verify(site)
 
@@ -68,13 +69,18 @@ class PackedQKVColwise(PackedColwise):
 
 
 class PackedRowwise(Rowwise):
-    """Row-parallel for a weight whose input features are `sections` equal sections."""
+    """Row-parallel for a weight whose input features are `sections` equal sections.
+
+    In a plan `packed_rowwise`, or `packed_rowwise(4)` for four.
+    """
+
+    usage = "packed_rowwise(sections)"
 
     def __init__(self, sections: int = 2):
-        self.sections = sections
+        self.sections = _at_least_one(sections)
 
     def input_layout(self, site: Site) -> Layout:
-        sizes = equal_sections(site, site.module.in_features, self.sections)
+        sizes = equal_sections(site, in_features(site.module), self.sections)
         return Layout(1, packed_ranges(sizes, site.tp_size))
 
     def bare_layout(self, site: Site, name: str) -> Layout:
@@ -82,8 +88,8 @@ class PackedRowwise(Rowwise):
         return packed_bare_layout(site, name, site.module._parameters[name].ndim - 1, self.sections)
 
     def verify(self, site: Site) -> None:
-        if isinstance(site.module, nn.Linear):
-            verify_sections(site, equal_sections(site, site.module.in_features, self.sections))
+        if is_linear(site.module):
+            verify_sections(site, equal_sections(site, in_features(site.module), self.sections))
         super().verify(site)
 
 
@@ -101,6 +107,12 @@ class LocalHeads:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._config, name, value)
+
+
+def _at_least_one(sections: int) -> int:
+    if sections < 1:
+        raise ValueError(f"`{sections}` is no number of sections")
+    return sections
 
 
 def packed_bare_layout(site: Site, name: str, dim: int, sections: int) -> Layout:
@@ -138,4 +150,12 @@ def verify_sections(site: Site, sizes: list[int]) -> None:
                 f"`{site.parameter('weight')}` of size {tuple(weight.shape)} has a packed section of {size}, which "
                 "is not divisible by tp_size.",
                 f"Choose a tp_size that divides {size}, or set the style to `replicate`.",
+            )
+        width = site.head_width()
+        if width is not None and size % width == 0 and size // width % site.tp_size:
+            raise site.error(
+                f"`{site.parameter('weight')}` of size {tuple(weight.shape)} has packed sections of {size // width} "
+                f"heads of width {width}, which are not divisible by tp_size.",
+                f"Choose a tp_size that divides {size // width}, or set the projections of this attention to "
+                "`replicate`.",
             )

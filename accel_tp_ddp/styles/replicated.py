@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from torch import Tensor, nn
+
 from ..collectives import reduce_from_tp
 from ..region import ParallelForward, Region
 from .base import Site, Style
 
-__all__ = ["AllReduce", "Replicate", "ReplicatedWithGradAllReduce"]
+__all__ = ["AllReduce", "Replicate", "ReplicatedDropout", "ReplicatedWithGradAllReduce"]
 
 
 class Replicate(Style):
@@ -38,3 +40,19 @@ class AllReduce(Style):
 
     def forward(self, call: ParallelForward, *args, **kwargs):
         return reduce_from_tp(call.mesh, call.inner(*args, **kwargs))
+
+
+class ReplicatedDropout(Style):
+    """Dropout of a replicated tensor between column-parallel and row-parallel modules: one mask for all ranks.
+
+    Such as of what all heads share, after the attention's input has entered its projections.
+    """
+
+    accepts = (nn.Dropout,)
+
+    def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
+        stream = call.region.stream
+        if stream is None or not call.module.training:
+            return call.inner(input)
+        with stream.outside():
+            return call.inner(input)

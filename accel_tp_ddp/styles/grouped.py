@@ -1,0 +1,121 @@
+"""Fused projections in which every key/value head has its queries, its key and its value next to each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, cat
+
+from ..collectives import copy_to_tp, gather_from_tp
+from ..region import ParallelForward, Region
+from ..shard import Layout, chunk_ranges
+from .base import Site, Style
+from .kinds import out_features, show_local_outputs
+from .linear import Colwise, show_local_heads
+from .local import show_local_size, whole_size
+
+__all__ = ["GroupedQKVColwise"]
+
+
+class GroupedQKVColwise(Colwise):
+    """Column-parallel for outputs that are, for one key/value head after the other, its queries, its key, its value.
+
+    In a plan: `grouped_qkv_colwise(num_heads, num_kv_heads)`, with the attributes of the attention module that hold
+    these numbers; without the second each head has a key and a value of its own. The attention module is shown this
+    rank's numbers.
+
+    Where key/value heads are fewer than the ranks, some ranks share one: each holds some of its queries, and an equal
+    part of the columns of its key and value. Those, few, are gathered. Forward: all-gather of keys and values;
+    backward: all-reduce of their gradients, besides that of the input's.
+    """
+
+    usage = "grouped_qkv_colwise(attribute of query heads[, attribute of key/value heads])"
+    repeats_heads = False
+
+    def __init__(self, heads: str, key_value_heads: str = ""):
+        self.heads = heads
+        self.key_value_heads = key_value_heads or heads
+
+    def verify(self, site: Site) -> None:
+        if isinstance(site.module, self.accepts):
+            self._verify_heads(site)
+        Style.verify(self, site)
+
+    def _verify_heads(self, site: Site) -> None:
+        queries, keys = self._counts(site)
+        features, tp_size = out_features(site.module), site.tp_size
+        what = f"`{site.parameter('weight')}` of size {tuple(site.module.weight.shape)}"
+        if keys < 1 or queries % keys or features % (queries + 2 * keys):
+            raise site.error(
+                f"{what} does not hold {queries} queries ({self.heads}) with {keys} keys and values "
+                f"({self.key_value_heads}), all of one width.",
+                "Name the attributes of the attention module that hold these numbers.",
+            )
+        width = features // (queries + 2 * keys)
+        fits = keys % tp_size == 0 or (
+            tp_size % keys == 0 and queries // keys % (tp_size // keys) == 0 and width % (tp_size // keys) == 0
+        )
+        if not fits:
+            raise site.error(
+                f"{what} holds {keys} groups of {queries // keys} queries, a key and a value of width {width}, which "
+                "the ranks cannot share out evenly.",
+                f"Choose a tp_size that divides {keys}, or a multiple of {keys} that divides {queries}; or set the "
+                "projections of this attention to `replicate`.",
+            )
+
+    def _counts(self, site: Site) -> tuple[int, int]:
+        counts = []
+        for name in (self.heads, self.key_value_heads):
+            count = whole_size(site.parent, name)
+            if not isinstance(count, int):
+                raise site.error(
+                    f"`{name}` of the {type(site.parent).__name__} around it is {count!r} and no number of heads.",
+                    f"Write `{self.usage}`.",
+                )
+            counts.append(count)
+        return counts[0], counts[1]
+
+    def output_layout(self, site: Site) -> Layout:
+        queries, keys = self._counts(site)
+        features, tp_size = out_features(site.module), site.tp_size
+        if keys % tp_size == 0:
+            return Layout(0, chunk_ranges(features, tp_size))
+        sharing, group = tp_size // keys, features // keys
+        width = features // (queries + 2 * keys)
+        sizes = (queries // keys * width, width, width)  # of a group's queries, its key, its value
+        ranges = []
+        for rank in range(tp_size):
+            start, part = rank // sharing * group, rank % sharing
+            own = []
+            for size in sizes:
+                own.append((start + part * size // sharing, start + (part + 1) * size // sharing))
+                start += size
+            ranges.append(tuple(own))
+        return Layout(0, tuple(ranges))
+
+    def apply(self, site: Site, region: Region) -> None:
+        queries, keys = self._counts(site)
+        sizes = self.output_layout(site).sizes
+        Style.apply(self, site, region)
+        show_local_outputs(site.module, sizes[region.mesh.get_local_rank()])
+        show_local_size(site.parent, self.heads, queries // site.tp_size)
+        show_local_size(site.parent, self.key_value_heads, max(keys // site.tp_size, 1))
+        show_local_heads(site)
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        queries, keys = self._counts(site)
+        sharing = site.tp_size // keys if keys % site.tp_size else 1
+        width = out_features(site.module) // (queries + 2 * keys)
+        return {"sharing": sharing, "queries": queries // site.tp_size * width, "width": width}
+
+    def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
+        output = super().forward(call, input)
+        sharing = call.facts["sharing"]
+        if sharing == 1:
+            return output
+        queries, width = call.facts["queries"], call.facts["width"]
+        query, part = output.split([queries, 2 * width // sharing], -1)
+        (parts,) = copy_to_tp(call.mesh, gather_from_tp(call.mesh, part, -1, [part.size(-1)] * call.mesh.size()))
+        group = call.mesh.get_local_rank() // sharing
+        parts = parts.unflatten(-1, (-1, sharing, 2, width // sharing)).select(-4, group)
+        return cat([query, parts.transpose(-3, -2).flatten(-3)], -1)
