@@ -9,6 +9,7 @@ from .plan import Plan, resolve_plan
 from .plugin import TensorParallelDDPPlugin
 from .shard import ShardInfo
 from .styles import Style, register_style
+from .whole_step import register_whole_step
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "localize",
     "parallelize",
     "register_style",
+    "register_whole_step",
     "resolve_plan",
 ]

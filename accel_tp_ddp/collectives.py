@@ -11,7 +11,7 @@
 The pairs are Megatron-LM's f/g functions (arXiv:1909.08053, section 3): `copy_to_tp` opens a tensor-parallel region,
 `reduce_from_tp` closes one. All take the one-dimensional tensor-parallel mesh and never change their input in place.
 Only `send_first_rank`, which is for set-up and between steps and has no backward, does that. `gather_replicas`, for
-metrics, has none either.
+metrics, has none either, and `on_any_rank`, a question before a step.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = [
     "copy_to_tp",
     "gather_from_tp",
     "gather_replicas",
+    "on_any_rank",
     "reduce_from_tp",
     "send_first_rank",
     "split_to_tp",
@@ -100,6 +101,14 @@ def send_first_rank(mesh: DeviceMesh, tensor: Tensor) -> None:
     dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
     if sent.data_ptr() != tensor.data_ptr():
         tensor.copy_(sent)
+
+
+@torch.no_grad()
+def on_any_rank(mesh: DeviceMesh, flags: Sequence[bool]) -> list[bool]:
+    """Which of `flags` are true on at least one rank of `mesh`; as many flags on each of them."""
+    found = torch.tensor(flags, dtype=torch.uint8, device=mesh.device_type)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.get_group())
+    return [bool(flag) for flag in found.tolist()]
 
 
 def gather_replicas(mesh: DeviceMesh, data: Any) -> Any:

@@ -10,12 +10,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .shard import ShardInfo, shard_info
+from .whole_step import steps_whole
 
 __all__ = ["check_optimizer", "check_step", "follow_model", "full_optimizer_state", "take_full_state"]
 
 
 #: Optimizers whose step looks at a whole matrix, or at a norm or a dot product over many elements: on a shard each
-#: would do something else.
+#: would do something else. Those that `steps_whole` knows are right nevertheless.
 LOOKS_AT_MATRICES = frozenset(
     "AdaLomo Adafactor AdamMini APOLLO CAME DAdaptAdaGrad DAdaptAdam DAdaptLion DAdaptSGD Dion DistributedShampoo "
     "GaLoreAdafactor GaLoreAdamW GaLoreAdamW8bit LAMB LARS LBFGS Lamb Lars Muon MuonWithAuxAdam NovoGrad Prodigy SAM "
@@ -52,17 +53,21 @@ def check_optimizer(optimizer: Optimizer, models: Iterable[nn.Module]) -> None:
 
 
 def check_step(optimizer: Optimizer) -> None:
-    """Raise if the step of `optimizer` looks at more of a parameter than one element.
+    """Raise if the step of `optimizer` looks at more of a parameter than one element, and cannot step on whole ones.
 
     Raises:
         ValueError: With the optimizer's name.
     """
+    if steps_whole(optimizer):
+        return
     for kind in type(optimizer).__mro__:
         if kind.__name__ in LOOKS_AT_MATRICES:
             raise ValueError(
                 f"the optimizer {kind.__name__} works on whole matrices (factored moments, orthogonalisation, norms), "
                 "and a tensor-parallel rank holds parts of them: its steps would differ from those without tensor "
-                "parallelism. Use one that works element by element, such as AdamW, SGD or Lion, or set tp_size=1."
+                "parallelism. Use one that works element by element, such as AdamW, SGD or Lion, or Adafactor, or set "
+                "tp_size=1. If its update of a parameter depends on no other parameter, "
+                f"`accel_tp_ddp.register_whole_step({kind.__name__})` lets it step on whole tensors."
             )
 
 
@@ -82,7 +87,7 @@ def follow_model(optimizer: Optimizer, mapping: Mapping[nn.Parameter, nn.Paramet
             continue
         for key, value in state.items():
             if isinstance(value, Tensor):
-                state[key] = _local_state(value, param, info)
+                state[key] = _whole_state(value) if steps_whole(optimizer) else _local_state(value, param, info)
 
 
 def take_full_state(optimizer: Optimizer) -> None:
@@ -99,13 +104,13 @@ def full_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, A
         optimizer: One over localized parameters.
         keep: Whether this rank wants the result; others take part, and get an empty state.
     """
-    state_dict = optimizer.state_dict()
+    state_dict, whole = optimizer.state_dict(), steps_whole(optimizer)
     full: dict[Any, dict[str, Any]] = {}
     for index, param in _with_state(optimizer, state_dict):
         info, states = shard_info(param), {}
         for key, value in state_dict["state"][index].items():
             if isinstance(value, Tensor):
-                sharded = info is not None and info.is_sharded and value.shape == param.shape
+                sharded = info is not None and info.is_sharded and value.shape == param.shape and not whole
                 value = info.full_tensor(value) if sharded else value.detach()
                 value = value.cpu() if keep else None
             states[key] = value
@@ -113,7 +118,9 @@ def full_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, A
     return {**state_dict, "state": full if keep else {}}
 
 
-def _cut_full_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _cut_full_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    if steps_whole(optimizer):
+        return None
     state = dict(state_dict["state"])
     for index, param in _with_state(optimizer, state_dict):
         if (info := shard_info(param)) is not None:
@@ -131,6 +138,8 @@ def _with_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator
 
 def _check_state(optimizer: Optimizer, param: nn.Parameter) -> None:
     """A state tensor is a number, or has its parameter's shape, so that it can be cut as the parameter is."""
+    if steps_whole(optimizer):
+        return
     info = shard_info(param)
     full = info.global_shape if info is not None else param.shape
     for key, value in optimizer.state.get(param, {}).items():
@@ -140,6 +149,10 @@ def _check_state(optimizer: Optimizer, param: nn.Parameter) -> None:
                 f"parameter of size {tuple(full)}; it cannot be cut likewise. Prepare the model before the first "
                 "optimizer step, or use an optimizer whose state has its parameter's shape."
             )
+
+
+def _whole_state(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _local_state(value: Tensor, param: nn.Parameter, info: ShardInfo) -> Tensor:

@@ -39,6 +39,7 @@ from .randomness import agree_as_processes, draw_by_replica
 from .replicas import ReplicaGuard, is_replicated
 from .rules import PlanLike
 from .shard import shard_info
+from .whole_step import WholeStep, steps_whole
 from .wrappers import unwrap
 
 __all__ = ["Settings", "hook_accelerator"]
@@ -213,6 +214,8 @@ class _Hooks:
         check_step(_bare(optimizer))  # again, for whoever calls this directly, or before there is a model
         if self._guard.watch(_bare(optimizer)):
             take_full_state(_bare(optimizer))
+            if steps_whole(_bare(optimizer)):
+                WholeStep(_bare(optimizer))  # after the guard, which agrees on the gradients
         self._agree_on_overflow()  # Accelerate hands its scaler to each optimizer here
         return self.stock["prepare_optimizer"](optimizer, device_placement=device_placement)
 

@@ -21,7 +21,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from accel_tp_ddp import collectives, export, generation, gradients, plan, prepare, randomness, region, replicas
+from accel_tp_ddp import (
+    collectives,
+    export,
+    generation,
+    gradients,
+    plan,
+    prepare,
+    randomness,
+    region,
+    replicas,
+)
 from accel_tp_ddp.checkpoint import load, objects, tensors
 from accel_tp_ddp.localize import _ReconstructHook
 from accel_tp_ddp.shard import Layout, ShardInfo, chunk_ranges, shard_info
@@ -34,7 +44,10 @@ from .training import Record, Spec, train
 def injected(fault: str | None) -> Iterator[None]:
     """Run with `fault` in the package; with None, as it is."""
     with ExitStack() as stack:
-        every = {**_FAULTS, **_MORE_FAULTS, **_STYLE_FAULTS, **_LORA_FAULTS, **_RESUME_FAULTS, **_ENCODER_FAULTS}
+        every = {
+            **{**_FAULTS, **_MORE_FAULTS, **_STYLE_FAULTS, **_LORA_FAULTS, **_STEP_FAULTS, **_RESUME_FAULTS},
+            **_ENCODER_FAULTS,
+        }
         for owner, name, wrong in every[fault] if fault else ():
             stack.enter_context(mock.patch.object(owner, name, wrong))
         yield
@@ -297,10 +310,16 @@ _LORA_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
 LORA_FAULTS = tuple(_LORA_FAULTS)
 
 
-def _state_of_the_first_peer(value: Tensor, param: torch.nn.Parameter) -> tensors.Part:
+def _state_of_the_first_peer(value: Tensor, info: ShardInfo | None) -> tensors.Part:
     with mock.patch.object(tensors, "own_ranges", lambda info: info.layout.ranges[0]):
-        return tensors.Part(value, shard_info(param))
+        return tensors.Part(value, info)
 
+
+# Shown by test_whole_step.py.
+_STEP_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
+    "matrices stepped on by parts": [(prepare, "WholeStep", _nothing)],
+}
+STEP_FAULTS = tuple(_STEP_FAULTS)
 
 # These show when a run is resumed; the tests of `test_checkpoint.py` inject them.
 _RESUME_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {

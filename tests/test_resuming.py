@@ -13,6 +13,9 @@ from .resuming import LAYOUTS, MORE, SAVED_AFTER, Run, go_on_from, save_and_go_o
 
 TOLERANCE = 2e-4  # relative, of losses
 RUNS = {"shared heads, adamw": Run(1, "llama_one_key"), "phi3, sgd": Run(1, "phi3", "sgd")}
+#: The state of these has other shapes than the parameters.
+WHOLE = {"adafactor": Run(1, optimizer="adafactor"), "momentum": Run(1, optimizer="adafactor_of_transformers")}
+ALWAYS = {("adafactor", "2x2", "4x1"), ("adafactor", "1x1", "2x1"), ("momentum", "2x1", "1x2")}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def saved(folders):
     def at(which, layout):
         tp, dp = LAYOUTS[layout]
         folder = folders / f"{which}-{layout}".replace(", ", "-")
-        return folder, run_on_ranks(save_and_go_on, tp * dp, RUNS[which].with_tp(tp), str(folder))
+        return folder, run_on_ranks(save_and_go_on, tp * dp, (RUNS | WHOLE)[which].with_tp(tp), str(folder))
 
     return at
 
@@ -46,10 +49,29 @@ def loaded(saved):
 @pytest.mark.parametrize("here", LAYOUTS)
 @pytest.mark.parametrize("which", RUNS)
 def test_a_run_goes_on_at_any_other_layout(saved, loaded, which, here, there):
-    (first, *_), records = saved(which, here)[1], loaded(which, there)
-    assert len(first.losses) == SAVED_AFTER + MORE
     number = list(LAYOUTS).index(here)
-    for rank, record in enumerate(per_folder[number] for per_folder in records):
+    assert_goes_on(saved(which, here)[1], [records[number] for records in loaded(which, there)], here, there)
+
+
+@pytest.mark.parametrize(
+    "which, here, there",
+    [
+        pytest.param(*run, marks=() if run in ALWAYS else pytest.mark.slow)
+        for run in ((which, here, there) for which in WHOLE for here in LAYOUTS for there in LAYOUTS)
+    ],
+)
+def test_a_run_whose_optimizer_keeps_rows_and_columns_goes_on_at_any_other_layout(saved, which, here, there):
+    folder, records = saved(which, here)
+    (tp, dp), run = LAYOUTS[there], WHOLE[which].with_tp(LAYOUTS[there][0])
+    resumed = run_on_ranks(go_on_from, tp * dp, run, [str(folder)])
+    assert any("row" in name for name in records[0].state)
+    assert_goes_on(records, [record for (record,) in resumed], here, there)
+
+
+def assert_goes_on(uninterrupted, resumed, here, there):
+    first = uninterrupted[0]
+    assert len(first.losses) == SAVED_AFTER + MORE
+    for rank, record in enumerate(resumed):
         assert record.same_objects, f"rank {rank}: load_state has replaced parameters"
         assert_tensors_close(record.weights, first.weights, 1e-6)
         assert_tensors_close(record.state, first.state, 1e-6)

@@ -12,6 +12,7 @@ from accelerate.utils import set_seed
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from transformers import get_linear_schedule_with_warmup
+from transformers.optimization import Adafactor
 
 from .compare import relative_errors
 from .models import VOCABULARY, build_model
@@ -105,9 +106,11 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, _SGD),
     "sgd, nesterov": (torch.optim.SGD, {**_SGD, "nesterov": True, "foreach": True}),
     "sgd, fused": (torch.optim.SGD, {**_SGD, "nesterov": True, "fused": True}),
+    "adafactor": (torch.optim.Adafactor, {"lr": 1e-2}),
+    "adafactor_of_transformers": (Adafactor, {"lr": 1e-2, "relative_step": False, "beta1": 0.5}),
 }
-_OF_NORMS_AND_BIASES = {torch.optim.AdamW: {"lr": 5e-3}, torch.optim.SGD: {"lr": 0.25}}
-_DECAY = {torch.optim.AdamW: 0.1, torch.optim.SGD: 1e-3}
+_OF_NORMS_AND_BIASES = {torch.optim.SGD: {"lr": 0.25}}  # the others: 5e-3
+_DECAY = {torch.optim.SGD: 1e-3}  # the others: 0.1
 
 
 def make_optimizer(model: torch.nn.Module, kind: str = "adamw", mask: str = "ndim") -> torch.optim.Optimizer:
@@ -121,8 +124,8 @@ def make_optimizer(model: torch.nn.Module, kind: str = "adamw", mask: str = "ndi
     decayed = [param for name, param in model.named_parameters() if decays(name, param)]
     others = [param for name, param in model.named_parameters() if not decays(name, param)]
     groups = [
-        {"params": decayed, "weight_decay": _DECAY[make]},
-        {"params": others, "weight_decay": 0.0, **_OF_NORMS_AND_BIASES[make]},
+        {"params": decayed, "weight_decay": _DECAY.get(make, 0.1)},
+        {"params": others, "weight_decay": 0.0, **_OF_NORMS_AND_BIASES.get(make, {"lr": 5e-3})},
     ]
     return make(groups, **options)
 

@@ -15,7 +15,8 @@ from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import CheckpointError, nearest
-from ..shard import restore_shards, shard_info
+from ..shard import ShardInfo, restore_shards, shard_info
+from ..whole_step import steps_whole
 from ..wrappers import unwrap
 from .tensors import Part
 
@@ -104,6 +105,7 @@ class OptimizerState:
         self.optimizer = optimizer
         self.prefix = prefix
         self.kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
+        self.whole = steps_whole(optimizer)
         self.groups = [
             [names.get(id(param), f"group {index}, number {place}") for place, param in enumerate(group["params"])]
             for index, group in enumerate(optimizer.param_groups)
@@ -118,6 +120,11 @@ class OptimizerState:
     @property
     def summary_name(self) -> str:
         return self.prefix + "summary"
+
+    def _shard_of_state(self, param: nn.Parameter) -> ShardInfo | None:
+        """How the state of `param` is cut; None where every rank holds it whole."""
+        info = None if self.whole else shard_info(param)
+        return info if info is not None and info.is_sharded else None
 
     def values(self) -> tuple[dict[str, Part], dict[str, Any]]:
         """The tensors by name, and the summary of all that is no tensor of its parameter's shape.
@@ -134,11 +141,12 @@ class OptimizerState:
                 continue
             name = self.names[number]
             param = self.params[name]
+            info = self._shard_of_state(param)
             summary["tensors"][name], summary["values"][name] = [], {}
             for key, value in state.items():
-                if is_part(value, param):
+                if is_part(value, param, info):
                     summary["tensors"][name].append(key)
-                    tensors[self._tensor_name(name, key)] = state_part(value, param)
+                    tensors[self._tensor_name(name, key)] = state_part(value, info)
                 else:
                     self._check_value(name, key, value, param)
                     summary["values"][name][key] = _on_cpu(value)
@@ -148,8 +156,7 @@ class OptimizerState:
         return tensors, summary
 
     def _check_value(self, name: str, key: str, value: Any, param: nn.Parameter) -> None:
-        info = shard_info(param)
-        if info is None or not info.is_sharded:
+        if self._shard_of_state(param) is None:
             return
         for tensor in _tensors_in(value):
             if tensor.numel() != 1:
@@ -179,7 +186,7 @@ class OptimizerState:
         for name, keys in summary["tensors"].items():
             for key in keys:
                 shape, size = _full_shape(self.params[name]), stored.get(self._tensor_name(name, key))
-                sharded = (info := shard_info(self.params[name])) is not None and info.is_sharded
+                sharded = self._shard_of_state(self.params[name]) is not None
                 if shape.numel() and (size is None or sharded and size != shape):
                     raise CheckpointError(
                         f"the state `{key}` of `{name}` in this {self.kind} has the size {_size(shape)}, but "
@@ -197,10 +204,10 @@ class OptimizerState:
             own = self._loaded[name] = {}
             for key in keys:
                 full = self._tensor_name(name, key)
-                sharded = (info := shard_info(param)) is not None and info.is_sharded
-                shape = param.shape if sharded or full not in stored else stored[full]
+                info = self._shard_of_state(param)
+                shape = param.shape if info is not None or full not in stored else stored[full]
                 own[key] = self._room(param, key, shape, dtypes.get(full, param.dtype))
-                parts[full] = state_part(own[key], param)
+                parts[full] = state_part(own[key], info)
         return parts
 
     def _room(self, param: nn.Parameter, key: str, shape: Size, dtype: torch.dtype) -> Tensor:
@@ -250,8 +257,8 @@ class OptimizerState:
                 self._check_plain_state(self.names[number], values)
 
     def _check_plain_state(self, name: str, values: Mapping[str, Any]) -> None:
-        info = shard_info(self.params[name])
-        if info is None or not info.is_sharded:
+        info = self._shard_of_state(self.params[name])
+        if info is None:
             return
         for key, value in values.items():
             for tensor in _tensors_in(value):
@@ -263,7 +270,7 @@ class OptimizerState:
 
     def _cut(self, number: int, values: Mapping[str, Any]) -> dict[str, Any]:
         param = self.params[self.names[number]]
-        info, existing = shard_info(param), self.optimizer.state.get(param, {})
+        info, existing = self._shard_of_state(param), self.optimizer.state.get(param, {})
         result = dict(values)
         for key, value in values.items():
             if isinstance(value, Tensor):
@@ -283,17 +290,16 @@ def summary_keys(summary: Mapping[str, Any]) -> list[tuple]:
     )
 
 
-def is_part(value: Any, param: nn.Parameter) -> bool:
-    """Whether a state is a tensor to be saved by parts: of the parameter's shape, or whole where that is whole."""
+def is_part(value: Any, param: nn.Parameter, info: ShardInfo | None) -> bool:
+    """Whether a state, cut as `info` says, is a tensor to be saved by parts: of the parameter's shape, or whole."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return False
-    info = shard_info(param)
-    return value.shape == param.shape or ((info is None or not info.is_sharded) and value.numel() > 1)
+    return value.shape == param.shape or (info is None and value.numel() > 1)
 
 
-def state_part(value: Tensor, param: nn.Parameter) -> Part:
-    """The state tensor `value` as the part of a full one that its parameter is."""
-    return Part(value, shard_info(param))
+def state_part(value: Tensor, info: ShardInfo | None) -> Part:
+    """The state tensor `value` as the part of a full one that `info` tells."""
+    return Part(value, info)
 
 
 def _full_shape(param: nn.Parameter) -> Size:
