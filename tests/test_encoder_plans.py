@@ -256,3 +256,8 @@ def test_heads_that_the_ranks_do_not_divide_are_refused(model_type, tp, named):
     with pytest.raises(PlanError) as refused:
         resolve_plan(build(model_type), tp)
     assert all(word in str(refused.value) for word in named)
+
+
+def test_heads_that_mix_with_those_of_other_ranks_are_refused():
+    with pytest.raises(PlanError, match=r"attention\.self.*tp_size=2.*talking_head=True.*replicate"):
+        resolve_plan(build("deberta", talking_head=True), 2)
