@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from .errors import PlanError
 from .export import full_tensors, meet_peers, save_full_checkpoints
 from .shard import shard_info
+from .styles.adapters import can_follow
 from .styles.base import Site
 from .styles.kinds import is_linear
 
@@ -78,9 +79,9 @@ class Wrappings:
     def __iter__(self) -> Iterator[Wrapping]:
         return iter(self._found)
 
-    def lora_layers(self) -> list[Wrapping]:
-        """The LoRA layers around linear ones."""
-        return [found for found in self if _is_lora_linear(found.module)]
+    def layers(self) -> list[Wrapping]:
+        """The layers with adapters that have a way to follow a sharded module inside, an outer one before an inner."""
+        return [found for found in self if can_follow(found.module)]
 
     def is_own(self, name: str) -> bool:
         """Whether the module `name` is one of the model's own, and not of PEFT's."""
@@ -107,7 +108,7 @@ class Wrappings:
         """
         sharded = list(sharded)
         for found in self:
-            if _is_lora_linear(found.module) or _is_module_to_save(found.module):
+            if can_follow(found.module) or _is_auxiliary(found.module):
                 continue
             inside = set(map(id, found.base.modules()))  # by identity: a wrapper may hold a module under two names
             for site in sharded:
@@ -304,16 +305,12 @@ def _configs(module: nn.Module) -> dict[str, Any]:
     return dict(module.__dict__.get("peft_config") or {})
 
 
-def _is_lora_linear(module: nn.Module) -> bool:
-    from peft.tuners.lora import Linear
-
-    return type(module) is Linear
-
-
-def _is_module_to_save(module: nn.Module) -> bool:
+def _is_auxiliary(module: nn.Module) -> bool:
+    """A module to save, or the outer one of the two around a module with trained tokens."""
     from peft.utils import ModulesToSaveWrapper
+    from peft.utils.other import TrainableTokensWrapper
 
-    return isinstance(module, ModulesToSaveWrapper)
+    return isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper))
 
 
 def _wrapped_in(module: nn.Module) -> list[tuple[str, nn.Module]]:

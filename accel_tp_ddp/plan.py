@@ -12,8 +12,8 @@ from .errors import PlanError
 from .rules import Names, PlanLike, load_plan, shipped_plan, wildcards
 from .shard import Layout
 from .styles import Replicate, Style, get_style, is_known, style_label, tied_partner
+from .styles.adapters import adapter_style
 from .styles.base import Site
-from .styles.lora import lora_style
 from .styles.torch_style import TorchStyle
 
 __all__ = ["Plan", "PlanEntry", "resolve_plan"]
@@ -242,18 +242,17 @@ def _with_adapters(names: Names, entries: list[PlanEntry], tp_size: int) -> list
     """Each entry, followed by one for the adapters that have been put around its module."""
     by_module = {entry.site.module: entry for entry in entries}
     names.wrappings.check(entry.site for entry in entries if not isinstance(entry.style, Replicate))
-    around: dict[nn.Module, PlanEntry] = {}
-    for layer in names.wrappings.lora_layers():
-        entry = by_module.get(layer.base)
+    around: dict[nn.Module, list[PlanEntry]] = {}
+    for layer in reversed(names.wrappings.layers()):  # from the innermost
+        base = layer.module.get_base_layer()
+        entry = by_module.get(base)
         site = Site(layer.name, layer.module, names.parent(layer.base_name), None, tp_size, "lora")
-        style = lora_style(site, entry.style if entry else Replicate(), entry.layouts if entry else {})
-        around[layer.base] = PlanEntry(site, style, site.style, "adapter", style.layouts(site))
+        style = adapter_style(site, entry.style if entry else Replicate(), entry.layouts if entry else {})
+        around.setdefault(base, []).append(PlanEntry(site, style, site.style, "adapter", style.layouts(site)))
     result: list[PlanEntry] = []
     for entry in entries:
-        result.append(entry)
-        if entry.site.module in around:
-            result.append(around.pop(entry.site.module))
-    return [*result, *around.values()]
+        result += [entry, *around.pop(entry.site.module, [])]
+    return [*result, *(entry for left in around.values() for entry in left)]
 
 
 def _settle_tied(model: nn.Module, names: Names, entries: list[PlanEntry], tp_size: int) -> list[PlanEntry]:

@@ -138,7 +138,8 @@ class ParallelForward:
     def __call__(self, *args, **kwargs):
         if self.idle:
             return self.inner(*args, **kwargs)
-        if any(shard_info(self.module._parameters[name]) is None for name in self.shards):
+        params = self.module._parameters  # without those that PEFT has put a parametrization in the place of
+        if any(name in params and shard_info(params[name]) is None for name in self.shards):
             restore_shards(self.module)
         return self.style.forward(self, *args, **kwargs)
 

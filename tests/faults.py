@@ -35,7 +35,7 @@ from accel_tp_ddp import (
 from accel_tp_ddp.checkpoint import load, objects, tensors
 from accel_tp_ddp.localize import _ReconstructHook
 from accel_tp_ddp.shard import Layout, ShardInfo, chunk_ranges, shard_info
-from accel_tp_ddp.styles import attention, base, embedding, experts, linear, lora, packed, replicated
+from accel_tp_ddp.styles import adapters, attention, base, embedding, experts, linear, lora, packed, replicated
 
 from .training import Record, Spec, train
 
@@ -46,7 +46,7 @@ def injected(fault: str | None) -> Iterator[None]:
     with ExitStack() as stack:
         every = {
             **{**_FAULTS, **_MORE_FAULTS, **_STYLE_FAULTS, **_LORA_FAULTS, **_STEP_FAULTS, **_RESUME_FAULTS},
-            **_ENCODER_FAULTS,
+            **{**_ENCODER_FAULTS, **_ADAPTER_FAULTS},
         }
         for owner, name, wrong in every[fault] if fault else ():
             stack.enter_context(mock.patch.object(owner, name, wrong))
@@ -308,6 +308,26 @@ _LORA_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     ],
 }
 LORA_FAULTS = tuple(_LORA_FAULTS)
+
+
+def _unsummed_magnitude(self, call, input, **kwargs):
+    return call.inner(input, **kwargs) if kwargs else _partial_forward(self, call, input)
+
+
+def _norm_of_a_part(self, weight, lora_weight, scaling, adapter_name=None):
+    return torch.linalg.norm((weight + scaling * lora_weight).detach(), dim=1)
+
+
+_partial_forward = lora.PartialAdapter.forward
+# Those of what plain LoRA does not have, which show in the gradients of one backward pass, in test_lora.py.
+_ADAPTER_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
+    "DoRA's norms of parts": [(lora.WeightNorm, "__call__", _norm_of_a_part)],
+    "DoRA's magnitudes not summed": [(lora.PartialAdapter, "forward", _unsummed_magnitude)],
+    "experts' factors not summed": [
+        (adapters.ExpertsLora, "forward", lambda self, call, *args, **kwargs: call.inner(*args, **kwargs)),
+    ],
+}
+ADAPTER_FAULTS = tuple(_ADAPTER_FAULTS)
 
 
 def _state_of_the_first_peer(value: Tensor, info: ShardInfo | None) -> tensors.Part:

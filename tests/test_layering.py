@@ -16,7 +16,7 @@ KNOW_ACCELERATE = {
     *("checkpoint/load.py", "checkpoint/places.py", "checkpoint/save.py"),
 }
 FOREIGN = {"accelerate", "transformers", "trl", "peft", "datasets"}
-KNOW_PEFT = {"adapters.py", "styles/lora.py"}  # for models that hold adapters already
+KNOW_PEFT = {"adapters.py", "styles/adapters.py", "styles/lora.py"}  # for models that hold adapters already
 
 # Which files may call collectives. All those of a forward or backward stand in collectives.py.
 CALL_COLLECTIVES = {

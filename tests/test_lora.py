@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, VeloraConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
@@ -27,7 +28,7 @@ from accel_tp_ddp import TensorParallelDDPPlugin, full_gradients, full_state_dic
 from accel_tp_ddp.shard import shard_info
 
 from .compare import assert_tensors_close, relative_error
-from .faults import LORA_FAULTS, injected
+from .faults import ADAPTER_FAULTS, LORA_FAULTS, injected
 from .models import VOCABULARY, build_model
 from .ranks import run_on_ranks
 from .sharded import accelerator_for, assert_gradients_close, build_mlp, token_batch, torch_plan, tp_mesh
@@ -46,18 +47,21 @@ def lora(**options: Any) -> LoraConfig:
 
 
 def adapted(model: nn.Module, config: LoraConfig, seed: int = 1, trained: bool = True) -> PeftModel:
-    """A PEFT model whose adapters are drawn from `seed`; `trained`: B is not zero any more."""
+    """A PEFT model whose adapters are drawn from `seed`; `trained`: none is zero or the base's any more."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = get_peft_model(model, config)
         return stir(model, seed) if trained else model
 
 
+STIRRED = ("lora_B", "lora_embedding_A", "lora_magnitude_vector", "modules_to_save", "trainable_tokens_delta")
+
+
 @torch.no_grad()
 def stir(model: nn.Module, seed: int = 1) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for name, param in model.named_parameters():
-        if "lora_B" in name or "modules_to_save" in name:
+        if any(part in name for part in STIRRED):
             param += (0.05 * torch.randn(param.shape, generator=generator)).to(param.dtype)
     return model
 
@@ -216,7 +220,9 @@ def test_a_lora_fault_is_caught(fault):
 
 # --- gradients, against the unsharded model in the same process ------------------------------------------------------
 
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BIASED = {"attention_bias": True, "mlp_bias": True}
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"config": {"use_rslora": True}},
@@ -226,6 +232,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "biases of B": {"config": {"lora_bias": True}, "model_options": BIASED},
     "a trained head and embedding": {"config": {"modules_to_save": ["lm_head", "embed_tokens"]}},
     "LoRA on the head": {"config": {"target_modules": ["q_proj", "o_proj", "lm_head"], "lora_bias": True}},
+    "DoRA": {"config": {"use_dora": True, "target_modules": [*PROJECTIONS, "lm_head"]}, "model_options": BIASED},
+    "DoRA with dropout": {"config": {"use_dora": True, "lora_dropout": 1e-9}, "model_options": BIASED},
+    "MiCA": {"config": {"init_lora_weights": "mica"}},
+    "PiSSA, whose base is a residual": {"config": {"init_lora_weights": "pissa"}},
+    "LoRA on the embedding": {"config": {"target_modules": ["q_proj", "embed_tokens"]}},
+    "trained tokens": {"config": {"trainable_token_indices": {"embed_tokens": [5, 1, 130], "lm_head": [0, 77]}}},
+    "trained tokens of tied embeddings": {
+        "config": {"trainable_token_indices": [0, 1, 130]},
+        "model_options": {"tied": True},
+    },
+    "trained tokens of slices of vectors": {
+        "config": {"trainable_token_indices": [0, 1, 130]},
+        "plan": {"embed_tokens": "embedding_colwise"},
+    },
     "two adapters at once": {"adapters": 2},
     "tied embeddings": {"model_options": {"tied": True}},
     "dropout that drops nothing": {"config": {"lora_dropout": 1e-9}},
@@ -247,7 +267,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def assert_gradients_of(architecture: str, variant: str | None = None) -> None:
     """Gradients over two accumulated microbatches, twice, and the forward of `disable_adapter` between."""
-    options = VARIANTS[variant or "plain"]
+    options = (VARIANTS | MORE_VARIANTS)[variant or "plain"]
     reference = build_model(architecture, **options.get("model_options", {}))
     reference = get_peft_model(reference, lora(**options.get("config", {})))
     if options.get("adapters") == 2:
@@ -274,6 +294,13 @@ def assert_gradients_of(architecture: str, variant: str | None = None) -> None:
             assert error < 1e-5
 
 
+# For other architectures than llama.
+MORE_VARIANTS: dict[str, dict[str, Any]] = {
+    "experts": {"config": {"target_modules": ["q_proj", "o_proj"], "target_parameters": EXPERTS}},
+    "DoRA of all": {"config": {"use_dora": True}},
+}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_adapter_gradient_is_the_unsharded_one_after_two_microbatches(variant):
     run_on_ranks(assert_gradients_of, 2, "llama", variant)
@@ -282,6 +309,37 @@ def test_every_adapter_gradient_is_the_unsharded_one_after_two_microbatches(vari
 @pytest.mark.parametrize("model", ["llama", "qwen3", "phi3", "gpt_neox", "llama_one_key"])
 def test_so_it_is_on_four_ranks_with_packed_projections_and_shared_heads(model):
     run_on_ranks(assert_gradients_of, 4, model)
+
+
+@pytest.mark.parametrize("model", ["mixtral", "gpt_oss"])
+def test_adapters_of_stacked_experts_follow_them(model):
+    run_on_ranks(assert_gradients_of, 2, model, "experts")
+
+
+@pytest.mark.parametrize("model", ["phi3", "llama_one_key"])
+def test_dora_follows_packed_projections_and_shared_heads(model):
+    run_on_ranks(assert_gradients_of, 4, model, "DoRA of all")
+
+
+ADAPTER_FAULTS_SHOW_IN = {
+    "DoRA's norms of parts": ("llama", "DoRA"),
+    "DoRA's magnitudes not summed": ("llama", "DoRA"),
+    "experts' factors not summed": ("mixtral", "experts"),
+}
+
+
+def gradients_are_off(fault: str) -> bool:
+    with injected(fault):
+        try:
+            assert_gradients_of(*ADAPTER_FAULTS_SHOW_IN[fault])
+        except AssertionError:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("fault", ADAPTER_FAULTS)
+def test_a_fault_of_an_adapter_shows_in_its_gradients(fault):
+    assert all(run_on_ranks(gradients_are_off, 2, fault))
 
 
 def assert_bf16_base_with_adapters_in_single_precision():
@@ -299,9 +357,9 @@ def test_adapters_in_another_precision_than_their_base_are_right():
     run_on_ranks(assert_bf16_base_with_adapters_in_single_precision, 2)
 
 
-def counted(with_lora: bool) -> tuple[Counter, Counter]:
+def counted(config: LoraConfig | None) -> tuple[Counter, Counter]:
     model = build_model("llama")
-    model = parallelize(adapted(model, lora(lora_dropout=0.1)) if with_lora else model, tp_mesh())
+    model = parallelize(adapted(model, config) if config else model, tp_mesh())
     with CommDebugMode() as mode:
         loss = model.train()(**token_batch()).loss
         forward = Counter({str(operation): count for operation, count in mode.get_comm_counts().items()})
@@ -311,9 +369,17 @@ def counted(with_lora: bool) -> tuple[Counter, Counter]:
 
 
 def test_adapters_add_no_collective():
-    with_lora, without = run_on_ranks(counted, 2, True), run_on_ranks(counted, 2, False)
+    with_lora, without = run_on_ranks(counted, 2, lora(lora_dropout=0.1)), run_on_ranks(counted, 2, None)
     assert with_lora == without
     assert sum(with_lora[0][1].values()) == 1 + 2 * 2
+
+
+def test_dora_adds_the_norms_of_row_parallel_weights_to_the_forward_and_nothing_to_the_backward():
+    ((forward, backward), _), ((plain_forward, plain_backward), _) = (
+        run_on_ranks(counted, 2, config) for config in (lora(use_dora=True), None)
+    )
+    assert backward == plain_backward
+    assert sum(forward.values()) == sum(plain_forward.values()) + 2 * 2
 
 
 # --- dropout ---------------------------------------------------------------------------------------------------------
@@ -409,14 +475,22 @@ def test_adapters_that_transformers_has_added_are_right_too(tmp_path):
     assert ours.read_bytes() == plain.read_bytes()
 
 
-ATTENTION = {"llama": ["q_proj", "o_proj"], "phi3": ["qkv_proj", "o_proj"]}
+MERGED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("llama", {"target_modules": ["q_proj", "o_proj", "lm_head"]}, {}),
+    "phi3": ("phi3", {"target_modules": ["qkv_proj", "o_proj", "lm_head"]}, {}),
+    "dora": ("llama", {"target_modules": ["q_proj", "o_proj", "lm_head"], "use_dora": True}, {}),
+    "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}, {}),
+    "embedding": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}, {}),
+    "tokens": ("llama", {"trainable_token_indices": [1, 2, 130]}, {}),
+    "tied tokens": ("llama", {"trainable_token_indices": [1, 2, 130]}, {"tied": True}),
+}
 
 
 @torch.no_grad()
-def assert_merging_is_right(architecture: str) -> None:
-    base = build_model(architecture)
-    config = lora(target_modules=[*ATTENTION[architecture], "lm_head"])
-    reference = adapted(copy.deepcopy(base), config)
+def assert_merging_is_right(what: str) -> None:
+    architecture, options, of_model = MERGED[what]
+    base = build_model(architecture, **of_model)
+    reference = adapted(copy.deepcopy(base), lora(**options))
     model = parallelize(copy.deepcopy(reference), tp_mesh())
     batch = token_batch()
     wanted, before = logits_of(reference, batch), full_state_dict(model)
@@ -444,9 +518,9 @@ def assert_merging_is_right(architecture: str) -> None:
             assert relative_error(logits_of(again, batch), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("model", ["llama", "phi3"])
-def test_merging_unmerging_and_unloading_are_right(model):
-    run_on_ranks(assert_merging_is_right, 2, model)
+@pytest.mark.parametrize("what", MERGED)
+def test_merging_unmerging_and_unloading_are_right(what):
+    run_on_ranks(assert_merging_is_right, 2, what)
 
 
 def assert_a_copy_trains() -> None:
@@ -478,10 +552,14 @@ def test_a_model_that_is_not_from_transformers_can_be_adapted():
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "DoRA": (lora(use_dora=True), "use_dora=False"),
-    "embeddings": (lora(target_modules=["q_proj", "embed_tokens"]), "Embedding"),
-    "target_parameters": (lora(target_modules=["q_proj"], target_parameters=["up_proj.weight"]), "ParamWrapper"),
-    "trained tokens": (lora(trainable_token_indices=[1, 2]), "embed_tokens.*TrainableTokens"),
+    "VeLoRA": (lora(velora_config=VeloraConfig()), "VeloraLinearVariant.*DoRA"),
+    "KaSA": (lora(kasa_config=KasaConfig()), "KasaLinearVariant.*DoRA"),
+    "block-diagonal factors": (
+        lora(use_bdlora=BdLoraConfig(target_modules_bd_a=["o_proj"], nblocks=2, match_strict=False)),
+        "BdLoraLinearVariant.*DoRA",
+    ),
+    "DoRA of embeddings": (lora(target_modules=["embed_tokens"], use_dora=True), "embed_tokens.*DoraEmbedding"),
+    "target_parameters": (lora(target_modules=["q_proj"], target_parameters=["up_proj.weight"]), "target_modules"),
     "IA3": (IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[]), "IA3.*LoraConfig"),
     "prompt tuning": (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "PROMPT_TUNING"),
     "tied adapters": (lora(ensure_weight_tying=True), "ensure_weight_tying=False"),

@@ -11,15 +11,21 @@ Column-wise: rank k computes W_k x + s B_k (A x), and the gradients of x and A a
 sum over the ranks of W_k x_k + s B (A_k x_k) is y, so one all-reduce serves both terms, and the gradient of B is a sum
 over the ranks. The partial gradients ride on the all-reduce of the input's gradient that the column-parallel modules
 beside them make in any case, so adapters add no collective.
+
+DoRA (arXiv:2402.09353): y = m / |W + s B A| * (W x + s B A x) with m [out] and the norm of each row [out], through
+which no gradient goes. m is cut where B is cut, and its gradient is partial where B's is. A column-parallel rank holds
+whole rows, and so their norms; row-parallel ones sum up the squares of their parts, one small all-reduce a forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
+from ..collectives import reduce_from_tp
 from ..region import ParallelForward, Region
 from ..shard import Layout
 from .base import Site, Style
@@ -28,6 +34,9 @@ from .linear import Colwise, Rowwise
 from .replicated import Replicate, ReplicatedWithGradAllReduce
 
 __all__ = ["LayerForward", "lora_style"]
+
+# Those of PEFT's variants of LoRA that compute nothing but rows of W, A and B with a shard, DoRA's norm apart.
+_VARIANTS = ("ALoraLinearVariant", "DoraLinearVariant", "MiCALinearVariant")
 
 
 def lora_style(site: Site, base: Style, layouts: Mapping[str, Layout]) -> Style:
@@ -51,13 +60,13 @@ def lora_style(site: Site, base: Style, layouts: Mapping[str, Layout]) -> Style:
             "target_modules.",
         )
     for adapter, variant in site.module.lora_variant.items():
-        raise site.error(
-            f"the adapter {adapter!r} of `{name}` is a {type(variant).__name__} (DoRA and the like), which needs the "
-            "whole weight or its input.",
-            "Use plain LoRA (use_dora=False and no other variant), or set the module to `replicate`.",
-        )
-    layout = layouts["weight"]
-    return ShardedLora(replace(layout, dim=0 if layout.dim == output_dim(site.module.base_layer) else 1))
+        if type(variant).__name__ not in _VARIANTS:
+            raise site.error(
+                f"the adapter {adapter!r} of `{name}` is a {type(variant).__name__}, which needs the whole weight or "
+                "its input.",
+                "Use plain LoRA, DoRA, aLoRA or MiCA, or set the module to `replicate`.",
+            )
+    return ShardedLora(layouts["weight"], outputs=layouts["weight"].dim == output_dim(site.module.base_layer))
 
 
 class WholeLora(Style):
@@ -72,10 +81,16 @@ class WholeLora(Style):
 
 
 class ShardedLora(Style):
-    """The adapters of a base layer whose weight, written `[out, in]`, lies as `layout` says."""
+    """The adapters of a base layer whose weight lies as `layout` says.
 
-    def __init__(self, layout: Layout):
-        self.layout = layout
+    Args:
+        layout: Of the base layer's weight.
+        outputs: Whether it is cut along its output features, and not along its input features.
+    """
+
+    def __init__(self, layout: Layout, outputs: bool):
+        self.outputs = outputs
+        self.of_a, self.of_b = Layout(1, layout.ranges), Layout(0, layout.ranges)
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         return {
@@ -87,27 +102,34 @@ class ShardedLora(Style):
     def apply(self, site: Site, region: Region) -> None:
         for part, style in self._parts(site):
             style.apply(part, region)
+        for magnitude in site.module.lora_magnitude_vector.values():
+            magnitude.get_lora_weight = product
+            if not self.outputs:
+                magnitude.get_weight_norm = WeightNorm(region.mesh, magnitude.fan_in_fan_out)
         for dropout in dropouts(site.module):
-            Dropout(sharded=self.layout.dim == 1).install(dropout, region, {})
+            Dropout(sharded=not self.outputs).install(dropout, region, {})
         LayerForward(site.module).install_on(site.module)
 
     def calls(self, site: Site) -> list[ParallelForward]:
         return [call for part, style in self._parts(site) for call in style.calls(part)] + super().calls(site)
 
     def _parts(self, site: Site) -> list[tuple[Site, Style]]:
-        parts = []
-        for key, cut in (("lora_A", self.layout.dim == 1), ("lora_B", self.layout.dim == 0)):
-            for adapter, module in getattr(site.module, key).items():
-                name = site.parameter(f"{key}.{adapter}")
-                style = CutAdapter(self.layout) if cut else PartialAdapter()
-                parts.append((Site(name, module, site.module, None, site.tp_size, site.style), style))
-        return parts
+        of_a = PartialAdapter() if self.outputs else CutAdapter(self.of_a)
+        of_b = CutAdapter(self.of_b) if self.outputs else PartialAdapter()
+        styles = {"lora_A": of_a, "lora_B": of_b, "lora_magnitude_vector": of_b}
+        return [part for key, style in styles.items() for part in parts_of(site, key, style)]
+
+
+def parts_of(site: Site, key: str, style: Style) -> list[tuple[Site, Style]]:
+    """The modules of a layer's adapters that are kept under `key`, one for each adapter, with `style`."""
+    return [
+        (Site(site.parameter(f"{key}.{adapter}"), module, site.module, None, site.tp_size, site.style), style)
+        for adapter, module in getattr(site.module, key).items()
+    ]
 
 
 class CutAdapter(Style):
-    """The factor that shares the dimension along which the base weight is cut."""
-
-    accepts = (nn.Linear,)
+    """A factor, or DoRA's magnitude, that shares the dimension along which the base weight is cut."""
 
     def __init__(self, layout: Layout):
         self.layout = layout
@@ -118,8 +140,8 @@ class CutAdapter(Style):
             cut["bias"] = self.layout
         return cut
 
-    def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
-        return call.inner_with_sums(input)  # where several ranks hold the same key/value head
+    def forward(self, call: ParallelForward, *args, **kwargs) -> Tensor:
+        return call.inner_with_sums(*args, **kwargs)  # where several ranks hold the same key/value head
 
 
 class PartialAdapter(ReplicatedWithGradAllReduce):
@@ -128,15 +150,37 @@ class PartialAdapter(ReplicatedWithGradAllReduce):
     A bias (lora_bias=True, row-wise) is one term of what the ranks sum up, so each adds its share.
     """
 
-    accepts = (nn.Linear,)
-
-    def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
+    def forward(self, call: ParallelForward, *args, **kwargs) -> Tensor:
         params = call.summed_parameters()
         bias = params.get("bias", call.module._parameters.get("bias"))
         if bias is not None:
             params["bias"] = bias / call.mesh.size()
         with call.replacing(**params):
-            return call.inner(input)
+            return call.inner(*args, **kwargs)
+
+
+@torch.no_grad()
+def product(lora_A: nn.Module, lora_B: nn.Module, adapter_name: str | None = None) -> Tensor:
+    """B A, in the place of DoRA's own, which calls the factors: a call takes the gradients' sum for itself."""
+    return lora_B.weight @ lora_A.weight
+
+
+class WeightNorm:
+    """Norms of the rows of W + s B A where each rank holds some columns, in the place of DoRA's own.
+
+    Forward: all-reduce of the sums of squares; no gradient goes through. Merging calls it too.
+    """
+
+    def __init__(self, mesh: DeviceMesh, transposed: bool):
+        self.mesh = mesh
+        self.transposed = transposed
+
+    @torch.no_grad()
+    def __call__(self, weight: Tensor, lora_weight: Tensor, scaling: float, adapter_name: str | None = None) -> Tensor:
+        weight = (weight.T if self.transposed else weight) + scaling * lora_weight
+        single = torch.promote_types(weight.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(weight, dim=1, dtype=single).square()
+        return reduce_from_tp(self.mesh, squares).sqrt().to(weight.dtype)
 
 
 class Dropout(Style):
