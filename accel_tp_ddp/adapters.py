@@ -8,6 +8,7 @@ if peft has been imported already, so nothing here imports it for others.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import weakref
@@ -179,6 +180,7 @@ def look_after_adapters(model: nn.Module) -> None:
     for module in model.modules():
         if "peft" in sys.modules and isinstance(module, _peft_models()):
             module.save_pretrained = _SaveAdapters(module)
+            module.load_adapter = _LoadAdapter(module)
             module.get_nb_trainable_parameters = _CountParameters(module)
             save_full_checkpoints(module.get_base_model())
     for module in model.modules():  # one that no forward can do without
@@ -276,6 +278,25 @@ class _SaveAdapters:
                 "joined from their shards. Pass `state_dict=accelerator.get_state_dict(model)`."
             )
         return full_tensors({name: value for name, value in state.items() if id(value) in written})
+
+
+class _LoadAdapter:
+    """`PeftModel.load_adapter`, into adapters that are sharded already: each rank takes its parts of what is read."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stock = type(self.model).load_adapter
+        given = inspect.signature(stock).bind(self.model, *args, **kwargs)
+        if given.arguments.get("kwargs", {}).get("ignore_mismatched_sizes"):
+            raise ValueError(
+                "load_adapter(ignore_mismatched_sizes=True) would compare the adapter's sizes with this rank's parts, "
+                "and leave all that is sharded as it was. Leave it out, or load the adapter before `prepare`."
+            )
+        if given.arguments["adapter_name"] in self.model.peft_config:
+            given.arguments["low_cpu_mem_usage"] = False  # which puts other objects in the place of the parameters
+        return stock(*given.args, **given.kwargs)
 
 
 class _CountParameters:

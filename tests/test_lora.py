@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, VeloraConfig
+from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -457,6 +459,55 @@ def test_saved_adapters_are_byte_for_byte_those_of_the_unsharded_model(tmp_path)
             assert ours.read_bytes() == plain.read_bytes(), file
 
 
+LOADED = {
+    "lora": {"target_modules": ["q_proj", "o_proj", "embed_tokens"], "modules_to_save": ["lm_head"], "r": 2},
+    "dora": {"use_dora": True, "trainable_token_indices": [0, 5, 130]},
+    "experts": {"target_modules": ["q_proj"], "target_parameters": EXPERTS},
+}
+
+
+def load_into_sharded(what: str, folder: str) -> None:
+    architecture = "mixtral" if what == "experts" else "llama"
+    if dist.get_rank() == 0:
+        adapted(build_model(architecture), lora(**LOADED[what]), seed=7).save_pretrained(folder)
+    dist.barrier()
+    reference = PeftModel.from_pretrained(build_model(architecture), folder, is_trainable=True)
+    loaded_before = parallelize(PeftModel.from_pretrained(build_model(architecture), folder), tp_mesh())
+    model = parallelize(adapted(build_model(architecture), lora(**LOADED[what])), tp_mesh())
+    objects = list(map(id, model.parameters()))
+    model.load_adapter(folder, "default", is_trainable=True, low_cpu_mem_usage=True)
+    assert list(map(id, model.parameters())) == objects, "an optimizer made before goes on"
+    expected = reference.state_dict()
+    for each in (model, loaded_before):
+        state = full_state_dict(each)
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
+    model.save_pretrained(f"{folder}/again")
+    if dist.get_rank() == 0:
+        first, again = (Path(folder, sub, "adapter_model.safetensors").read_bytes() for sub in ("", "again"))
+        assert first == again
+    for each in (model, reference):
+        each.train()(**token_batch()).loss.backward()
+    assert_gradients_close(full_gradients(model), full_gradients(reference))
+    with pytest.raises(ValueError, match="ignore_mismatched_sizes"):
+        model.load_adapter(folder, "default", ignore_mismatched_sizes=True)
+    if what == "lora":
+        assert_hotswapping_is_refused()
+
+
+def assert_hotswapping_is_refused() -> None:
+    model = parallelize(adapted(build_model("llama"), lora(target_modules=["q_proj"])), tp_mesh())
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"
+    hotswap_adapter_from_state_dict(model, {name: torch.ones(64, 4)}, "default", model.peft_config["default"])
+    with pytest.raises(ValueError, match="hotswap_adapter.*load_adapter"):
+        logits_of(model, token_batch())
+
+
+@pytest.mark.parametrize("what", LOADED)
+def test_adapters_load_before_and_after_sharding_and_are_written_again_byte_for_byte(what, tmp_path):
+    run_on_ranks(load_into_sharded, 2, what, str(tmp_path))
+
+
 def save_both_with_adapters_by_transformers(folder: str) -> None:
     reference = build_model("llama")
     reference.add_adapter(lora())
@@ -609,6 +660,22 @@ def test_adapters_that_come_after_sharding_are_refused(how):
     for raised in run_on_ranks(late, 2, how, expect_raise=True):
         assert raised.type_name == "ValueError"
         assert "after the model had been sharded" in raised.message and "get_peft_model" in raised.message
+
+
+@pytest.mark.parametrize("storage", ["uint8", "int8", "bfloat16", "a tensor of its own kind"])
+def test_quantized_bases_are_refused_with_a_reason(storage):
+    """As bitsandbytes keeps them (four bits as bytes or in another type's place, eight bits), and as torchao does."""
+    model = get_peft_model(build_model("llama"), lora())
+    linear = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    full = linear.weight.data
+    linear.weight = {
+        "uint8": lambda: nn.Parameter(full.to(torch.uint8).view(-1, 1)[: full.numel() // 2], requires_grad=False),
+        "int8": lambda: nn.Parameter(full.to(torch.int8), requires_grad=False),
+        "bfloat16": lambda: nn.Parameter(full.bfloat16().view(-1, 1)[: full.numel() // 4], requires_grad=False),
+        "a tensor of its own kind": lambda: nn.Parameter(TwoTensor(full, full), requires_grad=False),
+    }[storage]()
+    with pytest.raises(ValueError, match="q_proj.*Quantized.*load it unquantized"):
+        resolve_plan(model, 2)
 
 
 def adapt_dtensors() -> None:

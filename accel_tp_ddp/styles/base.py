@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..direct import read_whole
 from ..errors import PlanError
@@ -152,6 +153,13 @@ class Style:
         if not (param.is_floating_point() or param.is_complex()):
             raise site.error(
                 f"{size} has dtype {param.dtype}.", "Quantized weights cannot be sharded; load it unquantized."
+            )
+        known = max(stop for ranges in layout.ranges for _, stop in ranges)
+        if is_traceable_wrapper_subclass(param) or param.ndim <= layout.dim or param.shape[layout.dim] != known:
+            raise site.error(
+                f"{size}, a {type(param).__name__}, is not a plain tensor with {known} elements in dimension "
+                f"{layout.dim}, as the module says.",
+                "Quantized or packed weights cannot be sharded; load it unquantized.",
             )
         even = len(set(layout.sizes)) == 1
         if self.uneven:

@@ -141,6 +141,13 @@ class CutAdapter(Style):
         return cut
 
     def forward(self, call: ParallelForward, *args, **kwargs) -> Tensor:
+        held, own = call.module._parameters["weight"].shape, self.layout.sizes[call.mesh.get_local_rank()]
+        if held[self.layout.dim] != own:
+            raise ValueError(
+                f"an adapter's weight has the size {tuple(held)}, and not {own} in dimension {self.layout.dim} "
+                "as this rank's part. Something has put a whole one in its place, as hotswap_adapter does: use "
+                "`load_adapter`, which takes this rank's part."
+            )
         return call.inner_with_sums(*args, **kwargs)  # where several ranks hold the same key/value head
 
 
