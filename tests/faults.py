@@ -35,7 +35,19 @@ from accel_tp_ddp import (
 from accel_tp_ddp.checkpoint import load, objects, tensors
 from accel_tp_ddp.localize import _ReconstructHook
 from accel_tp_ddp.shard import Layout, ShardInfo, chunk_ranges, shard_info
-from accel_tp_ddp.styles import adapters, attention, base, embedding, experts, linear, lora, packed, replicated
+from accel_tp_ddp.styles import (
+    adapters,
+    attention,
+    base,
+    embedding,
+    experts,
+    grouped,
+    linear,
+    local,
+    lora,
+    packed,
+    replicated,
+)
 
 from .training import Record, Spec, train
 
@@ -46,7 +58,7 @@ def injected(fault: str | None) -> Iterator[None]:
     with ExitStack() as stack:
         every = {
             **{**_FAULTS, **_MORE_FAULTS, **_STYLE_FAULTS, **_LORA_FAULTS, **_ADAPTER_FAULTS},
-            **{**_STEP_FAULTS, **_RESUME_FAULTS, **_ENCODER_FAULTS},
+            **{**_STEP_FAULTS, **_RESUME_FAULTS, **_ENCODER_FAULTS, **_CURATED_FAULTS},
         }
         for owner, name, wrong in every[fault] if fault else ():
             stack.enter_context(mock.patch.object(owner, name, wrong))
@@ -357,3 +369,30 @@ _ENCODER_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
         (replicated.ReplicatedDropout, "forward", lambda self, call, input: call.inner(input)),
     ],
 }
+
+
+def _heads_of_the_first_rank(mesh: Any, tensor: Tensor, dim: int, sizes: Any) -> Tensor:
+    return tensor.narrow(dim, 0, sizes[0])
+
+
+def _as_on_the_first_rank(forward: Callable) -> Callable:
+    def wrong(self: Any, call: region.ParallelForward, *args: Any) -> Any:
+        with mock.patch.object(type(call.mesh), "get_local_rank", lambda mesh: 0):
+            return forward(self, call, *args)
+
+    return wrong
+
+
+# Of the styles that plans of this package name; `test_curated_plans.py` injects them.
+_CURATED_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
+    "bias kept in a row-parallel layer": [(linear, "without_bias", lambda call: nullcontext())],
+    "biases of other heads": [(local, "split_to_tp", _heads_of_the_first_rank)],
+    "norms of other heads": [(local.LocalModules, "forward", _as_on_the_first_rank(local.LocalModules.forward))],
+    "gradients of a list of norms not summed": [(local, "copy_to_tp", _not_copied)],
+    "gathered keys without their gradients' sum": [(grouped, "copy_to_tp", _not_copied)],
+    "keys of another group": [
+        (grouped.GroupedQKVColwise, "forward", _as_on_the_first_rank(grouped.GroupedQKVColwise.forward)),
+    ],
+    "input sections cut as one": [(packed.PackedRowwise, "input_layout", linear.Rowwise.input_layout)],
+}
+CURATED_FAULTS = tuple(_CURATED_FAULTS)

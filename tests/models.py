@@ -48,12 +48,27 @@ _FURTHER: dict[str, dict[str, Any]] = {
     "qwen3_two_keys": {**_GROUPED, "model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 2},
     "qwen2_one_key": {**_GROUPED, "model_type": "qwen2", "num_key_value_heads": 1},
 }
+_NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+_CURATED: dict[str, dict[str, Any]] = {
+    "gpt2": {**_NO_DROPOUT, "tie_word_embeddings": True},
+    "gpt2_dropout": {"model_type": "gpt2", "tie_word_embeddings": True},
+    "bloom": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "codegen": {**_NO_DROPOUT, "num_attention_heads": 16, "n_ctx": 64, "rotary_dim": 4},
+    "falcon_one_key": {"model_type": "falcon", "alibi": False, "multi_query": True, "bias": True},
+    "falcon_two_keys": {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2, "alibi": True},
+    "mpt": {"max_seq_len": 64},
+    "openai_gpt": {**_NO_DROPOUT, "model_type": "openai-gpt"},
+    "stablelm": {**_GROUPED, "qk_layernorm": True},
+}
+#: Of a plan of this package: transposed, fused and grouped projections, alibi, norms by head.
+CURATED = tuple(name for name in _CURATED if name != "gpt2_dropout")
 #: Experts, latent attention, attention sinks, few key/value heads. Not in every cross product of the tests.
 FURTHER = tuple(_FURTHER)
 
 
 def build_config(architecture: str, *, tied: bool = False, layers: int = LAYERS, **overrides: Any) -> Any:
-    sizes = {**_SIZES, "num_hidden_layers": layers, "tie_word_embeddings": tied, **(_CONFIGS | _FURTHER)[architecture]}
+    known = _CONFIGS | _FURTHER | _CURATED
+    sizes = {**_SIZES, "num_hidden_layers": layers, "tie_word_embeddings": tied, **known[architecture]}
     return AutoConfig.for_model(sizes.pop("model_type", architecture), **{**sizes, **overrides})
 
 

@@ -13,7 +13,7 @@ from .experts import Experts, IdentityExpert, SharedBias
 from .grouped import GroupedQKVColwise
 from .kinds import is_linear, output_dim
 from .linear import Colwise, ColwiseGatherOutput, Rowwise, RowwiseSplitInput
-from .local import LocalHeads, LocalSizes, Requires, Together
+from .local import LocalHeads, LocalModules, LocalSizes, Requires, Together
 from .packed import PackedColwise, PackedQKVColwise, PackedRowwise
 from .replicated import AllReduce, Replicate, ReplicatedDropout, ReplicatedWithGradAllReduce
 from .spelling import Spelled, build, parse
@@ -56,6 +56,7 @@ _STYLES: dict[str, Style] = {
 _WITH_ARGUMENTS: dict[str, type[Style]] = {
     "grouped_qkv_colwise": GroupedQKVColwise,
     "local_heads": LocalHeads,
+    "local_modules": LocalModules,
     "local_sizes": LocalSizes,
     "packed_colwise": PackedColwise,
     "packed_rowwise": PackedRowwise,

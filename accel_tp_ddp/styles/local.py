@@ -12,15 +12,16 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..collectives import split_to_tp
+from ..collectives import copy_to_tp, split_to_tp
 from ..errors import nearest
 from ..region import ParallelForward, Region
 from ..shard import Layout
 from .base import Site, Style
 
-__all__ = ["LocalHeads", "LocalSizes", "Requires", "Together", "show_local_size", "whole_size"]
+__all__ = ["LocalHeads", "LocalModules", "LocalSizes", "Requires", "Together", "show_local_size", "whole_size"]
 
 _WHOLE = "_tp_whole_sizes"
 
@@ -151,6 +152,61 @@ class LocalHeads(Style):
             f"the forward of a {type(site.module).__name__} has no argument `{self.argument}`.",
             f"Name one of {', '.join(names)}.",
         )
+
+
+class LocalModules(Style):
+    """Lets the module compute with this rank's part of a list of modules that it pairs with its heads one by one.
+
+    In a plan: `local_modules(norms)`, with the name of a `ModuleList` in the module. Its parameters stay whole on
+    every rank, and each rank has gradients for its part only. Forward: nothing; backward: one all-reduce of the
+    gradients of the list. Of fewer members than ranks, such as one for each key/value head, ranks next to each other
+    take the same one.
+    """
+
+    usage = "local_modules(list)"
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def verify(self, site: Site) -> None:
+        super().verify(site)
+        members = getattr(site.module, self.name, None)
+        if not isinstance(members, nn.ModuleList):
+            raise site.error(
+                f"`{self.name}` of the {type(site.module).__name__} is {type(members).__name__} and no ModuleList.",
+                "Name the list of modules that belong to the heads.",
+            )
+        shapes = {tuple((name, param.shape) for name, param in member.named_parameters()) for member in members}
+        if len(shapes) != 1 or any(member._modules for member in members):
+            raise site.error(
+                f"the {len(members)} modules of `{self.name}` have unlike parameters, or modules inside.",
+                "Set this rule and the projections of this attention to `replicate`.",
+            )
+        if len(members) % site.tp_size and site.tp_size % len(members):
+            raise site.error(
+                f"the {len(members)} modules of `{self.name}` cannot be dealt out evenly.",
+                f"Choose a tp_size that divides {len(members)}.",
+            )
+
+    def forward(self, call: ParallelForward, *args, **kwargs):
+        module, rank, ranks = call.module, call.mesh.get_local_rank(), call.mesh.size()
+        members = module._modules[self.name]
+        first, count = rank * len(members) // ranks, max(len(members) // ranks, 1)
+        names = [name for name, param in members[0]._parameters.items() if param is not None]
+        # One tensor for all members, or the ranks would disagree on which gradients there are to sum.
+        whole = [torch.stack([member._parameters[name] for member in members]) for name in names]
+        copies = copy_to_tp(call.mesh, *whole)
+        own = members[first : first + count]
+        saved = [dict(member._parameters) for member in own]
+        try:
+            for index, member in enumerate(own):
+                member._parameters.update({name: copy[first + index] for name, copy in zip(names, copies)})
+            module._modules[self.name] = own
+            return call.inner(*args, **kwargs)
+        finally:
+            module._modules[self.name] = members
+            for member, parameters in zip(own, saved):
+                member._parameters.update(parameters)
 
 
 class Requires(Style):
