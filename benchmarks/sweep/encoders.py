@@ -201,9 +201,11 @@ def further_encoders() -> Iterator[Case]:
 
 
 def encoder_decoders() -> Iterator[Case]:
+    yield head("t5 gated", AutoModelForSeq2SeqLM, seq2seq, T5, feed_forward_proj="gated-gelu")
     for model_type in ("t5", "mt5", "umt5"):
         yield head(model_type, AutoModelForSeq2SeqLM, seq2seq, T5)
-        yield head(f"{model_type} gated", AutoModelForSeq2SeqLM, seq2seq, T5, feed_forward_proj="gated-gelu")
+    for model_type in ("mt5", "umt5"):
+        yield head(f"{model_type} ungated", AutoModelForSeq2SeqLM, seq2seq, T5, feed_forward_proj="relu")
     yield head("t5 untied", AutoModelForSeq2SeqLM, seq2seq, T5, tie_word_embeddings=False)
     yield head("t5 classification", AutoModelForSequenceClassification, one_label, T5)
     yield head("t5 tokens", AutoModelForTokenClassification, token_labels, T5)
