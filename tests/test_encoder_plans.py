@@ -19,6 +19,8 @@ from transformers import (
 from accel_tp_ddp import full_gradients, parallelize
 from accel_tp_ddp.errors import PlanError
 from accel_tp_ddp.plan import resolve_plan
+from accel_tp_ddp.rules import Names, shipped_plan
+from benchmarks.sweep import encoders
 
 from .compare import assert_tensors_close, relative_errors
 from .faults import injected
@@ -261,3 +263,22 @@ def test_heads_that_the_ranks_do_not_divide_are_refused(model_type, tp, named):
 def test_heads_that_mix_with_those_of_other_ranks_are_refused():
     with pytest.raises(PlanError, match=r"attention\.self.*tp_size=2.*talking_head=True.*replicate"):
         resolve_plan(build("deberta", talking_head=True), 2)
+
+
+def swept():
+    """Every swept model by its type, and those types."""
+    models = {}
+    for case in encoders.cases():
+        torch.manual_seed(0)
+        models.setdefault(case.name.split(" ")[0], []).append(case.build())
+    return models
+
+
+def test_each_rule_of_these_plans_means_something_in_a_swept_model():
+    for model_type, models in swept().items():
+        rules = shipped_plan(models[0])
+        assert rules, f"{model_type} has no plan"
+        matched = {rule for rule in rules for model in models if Names(model).match(rule)}
+        # Decoders of BERT's kind attend to an encoder, if there is one.
+        unmatched = {rule for rule in rules.keys() - matched if ".crossattention" not in rule}
+        assert not unmatched, f"{model_type}: {sorted(unmatched)} match nothing"

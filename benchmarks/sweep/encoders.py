@@ -16,6 +16,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForAudioClassification,
     AutoModelForCausalLM,
+    AutoModelForCTC,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForPreTraining,
@@ -43,6 +44,14 @@ T5 = {
     **{"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0},
 }
 WHISPER = {**STACKS, "num_mel_bins": 10, "max_source_positions": 15, "max_target_positions": 20}
+SPEECH_TO_TEXT = {
+    **{**STACKS, "input_feat_per_channel": 10, "conv_channels": 16, "num_conv_layers": 1, "conv_kernel_sizes": (3,)},
+    **{"max_source_positions": 40, "max_target_positions": 20},
+}
+WAVES = {
+    **{**ENCODER, "conv_dim": (16, 16), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_conv_pos_embeddings": 4},
+    **{"num_conv_pos_embedding_groups": 4, "classifier_proj_size": 16, "ctc_loss_reduction": "mean"},
+}
 RELATIVE = {"relative_attention": True, "max_relative_positions": 16, "pos_att_type": ["c2p", "p2c"]}
 MODERNBERT = {
     **{**ENCODER, "num_hidden_layers": 3, "local_attention": 8, "initializer_cutoff_factor": 3.0},
@@ -120,6 +129,18 @@ def sound(model: nn.Module) -> dict[str, Any]:
     return {**speech(model), "labels": torch.tensor([0, LABELS - 1])}
 
 
+def frames(model: nn.Module) -> dict[str, Any]:
+    return {"input_features": torch.randn(2, 30, model.config.input_feat_per_channel), "labels": ids(8)}
+
+
+def waves(model: nn.Module) -> dict[str, Any]:
+    return {"input_values": torch.randn(2, 400), "labels": ids(6)}
+
+
+def wave_labels(model: nn.Module) -> dict[str, Any]:
+    return {**waves(model), "labels": torch.tensor([0, LABELS - 1])}
+
+
 def build(kind: Any, model_type: str, sizes: dict[str, Any]) -> nn.Module:
     return kind.from_config(CONFIG_MAPPING[model_type](**sizes), dtype=torch.float32)
 
@@ -129,7 +150,7 @@ def head(
 ) -> Case:
     """A case named after its model type, what is special about it after a space."""
     model_type = name.split(" ")[0]
-    labels = {"num_labels": LABELS} if inputs in (one_label, token_labels, sound) else {}
+    labels = {"num_labels": LABELS} if inputs in (one_label, token_labels, sound, wave_labels) else {}
     return Case(name, partial(build, kind, model_type, {**sizes, **labels, **options}), inputs, note)
 
 
@@ -164,16 +185,36 @@ def encoders() -> Iterator[Case]:
     yield head("modernbert biases", AutoModelForTokenClassification, token_labels, MODERNBERT, **biases)
 
 
+def further_encoders() -> Iterator[Case]:
+    """Those whose layers are BERT's or Wav2Vec2's."""
+    for model_type in ("ernie", "megatron-bert", "roc_bert", "layoutlm", "data2vec-text"):
+        yield head(model_type, AutoModelForMaskedLM, masked_lm, ENCODER)
+    for model_type in ("roberta-prelayernorm", "xlm-roberta-xl"):
+        yield head(model_type, AutoModelForMaskedLM, masked_lm, ENCODER)
+    narrow = {**ENCODER, "input_embedding_size": 32, "output_embedding_size": 48}
+    yield head("rembert", AutoModelForMaskedLM, masked_lm, narrow, "the decoder's width is another")
+    yield head("splinter", AutoModelForQuestionAnswering, span, ENCODER, question_token_id=5)
+    for model_type in ("wav2vec2", "hubert", "unispeech", "data2vec-audio"):
+        yield head(model_type, AutoModelForCTC, waves, WAVES)
+    stable = {**WAVES, "do_stable_layer_norm": True, "feat_extract_norm": "layer"}
+    yield head("wav2vec2 sounds", AutoModelForAudioClassification, wave_labels, stable, "norms before layers")
+
+
 def encoder_decoders() -> Iterator[Case]:
+    yield head("t5 gated", AutoModelForSeq2SeqLM, seq2seq, T5, feed_forward_proj="gated-gelu")
     for model_type in ("t5", "mt5", "umt5"):
         yield head(model_type, AutoModelForSeq2SeqLM, seq2seq, T5)
-        yield head(f"{model_type} gated", AutoModelForSeq2SeqLM, seq2seq, T5, feed_forward_proj="gated-gelu")
+    for model_type in ("mt5", "umt5"):
+        yield head(f"{model_type} ungated", AutoModelForSeq2SeqLM, seq2seq, T5, feed_forward_proj="relu")
     yield head("t5 untied", AutoModelForSeq2SeqLM, seq2seq, T5, tie_word_embeddings=False)
     yield head("t5 classification", AutoModelForSequenceClassification, one_label, T5)
     yield head("t5 tokens", AutoModelForTokenClassification, token_labels, T5)
     yield head("t5 questions", AutoModelForQuestionAnswering, span, T5)
     for model_type in ("bart", "mbart", "pegasus", "marian", "m2m_100"):
         yield head(model_type, AutoModelForSeq2SeqLM, seq2seq, STACKS)
+    for model_type in ("blenderbot", "blenderbot-small", "plbart"):
+        yield head(model_type, AutoModelForSeq2SeqLM, seq2seq, STACKS)
+    yield head("speech_to_text", AutoModelForSpeechSeq2Seq, frames, SPEECH_TO_TEXT)
     yield head("bart scaled", AutoModelForSeq2SeqLM, seq2seq, STACKS, scale_embedding=True)
     yield head("bart classification", AutoModelForSequenceClassification, one_label, STACKS)
     yield head("bart questions", AutoModelForQuestionAnswering, span, STACKS)
@@ -193,4 +234,4 @@ def encoder_decoders() -> Iterator[Case]:
 
 
 def cases() -> list[Case]:
-    return [*encoders(), *encoder_decoders()]
+    return [*encoders(), *further_encoders(), *encoder_decoders()]
