@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", help="names of cases; all by default. Shows tracebacks")
     parser.add_argument("--tp", type=int, nargs="*", default=[2])
     parser.add_argument("--dp", type=int, help="also replicas: with the first tp, inside DDP")
+    parser.add_argument("--peer", action="store_true", help="also transformers' own tensor parallelism, first tp")
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--seconds", type=float, default=90.0, help="for each case and layout")
     parser.add_argument("--resume", action="store_true", help="leave out what there are saved results of")
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = False
     if not args.table:
         columns = [Column(tp) for tp in args.tp] + ([Column(args.tp[0], args.dp)] if args.dp else [])
+        columns += [Column(args.tp[0], kind=kind) for kind in ("peer, loading", "peer, built") if args.peer]
         for group in args.group or sorted(known):
             failed |= run_group(group, known[group].cases(), columns, args)
     else:
@@ -58,14 +60,16 @@ def run_group(group: str, cases: list[Any], columns: list[Column], args: argpars
         nonlocal failed
         if "result" in answer:  # of the process as a whole
             answer = {column.name: answer for column in columns}
-        traces = {own.pop("trace") for own in answer.values() if "trace" in own}
+        traces = {column: own.pop("trace") for column, own in answer.items() if "trace" in own}
         if args.only:
-            print("\n".join(traces), end="")
+            print("".join(trace for column, trace in traces.items() if column.startswith("tp")), end="")
+        if not answer:
+            return
         answers.setdefault(name, {}).update(answer)
         table.save(group, answers, args.results)
         failed |= any(own["result"] == "fail" for column, own in answer.items() if column.startswith("tp"))
         for column, own in answer.items():
-            print(f"{name:28} {column:12} {own['result']:8} {own['reason']}", flush=True)
+            print(f"{name:28} {column:18} {own['result']:8} {own['reason']}", flush=True)
 
     each(tasks, args.jobs, args.seconds * (len(columns) + 1), done)
     return failed

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor, nn
 
 
+class NoCase(Exception):
+    """Raised by `build` where there turns out to be nothing to compare: the case is left out."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One model to compare with itself unsharded.
@@ -23,7 +27,7 @@ class Case:
             one after.
         inputs: Forward's keyword arguments for a model, labels included where it takes any. The harness seeds torch
             before: equally on the ranks of a replica, otherwise on another replica.
-        note: What is special about it, for the table.
+        note: What is special about it, for the table. `build` may set it on the model instead, as `case_note`.
     """
 
     name: str

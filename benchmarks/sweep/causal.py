@@ -1,6 +1,10 @@
 """Causal language models
 
-Those of transformers whose config has a `base_model_tp_plan`, or for which this package ships a plan.
+All of transformers whose config has a `base_model_tp_plan` (100 of them), and gpt_oss, whose config has none and for
+which this package ships one. A config of several parts has a case of its own only where its own config has the plan
+(llama4, phi4_multimodal); otherwise its text part is the case.
+Eight query heads and two key/value heads, where a config allows it: as many as ranks at tp 2, fewer at tp 4. Layers
+are at least two, and of every kind that the default config has.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ import copy
 import inspect
 from collections.abc import Iterator
 from functools import cache, partial
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -41,7 +46,42 @@ SIZES: dict[str, Any] = {
     **{"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 8},
     **{"partial_rotary_factor": 0.5, "rotary_pct": 0.5, "swa_num_attention_heads": 8, "swa_num_key_value_heads": 2},
     **{"swa_head_dim": 16, "swa_v_head_dim": 16, "num_nextn_predict_layers": 0, "num_kv_shared_layers": 0},
-    "block_size": 8,
+    **{"num_dense_layers": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+    **{"expert_layer_offset": 1, "block_size": 8, "num_expert_group": 1, "num_shared_experts": 1},
+}
+
+# What an architecture needs beside that.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "deepseek_v4": {
+        "layer_types": ["sliding_attention", "heavily_compressed_attention", "compressed_sparse_attention"],
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+        "num_hidden_layers": 3,
+    },
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "phi4_multimodal": {
+        "vision_config": {
+            **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+            **{"image_size": 28, "crop_size": 28, "image_token_id": 1},
+        },
+        "audio_config": {
+            **{"hidden_size": 32, "intermediate_size": 64, "num_blocks": 2, "num_attention_heads": 4},
+            **{"ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 32},
+            "audio_token_id": 2,
+        },
+    },
+    "qwen4_exp_text": {
+        **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8},
+        "indexer_compress_ratio": 2,
+    },
+    "gemma3n_text": {"activation_sparsity_pattern": [0.9, 0.0]},
 }
 
 
@@ -54,9 +94,7 @@ def architectures() -> list[str]:
     shipped = {path.stem for path in SHIPPED.glob("*.yaml")}
     types = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     planned = (name for name in types if name in shipped or getattr(CONFIG_MAPPING[name], "base_model_tp_plan", None))
-    return [
-        name for name in planned if not CONFIG_MAPPING[name].sub_configs
-    ]  # those with a text model are listed by it
+    return list(planned)
 
 
 def language_inputs(model: nn.Module) -> dict[str, Any]:
@@ -97,12 +135,27 @@ def tiny_configs(architecture: str) -> Iterator[Any]:
     latent = {"num_key_value_heads": SIZES["num_attention_heads"]} if "kv_lora_rank" in given else {}
     if {"head_dim", "qk_rope_head_dim"} <= given.keys() and vars(default)["head_dim"] == default.qk_rope_head_dim:
         latent["head_dim"] = given["qk_rope_head_dim"]
-    anew = {name: None for name in ("layer_types", "mlp_layer_types") if name in vars(default)}  # one for each layer
-    first = {name: list(getattr(default, name) or ())[:2] or None for name in anew}
+    lists = [name for name in ("layer_types", "mlp_layer_types", "layers_block_type") if name in vars(default)]
+    kinds = {name: list(dict.fromkeys(getattr(default, name) or ())) for name in lists}
+    number = max(2, *map(len, kinds.values())) if kinds else 2
+    every = {name: list(islice(cycle(values), number)) for name, values in kinds.items() if values}
+    anew = {name: None for name in lists}  # one for each layer
+    first = {name: list(getattr(default, name) or ())[:2] or None for name in lists}
     narrow = {"head_dim": SIZES["hidden_size"] // SIZES["num_attention_heads"]} if "head_dim" in given else {}
+    parts = {
+        name: next(tiny_configs(part.model_type)).to_dict()
+        for name, part in kind.sub_configs.items()
+        if getattr(part, "base_model_tp_plan", None)
+    }
     for sizes in (given, optional, {**given, **narrow}, {**optional, "q_lora_rank": None}):
-        for lists in (anew, first, {}, {"layer_types": ["full_attention"] * 2}):
+        for layers in (
+            {**every, "num_hidden_layers": number},
+            anew,
+            first,
+            {},
+            {"layer_types": ["full_attention"] * 2},
+        ):
             try:
-                yield kind(**{**sizes, **latent, **lists})
+                yield kind(**{**sizes, **latent, **layers, **parts, **SPECIAL.get(architecture, {})})
             except Exception:
                 continue

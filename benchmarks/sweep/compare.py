@@ -35,7 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from accel_tp_ddp import full_gradients, parallelize
 from accel_tp_ddp.errors import PlanError
 
-from .cases import Case, build, inputs, loss_of
+from .cases import Case, NoCase, build, inputs, loss_of
+from .peer import shard_built, shard_while_loading
 from .processes import first_line, on_ranks
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE, TRAINED_TOLERANCE = 1e-4, 1e-3, 2e-4
@@ -45,7 +46,7 @@ LEARNING_RATE, STEPS = 1e-3, 2
 
 @dataclass(frozen=True)
 class Column:
-    """A layout to run a case in, and whose tensor parallelism it is."""
+    """A layout to run a case in, and whose tensor parallelism it is: a key of `SHARDED_BY`."""
 
     tp: int
     dp: int = 1
@@ -107,19 +108,21 @@ def run_case(case: Case, columns: list[Column], seconds: float) -> dict[str, dic
         try:
             if column.dp not in references:
                 references[column.dp] = Reference.of(case, column.dp)
+        except NoCase:
+            return {}
         except Exception as error:
             answers[column.name] = {"result": "skipped", "reason": f"does not run unsharded: {first_line(error)}"}
             continue
         with tempfile.TemporaryDirectory() as folder:
-            if column.kind == "load":
+            if column.kind == "peer, loading":
                 build(case).save_pretrained(folder)
             answers[column.name] = on_ranks(
-                compare, column.tp * column.dp, seconds, case, column, references[column.dp], folder
+                compare, column.tp * column.dp, seconds, case, column, references[column.dp], Path(folder)
             )
     return answers
 
 
-def compare(case: Case, column: Column, reference: Reference, folder: str) -> dict[str, Any]:
+def compare(case: Case, column: Column, reference: Reference, folder: Path) -> dict[str, Any]:
     """On a rank: what there is to say about a case in a column's layout."""
     mesh = init_device_mesh("cpu", (column.dp, column.tp), mesh_dim_names=("dp_replicate", "tp"))
     replica = mesh["dp_replicate"].get_local_rank()
@@ -157,6 +160,7 @@ def compare(case: Case, column: Column, reference: Reference, folder: str) -> di
     answer = {
         "result": "fail" if problems else "pass",
         "reason": "; ".join(problems),
+        "note": getattr(model, "case_note", ""),
         "sharded": f"{sum(is_sharded(p) for p in model.parameters())} of {len(list(model.parameters()))}",
         "error": max((error for error in errors.values() if error == error), default=0.0),
     }
@@ -165,11 +169,16 @@ def compare(case: Case, column: Column, reference: Reference, folder: str) -> di
     return answer
 
 
-def shard_ours(model: nn.Module, mesh: DeviceMesh, folder: str) -> nn.Module:
+def shard_ours(model: nn.Module, mesh: DeviceMesh, folder: Path) -> nn.Module:
     return parallelize(model, mesh)
 
 
-SHARDED_BY: dict[str, Callable[[nn.Module, DeviceMesh, str], nn.Module]] = {"ours": shard_ours}
+#: By a column's kind.
+SHARDED_BY: dict[str, Callable[[nn.Module, DeviceMesh, Path], nn.Module]] = {
+    "ours": shard_ours,
+    "peer, loading": shard_while_loading,
+    "peer, built": shard_built,
+}
 
 
 def is_sharded(param: nn.Parameter) -> bool:
@@ -228,11 +237,11 @@ def unequal_replicas(model: nn.Module, mesh: DeviceMesh) -> list[str]:
     return [f"replicated gradients differ over the ranks, first of {len(unequal)}: `{unequal[0]}`"] if unequal else []
 
 
-def wrong_export(model: nn.Module, batch: dict[str, Any], loss: float, folder: str) -> list[str]:
+def wrong_export(model: nn.Module, batch: dict[str, Any], loss: float, folder: Path) -> list[str]:
     """What is wrong with the checkpoint that `save_pretrained` writes. Collective."""
     if not hasattr(type(model), "from_pretrained"):
         return []
-    path = Path(folder, "export")
+    path = folder / "export"
     model.save_pretrained(path)
     if dist.get_rank() != 0:
         return []

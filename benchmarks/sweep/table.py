@@ -31,8 +31,8 @@ def document(groups: dict[str, ModuleType], folder: Path = RESULTS) -> str:
     """Everything that is saved, one section a group."""
     text = (
         f"Made by `python -m benchmarks.sweep` with transformers {transformers.__version__}: tiny models with random "
-        "weights, each sharded on CPU ranks and compared with itself unsharded. "
-        + _paragraphs(_docstring("compare"))[0]
+        "weights, each sharded on CPU ranks and compared with itself unsharded. What a run has to show, all in fp32, "
+        "without dropout:"
     )
     lines = ["# Architectures", "", *textwrap.wrap(text, 119), ""]
     lines += _docstring("compare").split("\n\n", 2)[2].splitlines()
@@ -77,7 +77,7 @@ def section(module: ModuleType, answers: Answers) -> list[str]:
         first = ours[0] if ours else {}
         collectives = f"{first['forward']} + {first['backward']}" if "forward" in first else ""
         error = f"{max(answer['error'] for answer in ours):.0e}" if ours else ""
-        remarks = dict.fromkeys(filter(None, [notes[name], *_reasons(own, columns)]))
+        remarks = dict.fromkeys(filter(None, [notes[name] or first.get("note"), *_reasons(own, columns)]))
         lines.append(
             f"| {name} | {' | '.join(cells)} | {first.get('sharded', '')} | {collectives} | {error} | "
             f"{'; '.join(remarks)} |"

@@ -1,0 +1,57 @@
+"""Odd sizes
+
+What does not divide by the ranks: vocabularies, intermediate sizes, numbers of experts; padding rows on other ranks
+than the first, and packed projections with fewer key/value heads than ranks.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from . import causal
+from .cases import Case
+
+VOCABULARY = 131  # a prime
+CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama: vocabulary 131": ("llama", {}),
+    "llama: vocabulary 131, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama: padding row 100": ("llama", {"pad_token_id": 100}),
+    "llama: padding row 100, tied": ("llama", {"pad_token_id": 100, "tie_word_embeddings": True}),
+    "llama: intermediate size 130": ("llama", {"intermediate_size": 130}),
+    "llama: intermediate size 127, biases": ("llama", {"intermediate_size": 127, "mlp_bias": True}),
+    "gpt_neox: intermediate size 131": ("gpt_neox", {"intermediate_size": 131}),
+    "phi3: intermediate size 130": ("phi3", {"intermediate_size": 130}),
+    "phi3: one key/value head": ("phi3", {"num_key_value_heads": 1}),
+    "llama: one key/value head": ("llama", {"num_key_value_heads": 1}),
+    "mixtral: 3 experts": ("mixtral", {"num_local_experts": 3}),
+    "mixtral: 5 experts, 3 a token": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 3}),
+    "qwen2_moe: 7 experts, shared one of 34": (
+        "qwen2_moe",
+        {"num_experts": 7, "num_experts_per_tok": 3, "shared_expert_intermediate_size": 34},
+    ),
+    "deepseek_v3: 5 experts of 48": ("deepseek_v3", {"n_routed_experts": 5, "moe_intermediate_size": 48}),
+    "gpt_oss: 3 experts": ("gpt_oss", {"num_local_experts": 3}),
+    "gemma2: vocabulary 131": ("gemma2", {}),
+}
+
+
+def cases() -> list[Case]:
+    return [Case(name, partial(model_of, *change), inputs) for name, change in CHANGES.items()]
+
+
+def model_of(architecture: str, changes: dict[str, Any]) -> nn.Module:
+    config = causal.working_config(architecture)
+    changed = type(config)(**{**config.to_dict(), "vocab_size": VOCABULARY, **changes})
+    return AutoModelForCausalLM.from_config(changed, dtype=torch.float32)
+
+
+def inputs(model: nn.Module) -> dict[str, Any]:
+    """Padding and the last of the vocabulary among the ids."""
+    ids = torch.randint(3, VOCABULARY, (2, causal.LENGTH))
+    ids[:, -2:] = torch.tensor([VOCABULARY - 1, 100])
+    return {"input_ids": ids, "labels": ids, "use_cache": False}
