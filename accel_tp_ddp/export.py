@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import meeting
 from .meeting import missing_peers
 from .shard import ShardInfo, restore_shards, shard_info
+from .slices import refuse_slices
 from .wrappers import unwrap
 
 __all__ = [
@@ -35,6 +36,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
         model: Bare model, or its DDP wrapper.
     """
     model = unwrap(model)
+    refuse_slices(model, "full_state_dict")
     restore_shards(model)
     return full_tensors(model.state_dict(keep_vars=True))
 

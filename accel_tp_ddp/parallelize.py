@@ -22,6 +22,7 @@ from .randomness import draws_dropout
 from .region import ParallelForward, Region
 from .rules import PlanLike, load_plan
 from .shard import mark_whole, restore_shards, shard_info
+from .slices import check_slices_mesh, refuse_slices, restore_whole, settle_slices, whole_on_meta
 from .transformers_tp import adopt
 from .wrappers import unwrap
 
@@ -42,7 +43,8 @@ def parallelize(model: nn.Module, tp_mesh: DeviceMesh, plan: PlanLike = "auto") 
     """Shard `model` over a tensor-parallel mesh by a plan, in place; its parameters are left localized.
 
     The weights of the mesh's first rank count: they are sent to the others before they are cut. A model whose
-    parameters are DTensors already (parallelized by torch or transformers) is taken as it is, and localized.
+    parameters are DTensors already (parallelized by torch or transformers) is taken as it is, and localized. Of one
+    that was loaded in slices, the slices are what the plan would have cut, and stay.
 
     Args:
         model: A bare or compiled model, not yet wrapped in DDP. Plain parameters keep their identity.
@@ -71,6 +73,7 @@ def localize(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If a parameter lies on a mesh of more than one dimension, or has a partial placement.
     """
+    refuse_slices(model, "localize")
     meshes = [param.device_mesh for param in model.parameters() if isinstance(param, DTensor)]
     if meshes:
         parallelize_with_map(model, meshes[0], None)
@@ -124,7 +127,9 @@ def check_model(model: nn.Module, mesh: DeviceMesh, plan: PlanLike = "auto") -> 
                 f"`{name}` of size {tuple(tensor.shape)} is on the meta device and has no data to shard. "
                 "Load the weights first."
             )
-    return resolve_plan(model, tp_size, plan)
+    check_slices_mesh(model, mesh)
+    with whole_on_meta(model):
+        return resolve_plan(model, tp_size, plan)
 
 
 def check_mesh(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -163,11 +168,14 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
         mapping = localize_with_map(model)
         adopt(model, Region(mesh))
     else:
-        _agree_on_weights(model, mesh)
+        restore_whole(model, plan.layouts_by_parameter)
         plain = dict(model.named_parameters(remove_duplicate=False))
         region = Region(mesh, draws_dropout(model))
-        for entry in plan.entries:
-            entry.style.apply(entry.site, region)
+        with whole_on_meta(model) as stand_ins:
+            _agree_on_weights(model, mesh)
+            for entry in plan.entries:
+                entry.style.apply(entry.site, region)
+        settle_slices(model, stand_ins)
         for whole in {model, adapted_model(model)}:  # either may be called, and the second is what unloading leaves
             region.attach(whole)
         if has_dtensor_parameters(model):
@@ -200,4 +208,5 @@ def link_partial_gradients(plan: Plan) -> None:
 def _agree_on_weights(model: nn.Module, mesh: DeviceMesh) -> None:
     """The first rank's values everywhere, as DDP does it over its ranks: seeds may differ, slices must fit."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        send_first_rank(mesh, tensor)
+        if not tensor.is_meta:  # what stands in for a slice, which is no other rank's
+            send_first_rank(mesh, tensor)

@@ -54,6 +54,16 @@ class Plan:
         """Layout of every sharded parameter, by full name."""
         return {entry.site.parameter(name): layout for entry in self.entries for name, layout in entry.layouts.items()}
 
+    @property
+    def layouts_by_parameter(self) -> dict[nn.Parameter, Layout]:
+        """Layout of every sharded parameter, by the parameter that its module holds at the moment."""
+        places = [
+            (entry.site.module, name, layout) for entry in self.entries for name, layout in entry.layouts.items()
+        ]
+        return {
+            param: layout for module, name, layout in places if (param := module._parameters.get(name)) is not None
+        }
+
     def signature(self) -> str:
         """Equal on two ranks only if both would shard the same parameters in the same way."""
         styles = [f"{entry.site.name}: {entry.label}, {entry.layouts}" for entry in self.entries]

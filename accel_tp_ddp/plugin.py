@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .checkpoint.load import hook_load_state
 from .prepare import hook_accelerator
 from .rules import PlanLike
+from .sharded_loading import load_in_slices
 from .trainer import mend_trainer
 
 if TYPE_CHECKING:
@@ -123,6 +124,31 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             yield
         finally:
             self._posing_as_plain = before
+
+    @contextmanager
+    def sharded_loading(self) -> Iterator[None]:
+        """Let `from_pretrained` in the block read no more of a checkpoint than this rank will hold.
+
+        ```python
+        accelerator = Accelerator(parallelism_config=plugin)
+        with plugin.sharded_loading():
+            model = AutoModelForCausalLM.from_pretrained(folder)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        ```
+
+        The model's parameters are then plain parameters of this rank's sizes, cut by `tp_plan`; everything else
+        (dtype, ties, missing and unexpected weights, the loading report) is transformers' own. It can be wrapped in
+        adapters, and runs once `prepare` or `parallelize` has had it. Collective: every rank runs the block, with the
+        same models in the same order; an error on one rank is an error on all. With tp_size=1, or outside of a
+        distributed launch, loading is as it always is.
+
+        Raises:
+            ValueError: Without an accelerator; for a quantized checkpoint, a `device_map` over several devices, or a
+                model that the plan cannot shard.
+            CheckpointError: If a file cannot be read, or the ranks read different ones.
+        """
+        with load_in_slices(self):
+            yield
 
     def get_device_mesh(self, device_type: str | None = None) -> DeviceMesh | None:
         """The mesh `("dp_replicate", "tp")`; None in a single process.

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
-from transformers import get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 from transformers.optimization import Adafactor
 
 from .compare import relative_errors
@@ -49,6 +49,7 @@ class Spec:
     samples: int = TRAIN_SAMPLES
     vocabulary: int = VOCABULARY  # the ids drawn stay below the default
     noise: float = 0.0  # relative, on every initial weight: to see what rounding alone does
+    folder: str | None = None  # of a checkpoint: the model is loaded from there, in slices where there are any
 
     @property
     def exact(self) -> Spec:
@@ -135,10 +136,7 @@ def train(spec: Spec) -> Record:
     accelerator = make_accelerator(
         spec.tp, gradient_accumulation_steps=spec.accumulation, mixed_precision=spec.mixed_precision
     )
-    model = build_model(
-        spec.model, tied=spec.tied, attention=spec.attention, noise=spec.noise, vocab_size=spec.vocabulary
-    )
-    model = model.to(getattr(torch, spec.dtype))
+    model = make_model(spec, accelerator)
     if spec.checkpointing:
         reentrant = {"reentrant": True, "non_reentrant": False}[spec.checkpointing]
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -175,6 +173,17 @@ def train(spec: Spec) -> Record:
     if accelerator.is_main_process:
         record.weights = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
     return record
+
+
+def make_model(spec: Spec, accelerator: Accelerator) -> torch.nn.Module:
+    if spec.folder is not None:
+        plugin = accelerator.state.parallelism_config
+        with nullcontext() if plugin is None else plugin.sharded_loading():
+            return AutoModelForCausalLM.from_pretrained(spec.folder)
+    model = build_model(
+        spec.model, tied=spec.tied, attention=spec.attention, noise=spec.noise, vocab_size=spec.vocabulary
+    )
+    return model.to(getattr(torch, spec.dtype))
 
 
 def autocasting(dtype: str | None) -> AbstractContextManager:
