@@ -24,6 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from .shard import Shared
+
 __all__ = [
     "add_share",
     "copy_to_tp",
@@ -36,10 +38,7 @@ __all__ = [
 ]
 
 
-Slot = tuple[int, int]
-
-
-def copy_to_tp(mesh: DeviceMesh, *tensors: Tensor, slots: Sequence[Slot | None] = ()) -> tuple[Tensor, ...]:
+def copy_to_tp(mesh: DeviceMesh, *tensors: Tensor, shared: Sequence[Shared | None] = ()) -> tuple[Tensor, ...]:
     """Open a tensor-parallel region: forward identity, backward one all-reduce over all of `tensors` together.
 
     The sum of the gradients is taken once, when every consumer of every copy has contributed, so modules that share
@@ -48,16 +47,16 @@ def copy_to_tp(mesh: DeviceMesh, *tensors: Tensor, slots: Sequence[Slot | None] 
     Args:
         mesh: One-dimensional tensor-parallel mesh.
         tensors: Replicated tensors, any shapes. One that requires no gradient is returned as it is.
-        slots: For each tensor None, or (n, of how many): a tensor that is equal only on the ranks with the same n.
-            Its gradients are summed over those.
+        shared: For each tensor None, or which pieces of it other ranks hold too. Only their gradients are summed, each
+            over the ranks that hold it.
     """
     if not torch.is_grad_enabled():
         return tensors
     wanted = [tensor.requires_grad for tensor in tensors]
     if not any(wanted):
         return tensors
-    slots = tuple(slot for slot, want in zip(slots or [None] * len(tensors), wanted) if want)
-    copies = iter(_CopyToTP.apply(mesh, slots, *(tensor for tensor, want in zip(tensors, wanted) if want)))
+    shared = tuple(pieces for pieces, want in zip(shared or [None] * len(tensors), wanted) if want)
+    copies = iter(_CopyToTP.apply(mesh, shared, *(tensor for tensor, want in zip(tensors, wanted) if want)))
     return tuple(next(copies) if want else tensor for tensor, want in zip(tensors, wanted))
 
 
@@ -134,16 +133,17 @@ def gather_replicas(mesh: DeviceMesh, data: Any) -> Any:
 
 class _CopyToTP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mesh: DeviceMesh, slots: tuple[Slot | None, ...], *tensors: Tensor):
-        ctx.mesh, ctx.slots = mesh, slots
+    def forward(ctx, mesh: DeviceMesh, shared: tuple[Shared | None, ...], *tensors: Tensor):
+        ctx.mesh, ctx.shared = mesh, shared
         ctx.set_materialize_grads(False)  # a copy that nobody used adds nothing to the collective
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor | None):
-        summed = _all_reduce_together(ctx.mesh, [_into_slot(grad, slot) for grad, slot in zip(grads, ctx.slots)])
-        return None, None, *(_out_of_slot(grad, slot) for grad, slot in zip(summed, ctx.slots))
+        sent = [laid_out(grad, shared) for grad, shared in zip(grads, ctx.shared)]
+        summed = _all_reduce_together(ctx.mesh, sent)
+        return None, None, *(put_back(*each) for each in zip(grads, summed, ctx.shared))
 
 
 class _ReduceFromTP(torch.autograd.Function):
@@ -188,17 +188,31 @@ class _SplitToTP(torch.autograd.Function):
         return None, _all_gather(ctx.mesh, grad, ctx.dim, ctx.sizes), None, None
 
 
-def _into_slot(tensor: Tensor | None, slot: Slot | None) -> Tensor | None:
-    """Ranks of other slots leave this one zero, so one sum over all ranks is one sum for each slot."""
-    if tensor is None or slot is None:
+def laid_out(tensor: Tensor | None, shared: Shared | None) -> Tensor | None:
+    """The pieces of `tensor` that other ranks hold too, among all such pieces.
+
+    Those that this rank does not hold stay zero, so one sum over all ranks is a sum for each piece.
+    """
+    if tensor is None or shared is None:
         return tensor
-    slots = tensor.new_zeros((slot[1], *tensor.shape))
-    slots[slot[0]] = tensor
-    return slots
+    shape = list(tensor.shape)
+    shape[shared.dim] = shared.total
+    everyone = tensor.new_zeros(shape)
+    for piece in shared.pieces:
+        own = tensor.narrow(shared.dim, piece.start, piece.length)
+        everyone.narrow(shared.dim, piece.offset, piece.length).copy_(own)
+    return everyone
 
 
-def _out_of_slot(tensor: Tensor | None, slot: Slot | None) -> Tensor | None:
-    return tensor if tensor is None or slot is None else tensor[slot[0]]
+def put_back(tensor: Tensor | None, everyone: Tensor | None, shared: Shared | None) -> Tensor | None:
+    """A copy of `tensor` with its shared pieces taken from what `laid_out` has made and the ranks have summed."""
+    if tensor is None or shared is None:
+        return everyone
+    result = tensor.clone()
+    for piece in shared.pieces:
+        own = everyone.narrow(shared.dim, piece.offset, piece.length)
+        result.narrow(shared.dim, piece.start, piece.length).copy_(own)
+    return result
 
 
 def _all_reduce(mesh: DeviceMesh, tensor: Tensor) -> Tensor:

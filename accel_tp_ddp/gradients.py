@@ -53,7 +53,7 @@ def full_grad_norm(
     for param in with_grad:
         info = shard_info(param)
         if info is not None and info.is_sharded:
-            by_mesh.setdefault(info.mesh, []).extend([param.grad] if info.is_counted else [])
+            by_mesh.setdefault(info.mesh, []).extend(info.counted(param.grad))
         else:
             whole.append(param.grad)
     device = with_grad[0].grad.device

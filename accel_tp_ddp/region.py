@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .collectives import copy_to_tp
 from .randomness import RandomStream
-from .shard import ShardInfo, restore_shards, shard_info
+from .shard import ShardInfo, Shared, restore_shards, shard_info
 
 __all__ = ["ParallelForward", "Region"]
 
@@ -67,7 +67,7 @@ class Region:
             self.mesh,
             tensor,
             *(partner.module._parameters[name] for partner, name in partial),
-            slots=[None, *(partner.slot(name) for partner, name in partial)],
+            shared=[None, *(partner.shared(name) for partner, name in partial)],
         )
         for (partner, name), param in zip(partial, params):
             partner.offered[name] = param
@@ -201,9 +201,9 @@ class ParallelForward:
     def is_partial(self, name: str) -> bool:
         return self.shards[name].is_repeated if name in self.shards else self.style.partial_gradients
 
-    def slot(self, name: str) -> tuple[int, int] | None:
+    def shared(self, name: str) -> Shared | None:
         """See `copy_to_tp`."""
-        return self.shards[name].slot if name in self.shards else None
+        return self.shards[name].shared if name in self.shards else None
 
     def summed_parameters(self) -> dict[str, Tensor]:
         """Own parameters, their gradients summed over the ranks: as offered by `Region.enter`, or by themselves."""
@@ -213,7 +213,7 @@ class ParallelForward:
         own = copy_to_tp(
             self.mesh,
             *(self.module._parameters[name] for name in missing),
-            slots=[self.slot(name) for name in missing],
+            shared=[self.shared(name) for name in missing],
         )
         return {**{name: offered[name] for name in names if name in offered}, **dict(zip(missing, own))}
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from .collectives import send_first_rank
+from .collectives import laid_out, put_back, send_first_rank
 from .shard import ShardInfo, shard_info
 
 __all__ = ["ReplicaGuard", "checksum"]
@@ -109,13 +109,13 @@ class ReplicaGuard:
         """
         named = {name: (tensor, info) for name, tensor, info in self._replicated(optimizer)}
         named[_RANDOM_STATE] = (torch.get_rng_state(), None)
-        sums = [_in_its_slot(checksum(tensor), info) for tensor, info in named.values()]
+        sums = [_checksums(tensor, info) for tensor, info in named.values()]
         # max(c) and -max(-c) = min(c) differ if any two ranks do.
         bounds = torch.cat([*(c for c, _ in sums), *(negative for _, negative in sums)]).to(self.mesh.device_type)
         dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.mesh.get_group())
         highest, lowest = bounds.cpu().chunk(2)
         differs = (highest != -lowest).split([len(c) for c, _ in sums])
-        drifted = [name for name, slots in zip(named, differs) if slots.any()]
+        drifted = [name for name, pieces in zip(named, differs) if pieces.any()]
         if drifted:
             steps = self._steps[optimizer] if optimizer else 0
             message = (
@@ -171,27 +171,32 @@ def _is_held_by_several(param: nn.Parameter) -> bool:
     return is_replicated(param) or _repeated(param) is not None
 
 
-def _in_its_slot(total: Tensor, info: ShardInfo | None) -> tuple[Tensor, Tensor]:
-    """A checksum and its negative, among those of the other parts that this rank does not hold."""
-    slot, slots = (0, 1) if info is None else info.slot
-    both = torch.full((2, slots), _NONE, dtype=total.dtype)
-    both[:, slot] = torch.stack([total, -total])
+def _checksums(tensor: Tensor, info: ShardInfo | None) -> tuple[Tensor, Tensor]:
+    """The checksum of what several ranks hold, and its negative; one for each piece, if it is not the whole tensor.
+
+    Pieces that this rank does not hold have the lowest number there is.
+    """
+    if info is None:
+        total = checksum(tensor).view(1)
+        return total, -total
+    both = torch.full((2, len(info.layout.repeated)), _NONE, dtype=torch.int64)
+    for piece in info.shared.pieces:
+        total = checksum(tensor.narrow(info.layout.dim, piece.start, piece.length))
+        both[:, piece.index] = torch.stack([total, -total])
     return both[0], both[1]
 
 
 def send_first_holders(mesh: DeviceMesh, parts: list[tuple[Tensor, ShardInfo]]) -> None:
-    """Overwrite tensors of one data type by those of the first rank that holds the same part; one collective."""
-    buffers = []
+    """Overwrite what several ranks hold of tensors of one data type by what the first of them has; one collective."""
+    rank, buffers = mesh.get_local_rank(), []
     for tensor, info in parts:
-        slot, slots = info.slot
-        buffers.append(tensor.new_zeros((slots, tensor.numel())))
-        if info.is_counted:
-            buffers[-1][slot] = tensor.reshape(-1)
+        shared, layout = info.shared, info.layout
+        first = [piece for piece in shared.pieces if layout.holds_first(rank, layout.repeated[piece.index])]
+        buffers.append(laid_out(tensor, shared._replace(pieces=tuple(first))))
     flat = torch.cat([buffer.reshape(-1) for buffer in buffers]).to(mesh.device_type)
     dist.all_reduce(flat, group=mesh.get_group())  # to all others it adds nothing but zeros
-    for (tensor, info), buffer in zip(parts, flat.split([buffer.numel() for buffer in buffers])):
-        slot, slots = info.slot
-        tensor.copy_(buffer.view(slots, *tensor.shape)[slot])
+    for (tensor, info), sent, buffer in zip(parts, flat.split([b.numel() for b in buffers]), buffers):
+        tensor.copy_(put_back(tensor, sent.view_as(buffer), info.shared))
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +19,9 @@ Ranges = tuple[tuple[int, int], ...]
 
 __all__ = [
     "Layout",
+    "Piece",
     "ShardInfo",
+    "Shared",
     "chunk_ranges",
     "mark_whole",
     "packed_ranges",
@@ -28,6 +32,36 @@ __all__ = [
 ]
 
 _REMEMBERED = "_tp_shards"
+
+
+class Piece(NamedTuple):
+    """A range that several ranks hold, as one of them does.
+
+    Attributes:
+        index: Its number among the repeated ranges of the layout.
+        offset: Where it begins if all of those are laid one after the other.
+        start: Where it begins in the rank's own part.
+        length: How long it is.
+    """
+
+    index: int
+    offset: int
+    start: int
+    length: int
+
+
+class Shared(NamedTuple):
+    """Which pieces of a local tensor other ranks hold too.
+
+    Attributes:
+        dim: The dimension that is cut.
+        total: Length of all repeated ranges together.
+        pieces: Those that this rank holds.
+    """
+
+    dim: int
+    total: int
+    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
@@ -58,13 +92,40 @@ class Layout:
         return tuple(dict.fromkeys(held for held, size in zip(self.ranges, self.sizes) if size))
 
     @cached_property
-    def repeated(self) -> bool:
-        """Whether some ranks hold the same part, as of key/value heads that are fewer than the ranks."""
-        return len(self.parts) < sum(size > 0 for size in self.sizes)
+    def repeated(self) -> tuple[tuple[int, int], ...]:
+        """The ranges that several ranks hold, such as key/value heads that are fewer than the ranks, in order."""
+        held = Counter(span for ranges in self.ranges for span in set(ranges) if span[0] < span[1])
+        return tuple(sorted(span for span, ranks in held.items() if ranks > 1))
 
-    def holds_first(self, rank: int) -> bool:
-        """Whether no lower rank holds the same part: what is counted over all ranks is counted there."""
-        return self.ranges.index(self.ranges[rank]) == rank
+    def holds_first(self, rank: int, span: tuple[int, int] | None = None) -> bool:
+        """Whether no lower rank holds the same: what is counted once is counted there.
+
+        Args:
+            rank: A rank.
+            span: One of the ranges that it holds; all of them together by default.
+        """
+        if span is None:
+            return self.ranges.index(self.ranges[rank]) == rank
+        return not any(span in ranges for ranges in self.ranges[:rank])
+
+    def pieces(self, rank: int) -> tuple[Piece, ...]:
+        """What `rank` holds together with other ranks."""
+        offsets = dict(zip(self.repeated, accumulate((stop - start for start, stop in self.repeated), initial=0)))
+        pieces, taken = [], 0
+        for span in self.ranges[rank]:
+            if span in offsets:
+                pieces.append(Piece(self.repeated.index(span), offsets[span], taken, span[1] - span[0]))
+            taken += span[1] - span[0]
+        return tuple(pieces)
+
+    def counted(self, rank: int) -> tuple[tuple[int, int], ...]:
+        """Half-open ranges of `rank`'s own part that no lower rank holds."""
+        own, taken = [], 0
+        for start, stop in self.ranges[rank]:
+            if (start, stop) not in self.repeated or self.holds_first(rank, (start, stop)):
+                own.append((taken, taken + stop - start))
+            taken += stop - start
+        return tuple(own)
 
 
 def chunk_ranges(size: int, parts: int) -> tuple[Ranges, ...]:
@@ -73,15 +134,22 @@ def chunk_ranges(size: int, parts: int) -> tuple[Ranges, ...]:
     return tuple(((min(rank * step, size), min((rank + 1) * step, size)),) for rank in range(parts))
 
 
-def packed_ranges(sections: Sequence[int], parts: int) -> tuple[Ranges, ...]:
+def packed_ranges(sections: Sequence[int], parts: int, copies: Sequence[int] = ()) -> tuple[Ranges, ...]:
     """Cut each of several sections that are packed along one dimension (gate and up; q, k and v) by itself.
 
     A rank then holds its part of the first section, its part of the second, and so on.
+
+    Args:
+        sections: Length of each.
+        parts: Number of ranks.
+        copies: For each section, how many ranks next to each other hold the same part of it; one by default.
     """
     per_rank: list[list[tuple[int, int]]] = [[] for _ in range(parts)]
     offset = 0
-    for section in sections:
-        for rank, ((start, stop),) in enumerate(chunk_ranges(section, parts)):
+    for section, alike in zip(sections, copies or [1] * len(sections)):
+        chunks = chunk_ranges(section, parts // alike)
+        for rank in range(parts):
+            ((start, stop),) = chunks[rank // alike]
             per_rank[rank].append((offset + start, offset + stop))
         offset += section
     return tuple(tuple(ranges) for ranges in per_rank)
@@ -114,18 +182,21 @@ class ShardInfo:
 
     @property
     def is_repeated(self) -> bool:
-        """Whether some ranks hold the same part, so that each of them has only a part of its gradient."""
-        return self.layout is not None and self.layout.repeated
+        """Whether some ranks hold the same, so that each of them has only a part of its gradient."""
+        return self.layout is not None and bool(self.layout.repeated)
 
     @property
-    def slot(self) -> tuple[int, int]:
-        """Which of the different parts this rank holds, and how many there are."""
-        return self.layout.parts.index(self.layout.ranges[self.mesh.get_local_rank()]), len(self.layout.parts)
+    def shared(self) -> Shared:
+        """What other ranks hold too of this rank's part."""
+        total = sum(stop - start for start, stop in self.layout.repeated)
+        return Shared(self.layout.dim, total, self.layout.pieces(self.mesh.get_local_rank()))
 
-    @property
-    def is_counted(self) -> bool:
-        """Whether this rank's part is to be counted where all parts are counted together."""
-        return self.layout.holds_first(self.mesh.get_local_rank())
+    def counted(self, local: Tensor) -> list[Tensor]:
+        """The slices of this rank's `local` part that it counts where all parts are counted together."""
+        if not self.layout.repeated:
+            return [local]
+        own = self.layout.counted(self.mesh.get_local_rank())
+        return [local.narrow(self.layout.dim, start, stop - start) for start, stop in own]
 
     def local_part(self, full: Tensor) -> Tensor:
         """This rank's part of `full` (shape `global_shape`), in storage of its own."""

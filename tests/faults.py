@@ -117,7 +117,7 @@ def _reduce_with_a_summed_gradient(mesh: Any, tensor: Tensor) -> Tensor:
     return _reduce_from_tp(mesh, *collectives.copy_to_tp(mesh, tensor))
 
 
-def _not_copied(mesh: Any, *tensors: Tensor, slots: Any = ()) -> tuple[Tensor, ...]:
+def _not_copied(mesh: Any, *tensors: Tensor, shared: Any = ()) -> tuple[Tensor, ...]:
     return tensors
 
 
@@ -242,7 +242,7 @@ _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "gather with a sum in its backward": [(collectives._GatherFromTP, "backward", _sum_then_slice)],
     "reduce with a sum in its backward": [(linear, "reduce_from_tp", _reduce_with_a_summed_gradient)],
     "packed weights cut as one": [
-        (packed, "packed_ranges", lambda sections, parts: chunk_ranges(sum(sections), parts)),
+        (packed, "packed_ranges", lambda sections, parts, copies=(): chunk_ranges(sum(sections), parts)),
     ],
     "lookup not masked": [(embedding.EmbeddingRowwise, "forward", _unmasked_lookup)],
     "scheduler steps for every process": [(prepare._Hooks, "prepare_scheduler", _stock("prepare_scheduler"))],
@@ -251,7 +251,7 @@ _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
         (accelerate.accelerator, "prepare_data_loader", _without_the_mesh),
         (prepare, "watch_batches", lambda *args: None),  # which would raise
     ],
-    "shared heads counted by every rank": [(ShardInfo, "is_counted", True)],
+    "shared heads counted by every rank": [(ShardInfo, "counted", lambda self, local: [local])],
 }
 # Those that a plain training run does not meet, or does not show; each is tried where it can be seen.
 _MORE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
@@ -298,7 +298,9 @@ _STYLE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
             lambda self, name: name not in self.shards and self.style.partial_gradients,
         )
     ],
-    "shared heads summed over all ranks": [(region.ParallelForward, "slot", lambda self, name: None)],
+    "shared heads summed over all ranks": [(region.ParallelForward, "shared", lambda self, name: None)],
+    # Queries too, which no other rank has.
+    "shared sections summed as a whole": [(region.ParallelForward, "shared", lambda self, name: None)],
     "sinks of other heads": [(linear.Colwise, "bare_layout", _heads_in_reverse)],
     "expert bias on every rank": [(experts, "add_share", lambda mesh, tensor: tensor)],
     "expert bias with a divided gradient": [(experts, "add_share", lambda mesh, tensor: tensor / mesh.size())],

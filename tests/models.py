@@ -18,13 +18,14 @@ _SIZES = {
     "initializer_range": 0.1,  # large enough for each weight to matter to the loss
 }
 _GROUPED = {"num_key_value_heads": 4, "intermediate_size": 96, "pad_token_id": 0}
+_PHI3 = {"model_type": "phi3", "bos_token_id": 1, "eos_token_id": 2, "sliding_window": None}
 _CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
     "qwen3": {**_GROUPED, "head_dim": 16},
     "mistral": {**_GROUPED, "sliding_window": 8},
     "gpt_neox": {"intermediate_size": 128, "rotary_pct": 0.5, "hidden_dropout": 0.0, "attention_dropout": 0.0},
     "gemma2": {**_GROUPED, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
-    "phi3": {**_GROUPED, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": None},
+    "phi3": {**_GROUPED, **_PHI3},
 }
 ARCHITECTURES = tuple(_CONFIGS)
 _EXPERTS = {**_GROUPED, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -45,6 +46,14 @@ _FURTHER: dict[str, dict[str, Any]] = {
     },
     "apertus": _GROUPED,  # whose activation has parameters
     "llama_one_key": {**_GROUPED, "model_type": "llama", "num_key_value_heads": 1},
+    "phi3_one_key": {**_GROUPED, "model_type": "phi3", "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2},
+    "phi3_two_keys": {
+        **_GROUPED,
+        "model_type": "phi3",
+        "num_key_value_heads": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "qwen3_two_keys": {**_GROUPED, "model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 2},
     "qwen2_one_key": {**_GROUPED, "model_type": "qwen2", "num_key_value_heads": 1},
 }

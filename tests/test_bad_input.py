@@ -445,9 +445,9 @@ def intermediate_size(here):
     return (build_model("llama", intermediate_size=90),)
 
 
-@case(PREPARE_TP4, "`model.layers.0.self_attn.", "key value heads = 2", "tp_size=4", "`replicate`")
-def two_key_value_heads_packed(here):
-    return (build_model("phi3", num_key_value_heads=2),)
+@case(PREPARE_TP4, "`model.layers.0.self_attn.", "key value heads = 3", "tp_size=4", "`replicate`")
+def three_key_value_heads_packed(here):
+    return (build_model("phi3", hidden_size=96, num_attention_heads=12, num_key_value_heads=3),)
 
 
 @case(PREPARE_TP4, "`model.embed_tokens.weight` of size (5, 64)", "leaves ranks without a part", "smaller tp_size")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 
 from accel_tp_ddp.collectives import add_share, copy_to_tp, gather_from_tp, reduce_from_tp, split_to_tp
+from accel_tp_ddp.shard import Piece, Shared
 
 from .ranks import run_on_ranks
 
@@ -349,7 +350,9 @@ def check_copy_to_tp_in_slots(tp):
 
         x, y = shared[own].clone().requires_grad_(), whole.clone().requires_grad_()
         tensors = (x, y) if beside_another else (x,)
-        copies = copy_to_tp(mesh, *tensors, slots=[(own, slots), None][: len(tensors)])
+        piece = Piece(own, own * shape[0], 0, shape[0])
+        pieces = Shared(0, slots * shape[0], (piece,))
+        copies = copy_to_tp(mesh, *tensors, shared=[pieces, None][: len(tensors)])
         loss(rank, copies[0], copies[-1]).backward()
         plain, plain_y = [each.clone().requires_grad_() for each in shared], whole.clone().requires_grad_()
         sum(loss(other, plain[other * slots // tp], plain_y) for other in range(tp)).backward()

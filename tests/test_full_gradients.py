@@ -149,6 +149,7 @@ SHOWN_BY = {
     "shared rotary keys not summed": ("deepseek_v2", 2, "self_attn.kv_a_proj_with_mqa.weight"),
     "shared heads not summed": ("llama_one_key", 2, "self_attn.k_proj.weight"),
     "shared heads summed over all ranks": ("qwen3_two_keys", 4, "self_attn.v_proj.weight"),
+    "shared sections summed as a whole": ("phi3_two_keys", 4, "self_attn.qkv_proj.weight"),
     "sinks of other heads": ("gpt_oss", 2, "self_attn.sinks"),
     "expert bias on every rank": ("gpt_oss", 2, "mlp.experts.down_proj_bias"),
     "expert bias with a divided gradient": ("gpt_oss", 2, "mlp.experts.down_proj_bias"),

@@ -37,6 +37,18 @@ def test_a_head_is_not_cut_and_those_next_to_each_other_share_it(heads, tp, hold
     assert not layouts["model.layers.1.self_attn.q_proj.weight"].repeated
 
 
+def test_packed_keys_and_values_are_shared_and_queries_are_not():
+    layout = resolve_plan(build_model("phi3_two_keys"), 4).layouts["model.layers.1.self_attn.qkv_proj.weight"]
+    queries = [(16 * rank, 16 * rank + 16) for rank in range(4)]
+    keys, values = [
+        [(start + 8 * (rank // 2), start + 8 * (rank // 2) + 8) for rank in range(4)] for start in (64, 80)
+    ]
+    assert layout.ranges == tuple(zip(queries, keys, values))
+    assert layout.repeated == ((64, 72), (72, 80), (80, 88), (88, 96))
+    assert layout.pieces(3) == ((1, 8, 16, 8), (3, 24, 24, 8))
+    assert [layout.counted(rank) for rank in (2, 3)] == [((0, 16), (16, 24), (24, 32)), ((0, 16),)]
+
+
 def test_empty_parts_are_not_shared_ones():
     assert not Layout(0, (((0, 1),), ((1, 1),), ((1, 1),))).repeated
 
@@ -51,6 +63,12 @@ def heads_on_a_rank(architecture):
     state = full_state_dict(model)
     model(**token_batch()).loss.backward()
     attention = model.model.layers[0].self_attn
+
+    def shared(tensor, projection):
+        """What other ranks hold too, as one tensor."""
+        info = shard_info(projection.weight)
+        return torch.cat([tensor[piece.start : piece.start + piece.length] for piece in info.shared.pieces])
+
     return {
         "shapes": shapes,
         "state": state,
@@ -58,9 +76,10 @@ def heads_on_a_rank(architecture):
         "norms": [float(full_grad_norm(model.parameters(), p)) for p in (1.0, 2.0, float("inf"))],
         "groups": attention.num_key_value_groups,
         "own": [
-            int(checksum(tensor))
+            int(checksum(shared(tensor, projection)))
             for layer in model.model.layers
-            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj)
+            for name, projection in layer.self_attn.named_children()
+            if name in ("k_proj", "v_proj", "qkv_proj")
             for tensor in (projection.weight, projection.weight.grad)
         ],
         "generated": model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False).tolist(),
@@ -68,7 +87,11 @@ def heads_on_a_rank(architecture):
 
 
 @pytest.mark.parametrize(
-    "architecture, tp, sharing", [("llama_one_key", 2, [2]), ("llama_one_key", 4, [4]), ("qwen3_two_keys", 4, [2, 2])]
+    "architecture, tp, sharing",
+    [
+        *(("llama_one_key", 2, [2]), ("llama_one_key", 4, [4]), ("qwen3_two_keys", 4, [2, 2])),
+        *(("phi3_one_key", 2, [2]), ("phi3_two_keys", 4, [2, 2])),
+    ],
 )
 def test_state_gradients_norm_and_generation_are_those_of_the_unsharded_model(architecture, tp, sharing):
     reference = build_model(architecture)
@@ -87,8 +110,12 @@ def test_state_gradients_norm_and_generation_are_those_of_the_unsharded_model(ar
         assert result["norms"] == pytest.approx(norms, rel=1e-5)
         assert result["generated"] == generated
         assert result["groups"] == config.num_attention_heads // tp  # one key/value head for all of the rank's queries
-        width = state["model.layers.0.self_attn.k_proj.weight"].shape[0] // config.num_key_value_heads
-        assert result["shapes"]["model.layers.0.self_attn.k_proj.weight"] == (width, 64)
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        queries = config.num_attention_heads // tp
+        expected = {"k_proj": (width, 64), "v_proj": (width, 64), "qkv_proj": ((queries + 2) * width, 64)}
+        first_layer = {name.split(".")[-2]: shape for name, shape in result["shapes"].items() if ".layers.0." in name}
+        assert all(first_layer[name] == expected[name] for name in expected.keys() & first_layer.keys())
+        assert expected.keys() & first_layer.keys()
     first = 0
     for count in sharing:  # weights and gradients, bit by bit
         same = [result["own"] for result in results[first : first + count]]
@@ -101,9 +128,9 @@ def test_state_gradients_norm_and_generation_are_those_of_the_unsharded_model(ar
 # --- they stay equal -------------------------------------------------------------------------------------------------
 
 
-def drifting(guarded):
+def drifting(guarded, architecture="qwen3_two_keys"):
     mesh = tp_mesh()
-    model = parallelize(build_model("qwen3_two_keys"), mesh)
+    model = parallelize(build_model(architecture), mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     guard = ReplicaGuard(mesh, 0, "heal")
     guard.add(model)
@@ -122,7 +149,12 @@ def drifting(guarded):
         optimizer.zero_grad()
 
     def sums():
-        tensors = [tensor for p in shared.values() for tensor in (p, *optimizer.state[p].values())]
+        tensors = [
+            tensor[piece.start : piece.start + piece.length] if tensor.ndim else tensor
+            for param in shared.values()
+            for tensor in (param, *optimizer.state[param].values())
+            for piece in shard_info(param).shared.pieces
+        ]
         return [int(checksum(tensor)) for tensor in tensors]
 
     before = sums()
@@ -130,18 +162,20 @@ def drifting(guarded):
     return sorted(shared), before, sums(), drifted
 
 
-def test_ranks_that_share_a_head_keep_it_bit_equal():
-    results = run_on_ranks(drifting, 4, True)
+@pytest.mark.parametrize("architecture", ["qwen3_two_keys", "phi3_two_keys"])
+def test_ranks_that_share_a_head_keep_it_bit_equal(architecture):
+    results = run_on_ranks(drifting, 4, True, architecture)
     for mine, peer in ((0, 1), (2, 3)):
         assert results[mine][1] == results[peer][1]
     assert results[0][1] != results[2][1]
     assert all(drifted == [] for *_, drifted in results)
 
 
-def test_a_shared_head_that_has_drifted_is_found_and_mended():
-    results = run_on_ranks(drifting, 4, False)
+@pytest.mark.parametrize("architecture", ["qwen3_two_keys", "phi3_two_keys"])
+def test_a_shared_head_that_has_drifted_is_found_and_mended(architecture):
+    results = run_on_ranks(drifting, 4, False, architecture)
     shared, *_ = results[0]
-    assert len(shared) == 4
+    assert len(shared) == (2 if architecture == "phi3_two_keys" else 4)
     for mine, peer in ((0, 1), (2, 3)):
         assert results[mine][1] != results[peer][1]
         assert results[mine][2] == results[peer][2]

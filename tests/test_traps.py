@@ -364,6 +364,7 @@ TRAPS = {
         (
             ("shared heads not summed", OF_A_STYLE),
             ("shared heads summed over all ranks", OF_A_STYLE),
+            ("shared sections summed as a whole", OF_A_STYLE),
             ("shared heads counted by every rank", IN_A_RUN),
         ),
     ),

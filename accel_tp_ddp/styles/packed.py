@@ -6,9 +6,9 @@ from typing import Any
 
 from ..region import Region
 from ..shard import Layout, packed_ranges
-from .base import Site
+from .base import Site, Style
 from .kinds import in_features, is_linear, out_features
-from .linear import Colwise, Rowwise, bare_output_dim
+from .linear import Colwise, Rowwise, bare_output_dim, verify_whole_heads
 
 __all__ = ["PackedColwise", "PackedQKVColwise", "PackedRowwise"]
 
@@ -48,8 +48,15 @@ class PackedQKVColwise(PackedColwise):
     The attention module slices its activations by head counts, so it is shown this rank's counts.
     """
 
+    repeats_heads = True
+
     def __init__(self):
         super().__init__(sections=3)
+
+    def output_layout(self, site: Site) -> Layout:
+        queries, keys, values = self.section_sizes(site)
+        copies = site.ranks_per_head(keys)
+        return Layout(0, packed_ranges([queries, keys, values], site.tp_size, [1, copies, copies]))
 
     def section_sizes(self, site: Site) -> list[int]:
         width, counts = site.head_width(), site.head_counts()
@@ -61,6 +68,13 @@ class PackedQKVColwise(PackedColwise):
             )
         key_value = counts.get("num_key_value_heads", heads) * width
         return [heads * width, key_value, key_value]
+
+    def verify(self, site: Site) -> None:
+        if is_linear(site.module):
+            sizes = self.section_sizes(site)
+            verify_sum(site, sizes)
+            verify_whole_heads(site, sizes[0], "queries")
+        Style.verify(self, site)
 
     def apply(self, site: Site, region: Region) -> None:
         super().apply(site, region)
@@ -103,7 +117,8 @@ class LocalHeads:
         if name.startswith("__") or name in ("_config", "_tp_size"):  # not yet there while being copied or unpickled
             raise AttributeError(name)
         value = getattr(self._config, name)
-        return value // self._tp_size if name in ("num_attention_heads", "num_key_value_heads") else value
+        heads = ("num_attention_heads", "num_key_value_heads")  # fewer than ranks are held by several ranks each
+        return max(value // self._tp_size, 1) if name in heads else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._config, name, value)
@@ -137,13 +152,18 @@ def equal_sections(site: Site, features: int, sections: int) -> list[int]:
     return [features // sections] * sections
 
 
-def verify_sections(site: Site, sizes: list[int]) -> None:
+def verify_sum(site: Site, sizes: list[int]) -> None:
     weight = site.module.weight
     if not any(sum(sizes) == size for size in weight.shape):
         raise site.error(
             f"`{site.parameter('weight')}` of size {tuple(weight.shape)} does not hold sections of {sizes}.",
             "Use `colwise_gather_output` with `rowwise_split_input` on the next layer.",
         )
+
+
+def verify_sections(site: Site, sizes: list[int]) -> None:
+    verify_sum(site, sizes)
+    weight = site.module.weight
     for size in sizes:
         if size % site.tp_size:
             raise site.error(

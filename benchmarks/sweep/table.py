@@ -23,7 +23,8 @@ def load(group: str, folder: Path = RESULTS) -> Answers:
 def save(group: str, answers: Answers, folder: Path = RESULTS) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{group}.json"
-    path.with_suffix(".part").write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
+    lines = [f"{json.dumps(name)}: {json.dumps(own)}" for name, own in sorted(answers.items())]
+    path.with_suffix(".part").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     path.with_suffix(".part").replace(path)
 
 
