@@ -21,7 +21,7 @@ from .plan import Plan, resolve_plan
 from .randomness import draws_dropout
 from .region import ParallelForward, Region
 from .rules import PlanLike, load_plan
-from .shard import mark_whole, restore_shards, shard_info
+from .shard import mark_whole, remember_everywhere, restore_shards, shard_info
 from .slices import check_slices_mesh, refuse_slices, restore_whole, settle_slices, whole_on_meta
 from .transformers_tp import adopt
 from .wrappers import unwrap
@@ -181,6 +181,7 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
         if has_dtensor_parameters(model):
             localize_with_map(model, keep=plain)
         link_partial_gradients(plan)
+        remember_everywhere(model)
         mapping = {}
         if dist.get_rank() == 0:
             logger.info("%s", plan)

@@ -25,6 +25,7 @@ __all__ = [
     "chunk_ranges",
     "mark_whole",
     "packed_ranges",
+    "remember_everywhere",
     "remember_shards",
     "remembered_shards",
     "restore_shards",
@@ -244,9 +245,23 @@ def remember_shards(module: nn.Module, shards: dict[str, ShardInfo]) -> None:
 
     From then on `load_state_dict` takes full tensors as well as this rank's parts of them.
     """
-    if shards and _REMEMBERED not in module.__dict__:
+    if not shards:
+        return
+    known = module.__dict__.setdefault(_REMEMBERED, {})
+    if not known:
         module.register_load_state_dict_pre_hook(_cut_full_tensors)
-    module.__dict__.setdefault(_REMEMBERED, {}).update(shards)
+    known.update(shards)
+
+
+def remember_everywhere(model: nn.Module) -> None:
+    """Let every module that holds a sharded parameter remember it, not only the one that computes with it.
+
+    BERT's prediction head keeps a second name for the bias of the layer inside it, and loads it under that name too.
+    """
+    for module in model.modules():
+        known = remembered_shards(module)
+        held = {name: shard_info(param) for name, param in module._parameters.items() if param is not None}
+        remember_shards(module, {name: info for name, info in held.items() if info is not None and name not in known})
 
 
 def _cut_full_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -1,5 +1,6 @@
 """Encoders and encoder-decoders under the plans of this package: training, dropout, generation, what is refused."""
 
+import copy
 import tempfile
 from dataclasses import dataclass, field
 from functools import cache
@@ -263,6 +264,49 @@ def test_heads_that_the_ranks_do_not_divide_are_refused(model_type, tp, named):
 def test_heads_that_mix_with_those_of_other_ranks_are_refused():
     with pytest.raises(PlanError, match=r"attention\.self.*tp_size=2.*talking_head=True.*replicate"):
         resolve_plan(build("deberta", talking_head=True), 2)
+
+
+def loads_full_weights(model_type):
+    """Of a sharded model whose weights were halved: what is off after loading the unsharded model's, and a copy's."""
+    reference, batch = build(model_type), batch_for(model_type)
+    model = parallelize(build(model_type), tp_mesh())
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(0.5)
+    off = []
+    for loaded in (model, copy.deepcopy(model)):
+        keys = loaded.load_state_dict(reference.state_dict())
+        with torch.no_grad():
+            off.append(abs(loaded.eval()(**batch).loss.item() - reference.eval()(**batch).loss.item()))
+        assert not keys.missing_keys and not keys.unexpected_keys
+    return max(off)
+
+
+def test_a_bias_with_a_second_name_in_the_head_around_it_loads_from_full_weights():
+    assert max(run_on_ranks(loads_full_weights, 2, "deberta")) < 1e-5
+
+
+def saved_state(model_type, folder):
+    """The loss before a state is saved, and after it has been loaded into a model of other weights."""
+    accelerator = accelerator_for(2)
+    model = accelerator.prepare(build(model_type))
+    batch = batch_for(model_type)
+    losses = []
+    for step in range(2):
+        with torch.no_grad():
+            losses.append(model.eval()(**batch).loss.item())
+            if step == 0:
+                accelerator.save_state(folder)
+                for param in model.parameters():
+                    param.mul_(0.5)
+        accelerator.load_state(folder)
+    return losses
+
+
+def test_a_state_with_a_tied_bias_is_saved_and_loaded():
+    with tempfile.TemporaryDirectory() as folder:
+        for before, after in run_on_ranks(saved_state, 2, "deberta", folder):
+            assert after == pytest.approx(before, rel=1e-6)
 
 
 def swept():
