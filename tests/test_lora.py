@@ -28,6 +28,7 @@ from transformers import Trainer, TrainingArguments
 
 from accel_tp_ddp import TensorParallelDDPPlugin, full_gradients, full_state_dict, parallelize, resolve_plan
 from accel_tp_ddp.shard import shard_info
+from benchmarks import adapters
 
 from .compare import assert_tensors_close, relative_error
 from .faults import ADAPTER_FAULTS, LORA_FAULTS, injected
@@ -313,6 +314,17 @@ def test_so_it_is_on_four_ranks_with_packed_projections_and_shared_heads(model):
     run_on_ranks(assert_gradients_of, 4, model)
 
 
+@pytest.mark.parametrize("model", ["mistral", "gemma2", "deepseek_v3", "mixtral", "qwen3_moe"])
+def test_so_it_is_with_latent_attention_and_experts(model):
+    """PEFT's all-linear takes stacked experts and routers too."""
+    run_on_ranks(assert_gradients_of, 2, model)
+
+
+@pytest.mark.parametrize("variant", ["plain", "DoRA of all"])
+def test_so_it_is_with_transposed_weights(variant):
+    run_on_ranks(assert_gradients_of, 2, "gpt2", variant)
+
+
 @pytest.mark.parametrize("model", ["mixtral", "gpt_oss"])
 def test_adapters_of_stacked_experts_follow_them(model):
     run_on_ranks(assert_gradients_of, 2, model, "experts")
@@ -382,6 +394,26 @@ def test_dora_adds_the_norms_of_row_parallel_weights_to_the_forward_and_nothing_
     )
     assert backward == plain_backward
     assert sum(forward.values()) == sum(plain_forward.values()) + 2 * 2
+
+
+# --- other architectures, by the benchmark ---------------------------------------------------------------------------
+
+
+def assert_the_benchmark_passes(architecture: str, method: str) -> None:
+    answer = adapters.compare(architecture, method, tp=2, dp=2, seconds=120)
+    assert answer["result"] == "pass", f"{answer['reason']} {answer.get('trace')}"
+    assert answer["errors"].keys() == adapters.LIMITS.keys()
+    assert answer["last"] < answer["first"]
+
+
+def test_losses_weights_and_files_are_those_of_plain_ddp():
+    assert_the_benchmark_passes("gpt2", "dora")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [(name, method) for name, methods in adapters.CASES.items() for method in methods])
+def test_so_they_are_for_other_architectures_and_methods(case):
+    assert_the_benchmark_passes(*case)
 
 
 # --- dropout ---------------------------------------------------------------------------------------------------------
@@ -600,6 +632,33 @@ def test_a_model_that_is_not_from_transformers_can_be_adapted():
     run_on_ranks(assert_plain_modules_can_be_adapted, 2)
 
 
+STATE_STEPS = 2
+
+
+def train_and_save_state(tp: int, folder: str, resume: bool) -> dict[str, Tensor]:
+    accelerator = accelerator_for(tp)
+    model = adapted(build_model("llama"), lora(use_dora=True, modules_to_save=["lm_head"]), seed=9 if resume else 1)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2, eps=1e-5)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if resume:
+        accelerator.load_state(folder)
+    for step in range(STATE_STEPS if resume else 2 * STATE_STEPS):
+        if step == STATE_STEPS:
+            accelerator.save_state(folder)
+        accelerator.backward(model(**token_batch(step + STATE_STEPS * resume)).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    state = accelerator.get_state_dict(model)
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def test_a_state_of_adapters_is_resumed_on_more_ranks(tmp_path):
+    uninterrupted = run_on_ranks(train_and_save_state, 2, 2, str(tmp_path), False)[0]
+    resumed = run_on_ranks(train_and_save_state, 4, 4, str(tmp_path), True)[0]
+    assert any("lora_magnitude_vector" in name for name in resumed)
+    assert_tensors_close(resumed, uninterrupted, WEIGHT_TOLERANCE)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -712,7 +771,9 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def train_with_trainer(tp: int | None, folder: str) -> tuple[list[dict], dict[str, Tensor]]:
+def train_with_trainer(
+    tp: int | None, folder: str, resume: str | None = None
+) -> tuple[list[dict], dict[str, Tensor], str]:
     plugin = {} if tp is None else {"parallelism_config": TensorParallelDDPPlugin(tp_size=tp)}
     args = TrainingArguments(
         output_dir=folder,
@@ -720,7 +781,13 @@ def train_with_trainer(tp: int | None, folder: str) -> tuple[list[dict], dict[st
         max_steps=5,
         learning_rate=1e-2,
         logging_steps=1,
-        save_strategy="no",
+        save_steps=3,
+        eval_strategy="steps",
+        eval_steps=3,
+        load_best_model_at_end=resume is None,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # so that the best is not the last one
+        gradient_checkpointing=True,
         report_to=[],
         use_cpu=True,
         seed=3,
@@ -728,21 +795,32 @@ def train_with_trainer(tp: int | None, folder: str) -> tuple[list[dict], dict[st
     )
     torch.manual_seed(5)
     model = get_peft_model(build_model("llama"), lora())
-    trainer = Trainer(model=model, args=args, train_dataset=Rows())
-    trainer.train()
+    trainer = Trainer(model=model, args=args, train_dataset=Rows(), eval_dataset=Rows())
+    trainer.train(resume_from_checkpoint=resume)
     state = full_state_dict(trainer.model)
     trainer.save_model(folder)
     keys = ("loss", "grad_norm", "learning_rate")
     history = [{key: row[key] for key in keys} for row in trainer.state.log_history if "loss" in row]
-    return history, {name: tensor for name, tensor in state.items() if "lora_" in name}
+    adapters = {name: tensor for name, tensor in state.items() if "lora_" in name}
+    return history, adapters, Path(trainer.state.best_model_checkpoint or "").name
 
 
-def test_trainer_trains_a_peft_model_as_under_plain_ddp(tmp_path):
-    expected, adapters = run_on_ranks(train_with_trainer, 2, None, str(tmp_path / "plain"))[0]
-    actual, ours = run_on_ranks(train_with_trainer, 4, 2, str(tmp_path / "ours"))[0]
+def test_trainer_trains_saves_and_loads_the_best_peft_model_as_under_plain_ddp(tmp_path):
+    expected, adapters, best = run_on_ranks(train_with_trainer, 2, None, str(tmp_path / "plain"))[0]
+    actual, ours, ours_best = run_on_ranks(train_with_trainer, 4, 2, str(tmp_path / "ours"))[0]
     assert len(expected) == 5
     for row, wanted in zip(actual, expected, strict=True):
         assert row == pytest.approx(wanted, rel=1e-3)
+    assert best == ours_best == "checkpoint-3"
     assert_tensors_close(ours, adapters, WEIGHT_TOLERANCE)
-    saved, wanted = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("ours", "plain"))
+    checkpoint, saved, wanted, last = (
+        load_file(tmp_path / folder / "adapter_model.safetensors")
+        for folder in ("ours/checkpoint-3", "ours", "plain", "plain/checkpoint-5")
+    )
+    assert all(torch.equal(saved[name], tensor) for name, tensor in checkpoint.items())
     assert_tensors_close(saved, wanted, WEIGHT_TOLERANCE)
+    from_plain = str(tmp_path / "plain/checkpoint-3")  # a run of plain DDP goes on under tensor parallelism
+    history, _, _ = run_on_ranks(train_with_trainer, 4, 2, str(tmp_path / "resumed"), from_plain)[0]
+    for row, wanted in zip(history[-2:], expected[-2:], strict=True):
+        assert row == pytest.approx(wanted, rel=1e-3)
+    assert_tensors_close(load_file(tmp_path / "resumed/adapter_model.safetensors"), last, WEIGHT_TOLERANCE)

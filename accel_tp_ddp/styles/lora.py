@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..collectives import reduce_from_tp
 from ..region import ParallelForward, Region
 from ..shard import Layout
+from .attention import LatentKeyValueDown
 from .base import Site, Style
 from .kinds import output_dim
 from .linear import Colwise, Rowwise
@@ -52,6 +53,8 @@ def lora_style(site: Site, base: Style, layouts: Mapping[str, Layout]) -> Style:
     """
     if isinstance(base, Replicate):
         return WholeLora()
+    if isinstance(base, LatentKeyValueDown):
+        return EnclosedLora()
     name = site.parameter("base_layer")
     if not isinstance(base, (Colwise, Rowwise)) or "weight" not in layouts:
         raise site.error(
@@ -78,6 +81,14 @@ class WholeLora(Style):
     def apply(self, site: Site, region: Region) -> None:
         for dropout in dropouts(site.module):
             Dropout(sharded=False).install(dropout, region, {})
+
+
+class EnclosedLora(WholeLora):
+    """A LoRA layer around a replicated module whose style works on what comes out: it takes the adapters' part too."""
+
+    def apply(self, site: Site, region: Region) -> None:
+        super().apply(site, region)
+        LayerForward(site.module).install_on(site.module)
 
 
 class ShardedLora(Style):
