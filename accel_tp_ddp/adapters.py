@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from .errors import PlanError
 from .export import full_tensors, meet_peers, save_full_checkpoints
 from .shard import shard_info
+from .slices import holds_slices
 from .styles.adapters import can_follow
 from .styles.base import Site
 from .styles.kinds import is_linear
@@ -164,6 +165,12 @@ def check_adapters(model: nn.Module) -> None:
             raise PlanError(
                 f"tensor parallelism: the adapter {adapter!r} of this {type(model).__name__} has "
                 "ensure_weight_tying=True, and tied adapters cannot be cut alike. Set ensure_weight_tying=False."
+            )
+        if (option := _made_of_whole_weights(config)) is not None and holds_slices(model):
+            raise PlanError(
+                f"tensor parallelism: the adapter {adapter!r} of this {type(model).__name__} has {option}, which is "
+                "made of whole weights, but the model was loaded in slices. Load it without sharded_loading, or take "
+                "adapters that are drawn at random (init_lora_weights=True)."
             )
     if list(wrappings) and any(isinstance(param, DTensor) for param in model.parameters()):
         raise PlanError(
@@ -324,6 +331,15 @@ def _configs(module: nn.Module) -> dict[str, Any]:
     if "peft" in sys.modules and isinstance(module, _peft_models()):
         return dict(module.peft_config)
     return dict(module.__dict__.get("peft_config") or {})
+
+
+def _made_of_whole_weights(config: Any) -> str | None:
+    """What of an adapter's config makes PEFT compute with the weights, or ask for their sizes, as it is added."""
+    drawn = getattr(config, "init_lora_weights", True)
+    if not isinstance(drawn, bool) and drawn not in ("gaussian", "orthogonal"):
+        return f"init_lora_weights={drawn!r}"
+    options = ("use_dora", "target_parameters", "trainable_token_indices")
+    return next((f"{name}={value!r}" for name in options if (value := getattr(config, name, None))), None)
 
 
 def _is_auxiliary(module: nn.Module) -> bool:

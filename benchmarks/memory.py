@@ -1,0 +1,194 @@
+"""What loading costs in host memory, rank by rank, at two sizes that differ in the number of layers only.
+
+    python benchmarks/memory.py --what loading
+    python benchmarks/memory.py --what loading --architecture qwen3_moe --tp 4 --layers 4 12
+
+`loading` writes a checkpoint with plain `save_pretrained`, and on `tp` ranks loads it in slices or plainly and shards
+it with `parallelize`, each rank in a process of its own. It gives the peak of each rank's memory above what it had
+before, as a multiple of the bytes of the parameters that it holds in the end, of the rank where that is largest.
+
+Memory is RssAnon of /proc/self/status, sampled every millisecond. Pages of the checkpoint that are mapped into memory
+count as RssFile: they belong to the page cache and can be dropped at any time, so they have a column of their own.
+Exit code 1 if the multiple in slices grows with the layers, or is above 1.5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from accel_tp_ddp import TensorParallelDDPPlugin, parallelize
+
+forked = multiprocessing.get_context("fork")  # what is imported already need not be imported again
+MIB = 1 << 20
+GROWTH, MOST = 0.05, 1.5  # what the multiple may grow by from the smaller to the larger size, and what it may be
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 2816, "num_key_value_heads": 8},
+    "qwen3_moe": {"num_key_value_heads": 8, "num_experts": 16, "moe_intermediate_size": 256, "head_dim": 64},
+    "inkling2_text": {"num_key_value_heads": 8, "swa_num_attention_heads": 16, "swa_num_key_value_heads": 8}
+    | {"n_routed_experts": 16, "moe_intermediate_size": 256, "head_dim": 64, "swa_head_dim": 64, "pad_token_id": None},
+}
+SIZES = {"hidden_size": 1024, "num_attention_heads": 16, "vocab_size": 8192, "tie_word_embeddings": False}
+
+
+class PeakMemory:
+    """Peaks of this process's memory while active, above what it was at the start, in bytes."""
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        self._before = self._highest = resident_memory()
+        self._stop = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        self._sampler.start()
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.seconds = time.perf_counter() - self._started
+        self._stop.set()
+        self._sampler.join()
+        self._take()
+        self.anonymous, self.mapped = (now - before for now, before in zip(self._highest, self._before))
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.001):
+            self._take()
+
+    def _take(self) -> None:
+        self._highest = tuple(map(max, self._highest, resident_memory()))
+
+
+def resident_memory() -> tuple[int, int]:
+    """RssAnon and RssFile."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        values = {line.partition(":")[0]: line.split()[1] for line in status if line.startswith("Rss")}
+    return int(values["RssAnon"]) * 1024, int(values["RssFile"]) * 1024
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def config_of(architecture: str, layers: int) -> Any:
+    return AutoConfig.for_model(architecture, **SIZES, **ARCHITECTURES[architecture], num_hidden_layers=layers)
+
+
+def write_checkpoint(architecture: str, layers: int, folder: Path) -> None:
+    model = AutoModelForCausalLM.from_config(config_of(architecture, layers), dtype=torch.float32)
+    logging.disable_progress_bar()
+    model.save_pretrained(folder, max_shard_size="200MB")
+
+
+def load_on_rank(rank: int, tp: int, folder: Path, in_slices: bool, dtype: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    dist.init_process_group("gloo", init_method=f"file://{folder}-store-{in_slices}", rank=rank, world_size=tp)
+    plugin = TensorParallelDDPPlugin(tp_size=tp)
+    plugin.get_device_mesh("cpu")
+    own = dtype if dtype == "auto" else getattr(torch, dtype)
+    with PeakMemory() as memory:
+        if in_slices:
+            with plugin.sharded_loading():
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=own)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=own)
+        parallelize(model, plugin.device_mesh["tp"])
+    held = sum(param.numel() * param.element_size() for param in model.parameters())
+    largest = max(param.numel() * param.element_size() for param in model.parameters())
+    results.put(
+        {
+            **{"rank": rank, "peak": memory.anonymous, "mapped": memory.mapped, "held": held, "largest": largest},
+            "seconds": memory.seconds,
+        }
+    )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def load_on_ranks(tp: int, folder: Path, in_slices: bool, dtype: str) -> list[dict[str, Any]]:
+    results = forked.Queue()
+    ranks = [
+        forked.Process(target=load_on_rank, args=(rank, tp, folder, in_slices, dtype, results)) for rank in range(tp)
+    ]
+    for process in ranks:
+        process.start()
+    answers = sorted((results.get(timeout=300) for _ in ranks), key=lambda answer: answer["rank"])
+    for process in ranks:
+        process.join()
+    return answers
+
+
+def measure_loading(options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
+    rows: list[dict[str, Any]] = []
+    with torch.device("meta"):  # imports the model's code, which the ranks are forked with
+        AutoModelForCausalLM.from_config(config_of(options.architecture, 1))
+    for layers in options.layers:
+        with tempfile.TemporaryDirectory(dir=options.folder) as root:
+            folder = Path(root) / "checkpoint"
+            writer = forked.Process(target=write_checkpoint, args=(options.architecture, layers, folder))
+            writer.start()  # in a process of its own, whose memory is gone afterwards
+            writer.join()
+            runs = {
+                name: load_on_ranks(options.tp, folder, name == "slices", options.dtype)
+                for name in ("slices", "plain")
+            }
+        for name, answers in runs.items():
+            worst = max(answers, key=lambda answer: answer["peak"] / answer["held"])
+            rows.append(
+                {
+                    "layers": layers,
+                    "loaded": name,
+                    "shard MiB": round(worst["held"] / MIB, 1),
+                    "peak MiB": round(worst["peak"] / MIB, 1),
+                    "peak / shard": round(worst["peak"] / worst["held"], 2),
+                    "above the shard, in largest parameters": round(
+                        (worst["peak"] - worst["held"]) / worst["largest"], 1
+                    ),
+                    "mapped MiB": round(worst["mapped"] / MIB, 1),
+                    "seconds": round(max(answer["seconds"] for answer in answers), 1),
+                }
+            )
+    multiples = [row["peak / shard"] for row in rows if row["loaded"] == "slices"]
+    return rows, max(multiples) <= MOST and multiples[-1] <= multiples[0] + GROWTH
+
+
+MEASURES = {"loading": measure_loading}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=sorted(MEASURES), required=True)
+    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="llama")
+    parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--layers", type=int, nargs="+", default=[6, 18])
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
+    parser.add_argument("--folder", default=None, help="where the checkpoint is written meanwhile")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    rows, passed = MEASURES[options.what](options)
+    if options.json:
+        print(json.dumps({"rows": rows, "passed": passed}))
+    else:
+        print("| " + " | ".join(rows[0]) + " |")
+        print("| " + " | ".join("---" for _ in rows[0]) + " |")
+        for row in rows:
+            print("| " + " | ".join(str(value) for value in row.values()) + " |")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
