@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .errors import PlanError
-from .rules import Names, PlanLike, load_plan, shipped_plan, wildcards
+from .rules import Names, PlanLike, load_plan, own_plan, shipped_plans, wildcards
 from .shard import Layout
 from .styles import Replicate, Style, get_style, is_known, style_label, tied_partner
 from .styles.adapters import adapter_style
@@ -122,8 +122,8 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
     names = Names(model)
     sources = [
         ("user", user),
-        ("package", shipped_plan(names.wrappings.base)),
-        ("model", dict(getattr(names.wrappings.base, "tp_plan", None) or {})),
+        *(("package", rules) for rules in shipped_plans(names.wrappings.base)),
+        ("model", own_plan(names.wrappings.base)),
     ]
     if not any(rules for _, rules in sources):
         raise PlanError(
@@ -241,8 +241,7 @@ def _entry(
 ) -> PlanEntry:
     parent = names.parent(name)
     module = names.modules[name]
-    config = getattr(parent, "config", None) or getattr(module, "config", None) or getattr(model, "config", None)
-    site = Site(name, module, parent, config, tp_size, style_label(value), bare or {})
+    site = Site(name, module, parent, names.config(name), tp_size, style_label(value), bare or {})
     style = get_style(value, rule)
     style.verify(site)
     return PlanEntry(site, style, site.style, source, style.layouts(site))

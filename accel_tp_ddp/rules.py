@@ -18,7 +18,7 @@ from .errors import PlanError, nearest
 from .styles import Style
 from .styles.kinds import LINEAR
 
-__all__ = ["Names", "PlanLike", "load_plan", "shipped_plan", "wildcards"]
+__all__ = ["Names", "PlanLike", "load_plan", "own_plan", "shipped_plans", "wildcards"]
 
 PlanLike = str | os.PathLike | Mapping[str, str | Style | ParallelStyle]
 _SHIPPED = Path(__file__).parent / "plans"
@@ -77,10 +77,56 @@ def _siblings(path: Path) -> Iterable[str]:
     return [str(other) for other in path.parent.iterdir() if other.is_file()] if os.path.isdir(path.parent) else []
 
 
-def shipped_plan(model: nn.Module) -> dict[str, Any]:
-    """This package's own rules for the architecture: data in `plans/<model_type>.yaml`."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return _read_shipped(model_type) if isinstance(model_type, str) else {}
+def shipped_plans(model: nn.Module) -> list[dict[str, Any]]:
+    """This package's own rules for the architecture, by names in `model`: data in `plans/<model_type>.yaml`.
+
+    A model may be made of models, as one for images and text is: each has a config of its own, and the plan that this
+    package ships for it. First the plan of the whole, then those of its parts, the outer before the inner.
+    """
+    plans = []
+    for name, part in _parts(model):
+        config = getattr(part, "config", None)
+        model_type = getattr(config, "model_type", None)
+        if isinstance(model_type, str):
+            plans.append(_inside(name, _where_it_holds(_read_shipped(model_type), config)))
+    return plans
+
+
+def own_plan(model: nn.Module) -> dict[str, Any]:
+    """The model's own plan, by names in `model`.
+
+    A model of transformers has taken over those of the models right inside it; what is in a list, or in a module that
+    is no such model, is found here.
+    """
+    parts = dict(_parts(model))
+    rules: dict[str, Any] = {}
+    for name, part in parts.items():
+        if not name or name.rpartition(".")[0] not in parts or not _is_model(model) and "." not in name:
+            rules |= _inside(name, getattr(part, "tp_plan", None) or {})
+    return rules
+
+
+def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """`model`, under the name "", and the models of transformers inside it, the outer before the inner."""
+    return [("", model), *((name, part) for name, part in model.named_modules() if name and _is_model(part))]
+
+
+def _is_model(module: nn.Module) -> bool:
+    return hasattr(type(module), "base_model_prefix")
+
+
+def _inside(name: str, rules: Mapping[str, Any]) -> dict[str, Any]:
+    """The rules of a part as rules of the whole."""
+    return {f"{name}.{rule}" if name else rule: style for rule, style in rules.items()}
+
+
+def _where_it_holds(rules: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """The rules for this config: those under `if FIELD:` only where it is set, in the place of others they repeat."""
+    result = {rule: style for rule, style in rules.items() if not isinstance(style, Mapping)}
+    for condition, further in rules.items():
+        if isinstance(further, Mapping) and getattr(config, condition.removeprefix("if "), None):
+            result |= further
+    return result
 
 
 @cache
@@ -148,6 +194,19 @@ class Names:
             if self.wrappings.is_own(name):
                 return self.modules.get(name)
         return None
+
+    def config(self, name: str) -> Any:
+        """The config of the model or module nearest around `name`, itself included; None without one.
+
+        A module that only holds others, such as a decoder's layer, mostly has none.
+        """
+        module = self.modules.get(name)
+        if name and (parent := self.parent(name)) is not None and getattr(parent, "config", None):
+            return parent.config
+        while getattr(module, "config", None) is None and name:
+            name = name.rpartition(".")[0]
+            module = self.modules.get(name)
+        return getattr(module, "config", None) or getattr(self.wrappings.base, "config", None)
 
     def not_a_module(self, name: str, rule: str) -> PlanError:
         """The error for a rule that means the parameter `name`, with a style for modules."""

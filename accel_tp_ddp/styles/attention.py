@@ -40,7 +40,7 @@ class LatentKeyValueDown(Style):
     def verify(self, site: Site) -> None:
         super().verify(site)
         columns = self._shared_columns(site)
-        if not isinstance(columns, int) or not 0 < columns < site.module.out_features:
+        if not isinstance(columns, int) or not 0 <= columns < site.module.out_features:
             raise site.error(
                 f"`{site.parameter('weight')}` of size {tuple(site.module.weight.shape)} has columns that all heads "
                 f"share, and neither the module around it nor its config says how many (qk_rope_head_dim={columns}).",
@@ -53,6 +53,8 @@ class LatentKeyValueDown(Style):
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
         output = call.inner(input)
         shared = call.facts["shared_columns"]
+        if not shared:  # an attention without rotary positions
+            return output
         latent, rotary = output.split([output.size(-1) - shared, shared], -1)
         return torch.cat([latent, *copy_to_tp(call.mesh, rotary)], -1)
 

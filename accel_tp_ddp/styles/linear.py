@@ -167,9 +167,10 @@ def verify_whole_heads(site: Site, features: int, side: str, repeats: bool = Tru
         few = what == "num_key_value_heads" or (count < site.tp_size and count != queries)
         if count % site.tp_size and not (few and repeats and site.tp_size % count == 0):
             weight = site.module.weight
+            what = what.replace("_", " ").removeprefix("num ") if what in site.head_counts() else what
             raise site.error(
                 f"`{site.parameter('weight')}` of size {tuple(weight.shape)} has heads of width {width}, and "
-                f"{what.replace('_', ' ').removeprefix('num ')} = {count} is not divisible by tp_size.",
+                f"{what} = {count} is not divisible by tp_size.",
                 f"Choose a tp_size that divides {count}"
                 + (f" or is a multiple of {count}." if few and repeats else ".")
                 + " To leave attention unsharded, set its projections to `replicate`.",
