@@ -1,0 +1,285 @@
+"""Vision models, and models made of models: which plan each part has, and that they train as under plain DDP."""
+
+import tempfile
+from dataclasses import dataclass, field
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from accel_tp_ddp import PlanError, full_gradients, parallelize, resolve_plan, rules
+from benchmarks.sweep import planned, vision
+from benchmarks.sweep.cases import build, inputs, loss_of
+from benchmarks.sweep.compare import gradient_errors
+
+from .compare import assert_tensors_close
+from .ranks import run_on_ranks
+from .sharded import accelerator_for, tp_mesh
+
+BATCH, STEPS, CLASSES, IMAGE, PLACES = 4, 6, 5, 3, 4  # IMAGE stands for a part of an image, PLACES times in a text
+TOWER = {
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"image_size": 16, "patch_size": 4, "initializer_range": 0.1},
+}
+TEXT = {
+    **{"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 67, "max_position_embeddings": 32, "sliding_window": 8},
+    **{"initializer_range": 0.1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+
+
+def vit():
+    return ViTForImageClassification(ViTConfig(**TOWER, num_labels=CLASSES))
+
+
+def gemma3():
+    """Tied embeddings; without the pooling head of its vision tower, which gives nothing to the loss."""
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config={**TEXT, "layer_types": ["sliding_attention", "full_attention"]},
+            vision_config={**TOWER, "vision_use_head": False},
+            **{"mm_tokens_per_image": PLACES, "image_token_index": IMAGE},
+            **{"boi_token_index": 4, "eoi_token_index": 5},
+        )
+    )
+
+
+def llava(heads=4):
+    tower = CLIPVisionConfig(**{**TOWER, "num_attention_heads": heads, "hidden_size": 8 * heads})
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=tower, text_config=LlamaConfig(**TEXT), image_token_index=IMAGE)
+    )
+
+
+def seeded(build_model):
+    """No weight is constant, and none differs over the ranks."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = build_model().float()
+        for param in model.parameters():
+            if param.ndim == 1 or not param.any():
+                param += 0.1 * torch.randn_like(param)
+    return model
+
+
+def rows(build_model, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, 16, 16, generator=generator)
+    if build_model is vit:
+        return [{"pixel_values": image, "labels": torch.tensor(index % CLASSES)} for index, image in enumerate(images)]
+    texts = torch.randint(6, TEXT["vocab_size"], (count, 10), generator=generator)
+    texts[:, 1 : 1 + PLACES] = IMAGE
+    return [
+        {
+            "input_ids": text,
+            "labels": torch.where(text == IMAGE, -100, text),
+            "token_type_ids": (text == IMAGE).long(),
+            "pixel_values": image,
+        }
+        for text, image in zip(texts, images)
+    ]
+
+
+@dataclass
+class Run:
+    losses: list = field(default_factory=list)
+    norms: list = field(default_factory=list)
+    evaluated: list = field(default_factory=list)
+    sharded: int = 0
+    weights: dict | None = None
+    reloaded: list | None = None
+
+
+def train(build_model, tp, folder=None):
+    """An ordinary Accelerate script; with `folder`, it saves the model at the end and loads it as a plain one."""
+    torch.manual_seed(3)
+    accelerator = accelerator_for(tp)
+    model = seeded(build_model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, eps=1e-5)
+    held_out = rows(build_model, 7, seed=2)
+    model, optimizer, train_loader, eval_loader = accelerator.prepare(
+        model,
+        optimizer,
+        DataLoader(rows(build_model, 18, seed=1), batch_size=BATCH, shuffle=True),
+        DataLoader(held_out, batch_size=BATCH),
+    )
+    run = Run(sharded=sum(getattr(param, "tp_shard", None) is not None for param in model.parameters()))
+    while len(run.norms) < STEPS:
+        model.train()
+        for batch in train_loader:
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            run.norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 0.5)))
+            optimizer.step()
+            optimizer.zero_grad()
+            run.losses.append(accelerator.gather_for_metrics(loss.detach().repeat(len(batch["labels"]))).mean().item())
+    model.eval()
+    for batch in eval_loader:
+        with torch.no_grad():
+            run.evaluated += accelerator.gather_for_metrics(score(model(**batch).logits)).tolist()
+    weights = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        run.weights = {name: tensor.clone() for name, tensor in weights.items()}
+    if folder is not None:
+        unwrapped = accelerator.unwrap_model(model)
+        unwrapped.save_pretrained(folder, is_main_process=accelerator.is_main_process)
+        accelerator.wait_for_everyone()
+        plain_model, keys = type(unwrapped).from_pretrained(folder, output_loading_info=True)
+        assert not keys["missing_keys"] and not keys["unexpected_keys"] and not keys["mismatched_keys"]
+        with torch.no_grad():
+            whole = {name: torch.stack([sample[name] for sample in held_out]) for name in held_out[0]}
+            run.reloaded = score(plain_model.eval()(**whole).logits).tolist()
+    return run
+
+
+def score(logits):
+    return logits.flatten(1).square().mean(1)
+
+
+@cache
+def plain(build_model):
+    return run_on_ranks(train, 2, build_model, None)
+
+
+@pytest.mark.parametrize(("build_model", "at_least"), [(vit, 20), (gemma3, 35)])
+def test_it_trains_and_saves_as_under_plain_ddp(build_model, at_least):
+    expected = plain(build_model)
+    with tempfile.TemporaryDirectory() as folder:
+        run = run_on_ranks(train, 4, build_model, 2, folder)
+    for rank, got in enumerate(run):
+        assert got.sharded >= at_least
+        for name in ("losses", "norms", "evaluated"):
+            actual, wanted = torch.tensor(getattr(got, name)), torch.tensor(getattr(expected[rank // 2], name))
+            torch.testing.assert_close(actual, wanted, rtol=2e-4, atol=0, msg=lambda m: f"{rank} {name}: {m}")
+        torch.testing.assert_close(torch.tensor(got.reloaded), torch.tensor(got.evaluated), rtol=1e-4, atol=0)
+    assert_tensors_close(run[0].weights, expected[0].weights, 2e-4, floor=1e-3)
+
+
+# --- one forward and backward, beside the unsharded model ------------------------------------------------------------
+
+CASES = {case.name: case for case in [*planned.cases(), *vision.cases()]}
+# Two towers and a contrastive loss; a bias for each head that comes from outside; packed queries, keys and values, and
+# rotary positions in three dimensions for the text; norms that transformers' plan leaves out; a list of heads; an
+# attention without rotary positions beside one without heads; a norm over all heads; a head tied to a whole embedding.
+BESIDE = ("clip", "siglip", "beit", "qwen2_5_vl", "qwen3_vl_moe_text", "qwen3_omni_moe_talker_code_predictor")
+BESIDE += ("glm5_next_text", "esmc", "t5gemma2_decoder")
+
+
+def worst_errors(plans):
+    """The worst relative error of a gradient, with its name, for each case; the loss counts as one."""
+    worst = {}
+    for name, plan in plans.items():
+        case = CASES[name]
+        reference = build(case)
+        batch = inputs(case, reference, 0)
+        loss = loss_of(reference, batch)
+        loss.backward()
+        expected = {key: param.grad for key, param in reference.named_parameters() if param.grad is not None}
+        model = parallelize(build(case), tp_mesh(), plan)
+        actual_loss = loss_of(model, batch)
+        actual_loss.backward()
+        errors = gradient_errors(full_gradients(model), expected)
+        errors["the loss"] = abs(actual_loss.item() - loss.item()) / abs(loss.item())
+        worst[name] = max((error, key) for key, error in errors.items())
+    return worst
+
+
+def test_gradients_are_those_of_the_unsharded_model():
+    for rank in run_on_ranks(worst_errors, 2, dict.fromkeys(BESIDE, "auto")):
+        assert rank.keys() == set(BESIDE)
+        assert {name: error for name, error in rank.items() if not error[0] < 1e-4} == {}
+
+
+WRONG = {
+    "qwen3_vl_moe_text": {"layers.*.self_attn.q_norm": "replicate"},
+    "qwen2_5_vl": {"model.visual.blocks.*.attn.qkv": "colwise"},
+}
+
+
+def test_plans_without_what_was_mended_show():
+    for rank in run_on_ranks(worst_errors, 2, WRONG):
+        assert all(error > 1e-2 for error, _ in rank.values())
+
+
+# --- which plan each part has ----------------------------------------------------------------------------------------
+
+
+def sources(model, tp_size=2):
+    """Where the rule of each module came from, by its name."""
+    return {entry.site.name: entry.source for entry in resolve_plan(model, tp_size).entries}
+
+
+def test_each_part_has_the_plan_of_its_own_config():
+    found = sources(llava())
+    assert found["model.vision_tower.encoder.layers.1.mlp.fc1"] == "package"
+    assert found["model.language_model.layers.1.mlp.up_proj"] == "model"
+    assert found["lm_head"] == "model"
+    assert not any("projector" in name for name in found)
+
+
+class Holder(nn.Module):
+    """A user's own module around models of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.models = nn.ModuleList([LlamaModel(LlamaConfig(**TEXT)), vit()])
+        self.score = nn.Linear(TEXT["hidden_size"], 1)
+
+
+def test_models_in_a_module_of_the_users_own_bring_their_plans():
+    found = sources(Holder())
+    assert found["models.0.layers.1.mlp.up_proj"] == "model"
+    assert found["models.1.vit.layers.1.mlp.fc1"] == "package"
+    assert not any(name.startswith("score") for name in found)
+
+
+def test_a_plan_set_on_the_whole_is_not_added_to_by_its_parts():
+    model = LlamaModel(LlamaConfig(**TEXT))
+    model.tp_plan = {"layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
+    assert {name.split(".", 2)[2] for name in sources(model)} == {"mlp.up_proj", "mlp.down_proj"}
+
+
+def test_sizes_are_those_of_the_part():
+    """The merger holds no config itself, and that of the whole states no sizes."""
+    model = CASES["qwen2_5_vl"].build()
+    configs = {entry.site.name: entry.site.config for entry in resolve_plan(model, 2).entries}
+    assert configs["model.visual.merger.mlp.0"] is model.model.visual.config
+
+
+def test_heads_of_a_tower_that_the_ranks_do_not_divide_are_refused():
+    with pytest.raises(
+        PlanError, match=r"6 heads in the output of model\.vision_tower\.encoder.*divisible by tp_size"
+    ):
+        resolve_plan(llava(heads=6), 4)
+
+
+def test_rules_under_a_condition_hold_where_the_config_says_so(monkeypatch):
+    shipped = {"a": "colwise", "b": "rowwise", "if special": {"a": "replicate", "c": "colwise"}}
+    monkeypatch.setattr(rules, "_read_shipped", lambda model_type: shipped if model_type == "mine" else {})
+
+    class Config:
+        model_type = "mine"
+
+        def __init__(self, special):
+            self.special = special
+
+    for special, expected in [
+        (False, {"a": "colwise", "b": "rowwise"}),
+        (True, {"a": "replicate", "b": "rowwise", "c": "colwise"}),
+    ]:
+        model = nn.Module()
+        model.config = Config(special)
+        assert rules.shipped_plans(model) == [expected]
