@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -24,6 +25,7 @@ from accel_tp_ddp import PlanError, full_gradients, parallelize, resolve_plan, r
 from benchmarks.sweep import planned, vision
 from benchmarks.sweep.cases import build, inputs, loss_of
 from benchmarks.sweep.compare import gradient_errors
+from benchmarks.sweep.small import small_model
 
 from .compare import assert_tensors_close
 from .ranks import run_on_ranks
@@ -214,6 +216,45 @@ def test_plans_without_what_was_mended_show():
         assert all(error > 1e-2 for error, _ in rank.values())
 
 
+DROPOUT = {
+    "vit": {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2},
+    "beit": {"hidden_dropout_prob": 0.2, "drop_path_rate": 0.4},
+    "clip": {"text_config": {"attention_dropout": 0.2}, "vision_config": {"attention_dropout": 0.2}},
+}
+
+
+def differing_with_dropout():
+    """What differs over the ranks in training mode: the loss, and gradients of what every rank holds."""
+    differing = {}
+    for name, rates in DROPOUT.items():
+        part = vision.MODELS[name]
+        rates = {
+            key: {**part.sizes.get(key, {}), **rate} if isinstance(rate, dict) else rate for key, rate in rates.items()
+        }
+        torch.manual_seed(0)
+        model = parallelize(small_model(part.folder, part.model, **{**part.sizes, **rates}), tp_mesh()).train()
+        losses = set()
+        for step in range(3):
+            torch.manual_seed(step)
+            batch = part.inputs(model)
+            loss = model(**batch).loss
+            loss.backward()
+            losses.add(loss.item())
+        held = {
+            key: p.grad.tolist() for key, p in model.named_parameters() if p.tp_shard is None and p.grad is not None
+        }
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, {"losses": sorted(losses), **held})
+        differing[name] = [key for key in everyone[0] if any(other[key] != everyone[0][key] for other in everyone)]
+        assert len(losses) == 3
+    return differing
+
+
+def test_what_every_rank_holds_gets_the_same_gradients_under_dropout():
+    for differing in run_on_ranks(differing_with_dropout, 2):
+        assert differing == {name: [] for name in DROPOUT}
+
+
 # --- which plan each part has ----------------------------------------------------------------------------------------
 
 
@@ -283,3 +324,17 @@ def test_rules_under_a_condition_hold_where_the_config_says_so(monkeypatch):
         model = nn.Module()
         model.config = Config(special)
         assert rules.shipped_plans(model) == [expected]
+
+
+def test_each_rule_of_these_plans_means_something_in_a_swept_model():
+    missing = {}
+    for case in CASES.values():
+        model = case.build()
+        names = rules.Names(model)
+        for part in model.modules():
+            model_type = getattr(getattr(part, "config", None), "model_type", None)
+            for rule in rules.shipped_plans(part)[0] if model_type else ():
+                inside = f"{names.first_name[id(part)]}.{rule}".lstrip(".")
+                missing[model_type, rule] = missing.get((model_type, rule), True) and not names.match(inside)
+    assert len(missing) > 100
+    assert not [rule for rule, without in missing.items() if without]

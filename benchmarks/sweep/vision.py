@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .cases import Case
-from .planned import Part
+from .planned import LLAMA4_IMAGE, Part
 from .small import HIDDEN, patches, pixels, small_model, tokens, vectors
 
 __all__ = ["cases"]
@@ -103,6 +103,9 @@ MODELS: dict[str, Part] = {
         "dinov2_with_registers", "Dinov2WithRegistersForImageClassification", classified, {"num_labels": 5}
     ),
     "dinov3_vit": Part("dinov3_vit", "DINOv3ViTModel", lambda model: {"pixel_values": pixels()}),
+    "dinov3_vit, gated": Part(
+        "dinov3_vit", "DINOv3ViTModel", lambda model: {"pixel_values": pixels()}, {"use_gated_mlp": True}
+    ),
     "clip": Part("clip", "CLIPModel", contrasted, TOWERS),
     "clip, classification": Part("clip", "CLIPForImageClassification", classified, {**TOWERS, "num_labels": 5}),
     "siglip": Part("siglip", "SiglipModel", contrasted, {"text_config": {"projection_size": HIDDEN}}),
@@ -150,6 +153,42 @@ MODELS: dict[str, Part] = {
                 "deepstack_visual_indexes": [0],
             },
             **TOKENS,
+        },
+    ),
+    "qwen3_vl_moe": Part(
+        "qwen3_vl_moe",
+        "Qwen3VLMoeForConditionalGeneration",
+        with_packed_image,
+        {
+            "text_config": {"rope_parameters": {**MIXED["rope_parameters"], "mrope_section": [4, 2, 2]}},
+            "vision_config": {
+                "out_hidden_size": HIDDEN,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+            **TOKENS,
+        },
+    ),
+    "llama4": Part(
+        "llama4",
+        "Llama4ForConditionalGeneration",
+        partial(with_image, count=4),
+        {
+            "text_config": {"intermediate_size_mlp": 128, "attention_chunk_size": 16, "moe_layers": [1]},
+            "vision_config": LLAMA4_IMAGE,
+            "image_token_index": IMAGE,
+        },
+    ),
+    "phi4_multimodal (text)": Part(
+        "phi4_multimodal",
+        "Phi4MultimodalForCausalLM",
+        lambda model: text_around(0),
+        {
+            "vision_config": {"crop_size": 16},
+            "audio_config": {
+                **{"num_blocks": 1, "ext_pw_out_channel": 64, "depthwise_separable_out_channel": 64},
+                **{"nemo_conv_channels": 16, "input_size": 16},
+            },
         },
     ),
     "llava": Part(
