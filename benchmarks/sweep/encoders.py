@@ -197,11 +197,15 @@ def encoders() -> Iterator[Case]:
 
 
 def further_encoders() -> Iterator[Case]:
-    """Those whose layers are BERT's or Wav2Vec2's."""
+    """Those whose layers are much like BERT's or Wav2Vec2's."""
     for model_type in ("ernie", "megatron-bert", "roc_bert", "layoutlm", "data2vec-text"):
         yield head(model_type, AutoModelForMaskedLM, masked_lm, ENCODER)
     for model_type in ("roberta-prelayernorm", "xlm-roberta-xl"):
         yield head(model_type, AutoModelForMaskedLM, masked_lm, ENCODER)
+    for model_type in ("nomic_bert", "jina_embeddings_v3", "gte"):
+        yield head(model_type, AutoModelForMaskedLM, masked_lm, ENCODER)
+    rotary = {"position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 4, "pad_token_id": 1}
+    yield head("esm", AutoModelForMaskedLM, masked_lm, {**ENCODER, **rotary})
     narrow = {**ENCODER, "input_embedding_size": 32, "output_embedding_size": 48}
     yield head("rembert", AutoModelForMaskedLM, masked_lm, narrow, "the decoder's width is another")
     yield head("splinter", AutoModelForQuestionAnswering, span, ENCODER, question_token_id=5)
