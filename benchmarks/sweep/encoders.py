@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
+    AutoModel,
     AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForCTC,
@@ -24,6 +25,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
+    AutoModelForTextEncoding,
     AutoModelForTokenClassification,
 )
 
@@ -53,6 +55,7 @@ WAVES = {
     **{"num_conv_pos_embedding_groups": 4, "classifier_proj_size": 16, "ctc_loss_reduction": "mean"},
 }
 RELATIVE = {"relative_attention": True, "max_relative_positions": 16, "pos_att_type": ["c2p", "p2c"]}
+BY_EMBEDDING = "its head multiplies with the embedding's weight"
 MODERNBERT = {
     **{**ENCODER, "num_hidden_layers": 3, "local_attention": 8, "initializer_cutoff_factor": 3.0},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
@@ -74,6 +77,10 @@ def masked_lm(model: nn.Module) -> dict[str, Any]:
     labels = ids()
     labels[:, ::3] = -100
     return {"input_ids": ids(), "attention_mask": padded(), "labels": labels}
+
+
+def no_labels(model: nn.Module) -> dict[str, Any]:
+    return {"input_ids": ids(), "attention_mask": padded()}
 
 
 def pretraining(model: nn.Module) -> dict[str, Any]:
@@ -165,6 +172,7 @@ def encoders() -> Iterator[Case]:
     yield head("bert questions", AutoModelForQuestionAnswering, span, ENCODER)
     yield head("bert choice", AutoModelForMultipleChoice, choices, ENCODER)
     yield head("bert untied", AutoModelForMaskedLM, masked_lm, ENCODER, tie_word_embeddings=False)
+    yield head("bert model", AutoModel, no_labels, ENCODER, "no head")
     yield head("bert causal", AutoModelForCausalLM, causal, ENCODER, is_decoder=True)
     yield head("roberta classification", AutoModelForSequenceClassification, one_label, ENCODER)
     yield head("distilbert", AutoModelForMaskedLM, masked_lm, DISTILBERT)
@@ -178,6 +186,9 @@ def encoders() -> Iterator[Case]:
     yield head("deberta absolute", AutoModelForTokenClassification, token_labels, ENCODER, "no relative positions")
     buckets = {**ENCODER, **RELATIVE, "position_buckets": 8}
     yield head("deberta-v2", AutoModelForMaskedLM, masked_lm, buckets)
+    own = {"legacy": False}
+    yield head("deberta embedding", AutoModelForMaskedLM, masked_lm, {**ENCODER, **RELATIVE}, BY_EMBEDDING, **own)
+    yield head("deberta-v2 embedding", AutoModelForMaskedLM, masked_lm, buckets, BY_EMBEDDING, **own)
     shared = {**buckets, "share_att_key": True, "norm_rel_ebd": "layer_norm", "conv_kernel_size": 3}
     yield head("deberta-v2 v3", AutoModelForSequenceClassification, one_label, shared, "as DeBERTa-v3; convolution")
     yield head("modernbert", AutoModelForMaskedLM, masked_lm, MODERNBERT)
@@ -186,11 +197,15 @@ def encoders() -> Iterator[Case]:
 
 
 def further_encoders() -> Iterator[Case]:
-    """Those whose layers are BERT's or Wav2Vec2's."""
+    """Those whose layers are much like BERT's or Wav2Vec2's."""
     for model_type in ("ernie", "megatron-bert", "roc_bert", "layoutlm", "data2vec-text"):
         yield head(model_type, AutoModelForMaskedLM, masked_lm, ENCODER)
     for model_type in ("roberta-prelayernorm", "xlm-roberta-xl"):
         yield head(model_type, AutoModelForMaskedLM, masked_lm, ENCODER)
+    for model_type in ("nomic_bert", "jina_embeddings_v3", "gte"):
+        yield head(model_type, AutoModelForMaskedLM, masked_lm, ENCODER)
+    rotary = {"position_embedding_type": "rotary", "token_dropout": True, "mask_token_id": 4, "pad_token_id": 1}
+    yield head("esm", AutoModelForMaskedLM, masked_lm, {**ENCODER, **rotary})
     narrow = {**ENCODER, "input_embedding_size": 32, "output_embedding_size": 48}
     yield head("rembert", AutoModelForMaskedLM, masked_lm, narrow, "the decoder's width is another")
     yield head("splinter", AutoModelForQuestionAnswering, span, ENCODER, question_token_id=5)
@@ -207,6 +222,8 @@ def encoder_decoders() -> Iterator[Case]:
     for model_type in ("mt5", "umt5"):
         yield head(f"{model_type} ungated", AutoModelForSeq2SeqLM, seq2seq, T5, feed_forward_proj="relu")
     yield head("t5 untied", AutoModelForSeq2SeqLM, seq2seq, T5, tie_word_embeddings=False)
+    yield head("t5 eager", AutoModelForSeq2SeqLM, seq2seq, T5, attn_implementation="eager")
+    yield head("t5 encoder", AutoModelForTextEncoding, no_labels, T5, "no head")
     yield head("t5 classification", AutoModelForSequenceClassification, one_label, T5)
     yield head("t5 tokens", AutoModelForTokenClassification, token_labels, T5)
     yield head("t5 questions", AutoModelForQuestionAnswering, span, T5)
