@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accel_tp_ddp.rules import PlanLike
+
 
 class NoCase(Exception):
     """Raised by `build` where there turns out to be nothing to compare: the case is left out."""
@@ -28,12 +30,14 @@ class Case:
         inputs: Forward's keyword arguments for a model, labels included where it takes any. The harness seeds torch
             before: equally on the ranks of a replica, otherwise on another replica.
         note: What is special about it, for the table. `build` may set it on the model instead, as `case_note`.
+        plan: As `parallelize` takes it.
     """
 
     name: str
     build: Callable[[], nn.Module]
     inputs: Callable[[nn.Module], dict[str, Any]]
     note: str = ""
+    plan: PlanLike = "auto"
 
 
 def groups() -> dict[str, ModuleType]:

@@ -21,8 +21,6 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from accel_tp_ddp.rules import _SHIPPED as SHIPPED
-
 from .cases import Case
 from .processes import first_line
 
@@ -91,10 +89,8 @@ def cases() -> list[Case]:
 
 def architectures() -> list[str]:
     """Model types with a plan, in alphabetical order."""
-    shipped = {path.stem for path in SHIPPED.glob("*.yaml")}
     types = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    planned = (name for name in types if name in shipped or getattr(CONFIG_MAPPING[name], "base_model_tp_plan", None))
-    return list(planned)
+    return [name for name in types if name == "gpt_oss" or getattr(CONFIG_MAPPING[name], "base_model_tp_plan", None)]
 
 
 def language_inputs(model: nn.Module) -> dict[str, Any]:

@@ -32,8 +32,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from accel_tp_ddp import full_gradients, parallelize
-from accel_tp_ddp.errors import PlanError
+from accel_tp_ddp import PlanError, Style, full_gradients, parallelize, resolve_plan
+from accel_tp_ddp.rules import PlanLike
 
 from .cases import Case, NoCase, build, inputs, loss_of
 from .peer import shard_built, shard_while_loading
@@ -129,7 +129,8 @@ def compare(case: Case, column: Column, reference: Reference, folder: Path) -> d
     model = build(case)
     batch = inputs(case, model, replica)
     try:
-        model = SHARDED_BY[column.kind](model, mesh["tp"], folder)
+        styles = styles_of(model, column.tp, case.plan) if column.kind == "ours" else []
+        model = SHARDED_BY[column.kind](model, mesh["tp"], folder, case.plan)
     except PlanError as error:
         return {"result": "refused", "reason": first_line(error)}
     wrapped = model
@@ -161,6 +162,7 @@ def compare(case: Case, column: Column, reference: Reference, folder: Path) -> d
         "result": "fail" if problems else "pass",
         "reason": "; ".join(problems),
         "note": getattr(model, "case_note", ""),
+        "styles": styles,
         "sharded": f"{sum(is_sharded(p) for p in model.parameters())} of {len(list(model.parameters()))}",
         "error": max((error for error in errors.values() if error == error), default=0.0),
     }
@@ -169,16 +171,24 @@ def compare(case: Case, column: Column, reference: Reference, folder: Path) -> d
     return answer
 
 
-def shard_ours(model: nn.Module, mesh: DeviceMesh, folder: Path) -> nn.Module:
-    return parallelize(model, mesh)
+def shard_ours(model: nn.Module, mesh: DeviceMesh, folder: Path, plan: PlanLike) -> nn.Module:
+    return parallelize(model, mesh, plan)
 
 
 #: By a column's kind.
-SHARDED_BY: dict[str, Callable[[nn.Module, DeviceMesh, Path], nn.Module]] = {
+SHARDED_BY: dict[str, Callable[[nn.Module, DeviceMesh, Path, PlanLike], nn.Module]] = {
     "ours": shard_ours,
     "peer, loading": shard_while_loading,
     "peer, built": shard_built,
 }
+
+
+def styles_of(model: nn.Module, tp_size: int, plan: PlanLike) -> list[str]:
+    """The classes of the styles in the model's plan."""
+    found: list[Style] = []
+    for entry in resolve_plan(model, tp_size, plan).entries:
+        found += [*getattr(entry.style, "styles", [entry.style]), *entry.site.bare.values()]
+    return sorted({type(style).__name__ for style in found})
 
 
 def is_sharded(param: nn.Parameter) -> bool:

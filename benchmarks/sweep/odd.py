@@ -37,11 +37,23 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3: 5 experts of 48": ("deepseek_v3", {"n_routed_experts": 5, "moe_intermediate_size": 48}),
     "gpt_oss: 3 experts": ("gpt_oss", {"num_local_experts": 3}),
     "gemma2: vocabulary 131": ("gemma2", {}),
+    "llama: embedding cut along the hidden size, tied": ("llama", {"tie_word_embeddings": True}),
+}
+
+
+PLANS: dict[str, dict[str, str]] = {
+    "llama: embedding cut along the hidden size, tied": {
+        "embed_tokens": "embedding_colwise",
+        "lm_head": "rowwise_split_input",
+    },
 }
 
 
 def cases() -> list[Case]:
-    return [Case(name, partial(model_of, *change), inputs) for name, change in CHANGES.items()]
+    return [
+        Case(name, partial(model_of, *change), inputs, plan=PLANS.get(name, "auto"))
+        for name, change in CHANGES.items()
+    ]
 
 
 def model_of(architecture: str, changes: dict[str, Any]) -> nn.Module:

@@ -9,14 +9,16 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed import DistributedConfig
 
+from accel_tp_ddp.rules import PlanLike
 
-def shard_while_loading(model: nn.Module, mesh: DeviceMesh, folder: Path) -> nn.Module:
+
+def shard_while_loading(model: nn.Module, mesh: DeviceMesh, folder: Path, plan: PlanLike) -> nn.Module:
     """Each rank reads its part of the checkpoint in `folder`; the built `model` only says of which class."""
     config = DistributedConfig(tp_size=mesh.size())
     return type(model).from_pretrained(folder, distributed_config=config, dtype=torch.float32).eval()
 
 
-def shard_built(model: nn.Module, mesh: DeviceMesh, folder: Path) -> nn.Module:
+def shard_built(model: nn.Module, mesh: DeviceMesh, folder: Path, plan: PlanLike) -> nn.Module:
     """What `from_pretrained` does to a model that it has just made, here to one that has its weights."""
     config, _, manager = type(model).prepare_distribute_model(DistributedConfig(tp_size=mesh.size()))
     model = type(model).maybe_distribute_model(model, config, manager)

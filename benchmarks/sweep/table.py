@@ -12,6 +12,7 @@ from typing import Any
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
+ORDER = ("causal", "options", "odd", "planned", "curated", "encoders", "vision")  # of the sections; then others
 Answers = dict[str, dict[str, dict[str, Any]]]  # by case, then by column
 
 
@@ -38,10 +39,10 @@ def document(groups: dict[str, ModuleType], folder: Path = RESULTS) -> str:
     lines = ["# Architectures", "", *textwrap.wrap(text, 119), ""]
     lines += _docstring("compare").split("\n\n", 2)[2].splitlines()
     lines += ["", *textwrap.wrap(_LEGEND, 119)]
-    for group, module in groups.items():
+    for group in [*filter(groups.__contains__, ORDER), *(group for group in groups if group not in ORDER)]:
         answers = load(group, folder)
         if answers:
-            lines += ["", *section(module, answers)]
+            lines += ["", *section(groups[group], answers)]
     return "\n".join(lines) + "\n"
 
 
