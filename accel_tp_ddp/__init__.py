@@ -1,5 +1,6 @@
 """Tensor parallelism inside plain DistributedDataParallel, for Hugging Face Accelerate."""
 
+from .checkpoint.background import wait_for_save
 from .checkpoint.load import load_state
 from .errors import CheckpointError, PlanError
 from .export import full_gradients, full_state_dict
@@ -28,4 +29,5 @@ __all__ = [
     "register_style",
     "register_whole_step",
     "resolve_plan",
+    "wait_for_save",
 ]

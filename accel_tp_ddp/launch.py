@@ -20,6 +20,7 @@ from pathlib import Path
 import accelerate.accelerator
 import torch.distributed as dist
 
+from .checkpoint.background import wait_for_save
 from .plugin import TensorParallelDDPPlugin
 
 __all__ = ["activate", "main"]
@@ -31,6 +32,7 @@ _OPTIONS = {
     "tp_plan": ("ACCEL_TP_DDP_PLAN", '"auto", or a YAML or JSON file'),
     "replica_check_steps": ("ACCEL_TP_DDP_REPLICA_CHECK_STEPS", "how often replicas are compared; 0: never"),
     "replica_drift": ("ACCEL_TP_DDP_REPLICA_DRIFT", "heal or raise"),
+    "async_save": ("ACCEL_TP_DDP_ASYNC_SAVE", "true or false: whether save_state writes in the background"),
 }
 _SWITCH = "ACCELERATE_USE_PARALLELISM_CONFIG"
 
@@ -78,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.path[0:1] = [str(Path(script).resolve().parent)]
         runpy.run_path(script, run_name="__main__")
     if plugin is not None and dist.is_available() and dist.is_initialized():
+        wait_for_save()
         dist.barrier()  # a rank that leaves while others still talk makes them abort at exit
         dist.destroy_process_group()
 

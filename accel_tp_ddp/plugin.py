@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import DeviceMesh
 
 from .checkpoint.load import hook_load_state
+from .checkpoint.save import hook_saving
 from .prepare import hook_accelerator
 from .rules import PlanLike
 from .sharded_loading import load_in_slices
@@ -49,6 +50,8 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             0: never. Env `ACCEL_TP_DDP_REPLICA_CHECK_STEPS`, default 100.
         replica_drift: What happens if replicated parameters differ: `"heal"` sends the first rank's values to the
             others and logs their names, `"raise"` raises. Env `ACCEL_TP_DDP_REPLICA_DRIFT`, default `"heal"`.
+        async_save: Whether `accelerator.save_state` writes in the background while training goes on; its argument
+            `async_save` beats this. Env `ACCEL_TP_DDP_ASYNC_SAVE`, default False.
 
     Raises:
         ValueError: If a value is out of range or not available; it says what is allowed.
@@ -59,6 +62,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
     sequence_parallel: bool | None = field(default=None, kw_only=True)
     replica_check_steps: int | None = field(default=None, kw_only=True)
     replica_drift: str | None = field(default=None, kw_only=True)
+    async_save: bool | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         self._posing_as_plain = False
@@ -91,6 +95,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             self.replica_drift = os.environ.get("ACCEL_TP_DDP_REPLICA_DRIFT", "heal")
         if self.replica_drift not in ("heal", "raise"):
             raise ValueError(f'replica_drift is {self.replica_drift!r}; it has to be "heal" or "raise".')
+        self.async_save = _flag("async_save", self.async_save, "ACCEL_TP_DDP_ASYNC_SAVE")
         # The base class refuses tensor parallelism with replicas, which is what this plugin is for.
         self.dp_replicate_size = 1
         super().__post_init__()
@@ -200,6 +205,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             mend_trainer(TensorParallelDDPPlugin)
         else:
             hook_load_state(accelerator)  # for states that were saved with tp_size > 1
+            hook_saving(accelerator, self.async_save)
 
 
 def _adopt_timeout(accelerator: Accelerator, mesh: DeviceMesh) -> None:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from .adapters import check_adapters
 from .batches import watch_batches
+from .checkpoint.background import wait_for_save
 from .checkpoint.load import load_state
 from .checkpoint.save import save_state
 from .collectives import gather_replicas
@@ -54,6 +55,7 @@ class Settings(Protocol):
     tp_plan: PlanLike
     replica_check_steps: int
     replica_drift: str
+    async_save: bool
 
     def posing_as_plain(self) -> AbstractContextManager[None]: ...
 
@@ -293,9 +295,14 @@ class _Hooks:
             save_config(unwrap(model), save_directory)
 
     def save_state(
-        self, output_dir: str | None = None, safe_serialization: bool = True, **save_model_func_kwargs: Any
+        self,
+        output_dir: str | None = None,
+        safe_serialization: bool = True,
+        async_save: bool | None = None,
+        **save_model_func_kwargs: Any,
     ) -> Path:
-        return save_state(self.accelerator, output_dir, self.plugin.tp_size)
+        behind = self.plugin.async_save if async_save is None else async_save
+        return save_state(self.accelerator, output_dir, self.plugin.tp_size, behind)
 
     def load_state(
         self, input_dir: str | None = None, load_kwargs: dict | None = None, **load_model_func_kwargs: Any
@@ -303,9 +310,12 @@ class _Hooks:
         load_state(self.accelerator, input_dir, load_kwargs, **load_model_func_kwargs)
 
     def end_training(self) -> None:
-        # A rank that takes its groups down while others still talk makes them abort at exit.
-        self.accelerator.wait_for_everyone()
-        self.stock["end_training"]()
+        try:
+            wait_for_save()
+        finally:
+            # A rank that takes its groups down while others still talk makes them abort at exit.
+            self.accelerator.wait_for_everyone()
+            self.stock["end_training"]()
 
 
 class _OverReplicas:

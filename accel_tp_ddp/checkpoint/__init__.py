@@ -2,5 +2,6 @@
 
 `tensors` describes shards to `torch.distributed.checkpoint`, `objects` makes names and tensors of models and
 optimizers, `ranks` lets all ranks fail together, `folder` makes a folder appear whole or not at all, `plain` reads
-checkpoints that are not sharded; `save` and `load` put them together for an `Accelerator`, `places` says where.
+checkpoints that are not sharded, `background` lets training go on while a folder is written; `save` and `load` put
+them together for an `Accelerator`, `places` says where.
 """

@@ -12,7 +12,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .ranks import Ranks
 
 __all__ = [
     "MANIFEST",
+    "FolderAside",
     "Manifest",
     "SavedFolder",
     "clear_away",
@@ -92,21 +94,42 @@ def write_whole(place: Path, ranks: Ranks, fill: Callable[[Path], dict[str, Any]
     Raises:
         CheckpointError: On every rank, if anything fails on any; `place` is then as it was.
     """
-    aside, ranks.place = _aside(place, "saving"), place
-    ranks.on_main(lambda: _make_room(place, aside))
-    try:
-        ranks.together(lambda: _check_shared(aside, ranks))
-        about = fill(aside)
-        names = ranks.on_main(lambda: _files_in(aside))
+    aside = FolderAside(place, ranks)
+    with aside.cleared_on_failure(ranks):
+        aside.complete(ranks, fill(aside.path))
+
+
+class FolderAside:
+    """A folder beside its `place`, to be filled and then to appear there. Made on every rank; collective.
+
+    Attributes:
+        path: Where it is for now.
+    """
+
+    def __init__(self, place: Path, ranks: Ranks):
+        self.place, self.path, ranks.place = place, _aside(place, "saving"), place
+        ranks.on_main(lambda: _make_room(place, self.path))
+        with self.cleared_on_failure(ranks):
+            ranks.together(lambda: _check_shared(self.path, ranks))
+
+    @contextmanager
+    def cleared_on_failure(self, ranks: Ranks) -> Iterator[None]:
+        """Delete the folder if what is done meanwhile fails."""
+        try:
+            yield
+        except BaseException:
+            if ranks.is_main:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
+    def complete(self, ranks: Ranks, about: dict[str, Any]) -> None:
+        """List what is there, with what the manifest is to keep beside it, and put it in its place. Collective."""
+        names = ranks.on_main(lambda: _files_in(self.path))
         own = ranks.together(
-            lambda: {name: _checksum(aside / name, sync=True) for name in names[ranks.rank :: ranks.size]}
+            lambda: {name: _checksum(self.path / name, sync=True) for name in names[ranks.rank :: ranks.size]}
         )
         files = {name: entry for part in ranks.all(own) for name, entry in part.items()}
-        ranks.on_main(lambda: _finish(Manifest(about, dict(sorted(files.items()))), aside, place))
-    except BaseException:
-        if ranks.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
+        ranks.on_main(lambda: _finish(Manifest(about, dict(sorted(files.items()))), self.path, self.place))
 
 
 def damage_to(folder: Path, manifest: Manifest, names: list[str]) -> str | None:

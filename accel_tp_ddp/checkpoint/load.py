@@ -14,6 +14,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import load
 
 from ..errors import CheckpointError
+from .background import finish_background_save
 from .folder import MANIFEST, SavedFolder, is_replaced, newest_first, put_back
 from .objects import ModelState
 from .places import TENSORS, absolute, automatic_folder, is_sharded_state, optimizer_states
@@ -52,6 +53,7 @@ def load_state(
     """
     ranks = Ranks("load_state")
     ranks.meet()
+    finish_background_save(ranks)
     tp_size = getattr(accelerator.parallelism_config, "tp_size", 1) if accelerator.parallelism_config else 1
     folder = _folder_to_load(accelerator, input_dir, ranks)
     logger.info(f"Loading states from {folder.path}")
@@ -105,7 +107,7 @@ class _Alone(Ranks):
     """One process by itself, whatever group there is."""
 
     def __init__(self):
-        self.caller, self.rank, self.size = "load_state", 0, 1
+        self.caller, self.group, self.rank, self.size = "load_state", None, 0, 1
 
 
 def _kind_of(folder: Path) -> str:
@@ -337,6 +339,7 @@ class _LoadState:
         self.stock = stock
 
     def __call__(self, input_dir: str | None = None, load_kwargs: dict | None = None, **kwargs: Any) -> None:
+        finish_background_save(Ranks("load_state"))  # which may be what is to be loaded
         if self._is_ours(input_dir):
             load_state(self.accelerator, input_dir, load_kwargs, **kwargs)
         else:

@@ -22,13 +22,15 @@ class Ranks:
 
     Args:
         caller: What the user called, for messages.
+        group: What the collectives go over; None: the default group. Holds all ranks in any case.
 
     Attributes:
         place: The folder that is worked on; named in errors once it is known.
     """
 
-    def __init__(self, caller: str):
+    def __init__(self, caller: str, group: dist.ProcessGroup | None = None):
         self.caller = caller
+        self.group = group
         self.place: Path | None = None
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.size = dist.get_world_size() if dist.is_initialized() else 1
@@ -82,7 +84,7 @@ class Ranks:
             return [value]
         values: list[Any] = [None] * self.size
         try:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         except RuntimeError as error:  # a peer has died, or does something else
             raise self.lost() from error
         return values

@@ -7,7 +7,8 @@ states, custom objects) through Accelerate's own functions, into files of Accele
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +19,95 @@ from accelerate.logging import get_logger
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .folder import clear_away, put_back, remove_oldest, write_whole
+from .background import finish_background_save, group_of_its_own, run_in_background
+from .folder import FolderAside, clear_away, put_back, remove_oldest, write_whole
 from .objects import ModelState, summary_keys
 from .places import TENSORS, absolute, automatic_folder, optimizer_states
 from .ranks import Ranks
-from .tensors import write_tensors
+from .tensors import await_tensors, staged, write_tensors, write_tensors_in_background
 
-__all__ = ["save_state"]
+__all__ = ["hook_saving", "save_state"]
 
 logger = get_logger(__name__)
 
 
-def save_state(accelerator: Accelerator, output_dir: str | os.PathLike | None, tp_size: int) -> Path:
+def save_state(
+    accelerator: Accelerator, output_dir: str | os.PathLike | None, tp_size: int, async_save: bool = False
+) -> Path:
     """Save all that `accelerator` has prepared or registered. Collective over all ranks.
+
+    Args:
+        accelerator: With everything prepared or registered that is to be saved.
+        output_dir: The folder; None under automatic naming.
+        tp_size: Ranks of a replica.
+        async_save: Return once all that is to be saved has been copied to host memory, and write it in the background.
+            The folder appears when it is complete.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: If there is no folder to save to, or the one to be used under automatic naming is there.
-        CheckpointError: If anything fails on any rank; the same on all of them. What was there before stays.
+        CheckpointError: If anything fails on any rank; the same on all of them. What was there before stays. Also if
+            an earlier save in the background has failed; then nothing is saved.
     """
     ranks = Ranks("save_state")
     ranks.meet()
+    finish_background_save(ranks)
     config = accelerator.project_configuration
     place = ranks.on_main(lambda: _place_to_save(accelerator, output_dir))
+    limit = config.total_limit if config.automatic_checkpoint_naming else None
     logger.info(f"Saving current state to {place}")
-    write_whole(place, ranks, _Saver(accelerator, ranks, tp_size).fill)
-    if config.automatic_checkpoint_naming and config.total_limit is not None:
-        removed = ranks.on_main(lambda: remove_oldest(place.parent, config.total_limit, place))
-        if removed:
-            logger.warning(f"Deleted {len(removed)} checkpoints beyond total_limit={config.total_limit}.")
+    saver = _Saver(accelerator, ranks, tp_size)
+    if async_save:
+        _save_in_background(saver, place, limit)
+    else:
+        write_whole(place, ranks, saver.fill)
+        _keep_limit(place, ranks, limit)
     config.iteration += 1
     return place
+
+
+def _save_in_background(saver: _Saver, place: Path, limit: int | None) -> None:
+    """Copy what is to be saved, write what is small, and leave the rest to a thread."""
+    ranks = saver.ranks
+    timeout = getattr(saver.accelerator.init_handler, "timeout", None)
+    group = group_of_its_own(timeout)
+    aside = FolderAside(place, ranks)
+    with aside.cleared_on_failure(ranks):
+        values, about = saver.collect(aside.path)
+        copies = ranks.together(lambda: staged(values))
+        # From this thread, as no other can be started from the one below once the script has come to its end.
+        writing = ranks.together(lambda: write_tensors_in_background(aside.path / TENSORS, copies, group))
+    behind = Ranks("save_state", group)
+    behind.place = place
+
+    def write() -> None:
+        with aside.cleared_on_failure(behind):
+            with _told_by(behind):
+                await_tensors(writing)
+            aside.complete(behind, about)
+        _keep_limit(place, behind, limit)
+
+    run_in_background(place, write)
+
+
+def _keep_limit(place: Path, ranks: Ranks, limit: int | None) -> None:
+    if limit is not None:
+        removed = ranks.on_main(lambda: remove_oldest(place.parent, limit, place))
+        if removed and ranks.is_main:  # from a thread, Accelerate's state may be gone
+            logger.logger.warning(f"Deleted {len(removed)} checkpoints beyond total_limit={limit}.")
+
+
+@contextmanager
+def _told_by(ranks: Ranks) -> Iterator[None]:
+    """Raise what fails in writing tensors, the same on all ranks, in the words of `ranks`."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(ranks.told(str(error))) from None
+    except RuntimeError as error:
+        raise ranks.lost() from error
 
 
 def _place_to_save(accelerator: Accelerator, output_dir: str | os.PathLike | None) -> Path:
@@ -76,17 +133,18 @@ class _Saver:
 
     def fill(self, folder: Path) -> dict[str, Any]:
         """Write everything into `folder`; returns what the manifest is to keep."""
+        values, about = self.collect(folder)
+        with _told_by(self.ranks):
+            write_tensors(folder / TENSORS, values)
+        return about
+
+    def collect(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Write what is small; returns what is left to write, and what the manifest is to keep."""
         kept = self._run_hooks(folder)
         values = self.ranks.together(lambda: self._values(kept))
         self._agree_on_summaries(values)
-        try:
-            write_tensors(folder / TENSORS, values)
-        except CheckpointError as error:
-            raise CheckpointError(self.ranks.told(str(error))) from None
-        except RuntimeError as error:
-            raise self.ranks.lost() from error
         self.ranks.together(lambda: self._write_others(folder))
-        return self._about(kept)
+        return values, self._about(kept)
 
     def _about(self, kept: list[set[str] | None]) -> dict[str, Any]:
         return {
@@ -172,3 +230,35 @@ def _left_of(whole: dict[str, Tensor], before: dict[str, Tensor], weights: Seque
                 "by itself; changed ones cannot be saved by parts."
             )
     return {name.removeprefix("module.") for name in whole}
+
+
+def hook_saving(accelerator: Accelerator, async_save: bool) -> None:
+    """Let an accelerator without tensor parallelism save in the background, where it is asked to, and wait for it."""
+    accelerator.save_state = _SaveState(accelerator, accelerator.save_state, async_save)
+    accelerator.end_training = _EndTraining(accelerator.end_training)
+
+
+class _SaveState:
+    def __init__(self, accelerator: Accelerator, stock: Callable, async_save: bool):
+        self.accelerator = accelerator
+        self.stock = stock
+        self.async_save = async_save
+
+    def __call__(
+        self, output_dir: str | None = None, *args: Any, async_save: bool | None = None, **kwargs: Any
+    ) -> Any:
+        if self.async_save if async_save is None else async_save:
+            return save_state(self.accelerator, output_dir, 1, async_save=True)
+        finish_background_save(Ranks("save_state"))
+        return self.stock(output_dir, *args, **kwargs)
+
+
+class _EndTraining:
+    def __init__(self, stock: Callable):
+        self.stock = stock
+
+    def __call__(self) -> None:
+        try:
+            finish_background_save(Ranks("end_training"))
+        finally:
+            self.stock()

@@ -6,9 +6,11 @@ DTensor. Loading copies into the local tensors themselves, whatever boxes the ch
 
 from __future__ import annotations
 
+import copy
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future as ConcurrentFuture
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from ..errors import CheckpointError
 from ..shard import Ranges, ShardInfo
 
-__all__ = ["Part", "own_ranges", "read_metadata", "read_tensors", "write_tensors"]
+__all__ = ["Part", "own_ranges", "read_metadata", "read_tensors", "staged", "write_tensors"]
 
 
 class Part:
@@ -43,7 +46,7 @@ class Part:
     """
 
     def __init__(self, local: Tensor, info: ShardInfo | None = None):
-        self.local = local.detach()
+        self.local, self.info = local.detach(), info
         sharded = info is not None and info.is_sharded
         self.global_shape = Size(info.global_shape) if sharded else local.shape
         self._views: dict[Size, Tensor] = {}
@@ -150,6 +153,48 @@ def write_tensors(folder: Path, values: Mapping[str, Any]) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save(_with_contents(values), storage_writer=_Writer(folder), planner=_SavePlanner())
+    except CheckpointException as error:
+        raise CheckpointError(_first_failure(error)) from None
+
+
+def staged(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of `values` in host memory, by torch's own staging, so that what goes on changing is not saved."""
+    parts = {name: value for name, value in values.items() if isinstance(value, Part)}
+    copies = BlockingAsyncStager().stage({name: part.local for name, part in parts.items()})
+    return {
+        name: Part(copies[name], parts[name].info) if name in parts else copy.deepcopy(value)
+        for name, value in values.items()
+    }
+
+
+class _Staged(BlockingAsyncStager):
+    """For what is staged already."""
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return state_dict
+
+
+def write_tensors_in_background(
+    folder: Path, values: Mapping[str, Any], group: dist.ProcessGroup | None
+) -> ConcurrentFuture:
+    """As `write_tensors`, in a thread of torch's; `values` as from `staged`, `group` for that thread alone."""
+    return dcp.async_save(
+        _with_contents(values),
+        storage_writer=_Writer(folder),
+        planner=_SavePlanner(),
+        process_group=group,
+        async_stager=_Staged(),
+    )
+
+
+def await_tensors(writing: ConcurrentFuture) -> None:
+    """Wait for what `write_tensors_in_background` has begun.
+
+    Raises:
+        CheckpointError: As `write_tensors`.
+    """
+    try:
+        writing.result()
     except CheckpointException as error:
         raise CheckpointError(_first_failure(error)) from None
 
