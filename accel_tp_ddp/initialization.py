@@ -7,7 +7,7 @@ input features would be that of the part, and a padding row would be another tok
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -48,7 +48,9 @@ class _InitWeights(_ResetParameters):
     """The model's own `_init_weights`, which initialises one of its modules, on whole weights."""
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with whole_parameters(module, self.mesh):
+        with ExitStack() as stack:  # some initialise a layer together with the block around it
+            for owner in (module, *module.children()):
+                stack.enter_context(whole_parameters(owner, self.mesh))
             return type(self.module)._init_weights(self.module, module, *args, **kwargs)
 
 

@@ -25,11 +25,6 @@ MODEL = pytest.mark.parametrize("model", ARCHITECTURES)
 TP = pytest.mark.parametrize("tp", [2, 4])
 
 
-def embeddings_sharded(model, tied):
-    """GPT-NeoX's own plan leaves `embed_in` whole, unless the head that it is tied to is sharded."""
-    return int(model != "gpt_neox" or tied)
-
-
 def build(model, layers, tied=False):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     return parallelize(build_model(model, layers=layers, tied=tied), mesh)
@@ -90,7 +85,7 @@ def test_two_and_two_all_reduces_a_layer(model, tied, tp):
         forward[layers], backward[layers] = counts[0]
     assert forward[4] - forward[2] == {"allreduce_": 4}
     assert backward[4] - backward[2] == {"allreduce_": 4}
-    assert forward[2] == {"allreduce_": embeddings_sharded(model, tied) + 2 * 2, "allgather_": 1}
+    assert forward[2] == {"allreduce_": 1 + 2 * 2, "allgather_": 1}
     assert backward[2] == {"allreduce_": 1 + 2 * 2}
 
 
@@ -100,7 +95,7 @@ def test_each_carries_the_hidden_states_and_no_more(model, tp):
     """Counted without a debug mode, whose module hooks might hide a collective or make one."""
     hidden = BATCH * LENGTH * HIDDEN
     logits = BATCH * LENGTH * -(-VOCABULARY // tp)  # padded to the longest slice
-    summed = embeddings_sharded(model, tied=False) + 2 * 2
+    summed = 1 + 2 * 2  # the embedding, and attention and MLP of each layer
     head_norms = 2 * 16 if model == "qwen3" else 0  # ride along with the gradient of their attention's input
     for forward, backward in run_on_ranks(counted_by_calls, tp, model, 2):
         assert forward == [("all_reduce", hidden)] * summed + [("all_gather", logits)]

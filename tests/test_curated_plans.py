@@ -102,6 +102,24 @@ def test_a_fault_shows_in_the_gradients(fault):
     assert worst > 100 * TOLERANCE
 
 
+LEFT_WHOLE = {f"transformer.h.*.self_attention{inside}": "replicate" for inside in ("", ".query_key_value", ".dense")}
+
+
+def with_its_attention_left_whole():
+    model = build_model("falcon_one_key", num_attention_heads=7, hidden_size=56)
+    return reads(parallelize(model, tp_mesh(), LEFT_WHOLE))
+
+
+def test_a_model_whose_heads_do_not_divide_trains_with_its_attention_left_whole():
+    model = build_model("falcon_one_key", num_attention_heads=7, hidden_size=56)
+    with pytest.raises(PlanError, match="7, is not divisible by tp_size"):
+        resolve_plan(model, 2)
+    expected, generated = reads(model)
+    for tensors, tokens in run_on_ranks(with_its_attention_left_whole, 2):
+        assert_tensors_close(tensors, expected, TOLERANCE, floor=1e-4)
+        assert tokens == generated
+
+
 def recomputed():
     """Gradients with dropout, of a forward that is kept and of one that is done again in the backward."""
     found = []
@@ -122,6 +140,25 @@ def test_gpt2_drops_out_the_same_again_when_activations_are_recomputed():
         assert (
             relative_errors(kept, {k: v for k, v in without.items() if k != "logits"})["transformer.wpe.weight"] > 0.1
         )
+
+
+def initialized_again():
+    model = parallelize(build_model("gpt2"), tp_mesh())
+    torch.manual_seed(9)
+    for block in model.transformer.h:
+        model._init_weights(block.mlp)
+    return full_state_dict(model)
+
+
+def test_a_layer_that_is_initialized_with_the_block_around_it_is_drawn_whole():
+    reference = build_model("gpt2")
+    torch.manual_seed(9)
+    for block in reference.transformer.h:
+        reference._init_weights(block.mlp)
+    before = build_model("gpt2").state_dict()
+    assert not torch.equal(before["transformer.h.0.mlp.c_proj.weight"], reference.transformer.h[0].mlp.c_proj.weight)
+    for state in run_on_ranks(initialized_again, 2):
+        assert_tensors_close(state, reference.state_dict(), 0.0)
 
 
 # --- through Accelerate ----------------------------------------------------------------------------------------------

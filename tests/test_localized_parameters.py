@@ -135,8 +135,7 @@ def test_each_rank_holds_its_share_and_says_of_what(kind, tp):
     assert all(sizes.keys() == ranks[0].keys() and sizes for sizes in ranks)
     name, tied, source = kind
     linears = {"gpt_neox": 4, "phi3": 4}.get(name, 7)
-    # GPT-NeoX's own plan leaves an untied input embedding whole, torch's styles here both ends.
-    ends = 0 if source == "torch_parallelized" else 1 if tied or name == "gpt_neox" else 2
+    ends = 0 if source == "torch_parallelized" else 1 if tied else 2  # torch's styles here leave both whole
     assert sum(name.endswith("weight") for name in ranks[0]) == LAYERS * linears + ends
     for name, (_, full) in ranks[0].items():
         shares = [sizes[name][0] for sizes in ranks]

@@ -17,6 +17,39 @@ from .local import show_local_size, whole_size
 __all__ = ["GroupedQKVColwise"]
 
 
+def ranks_that_share(queries: int, keys: int, width: int, tp_size: int) -> int | None:
+    """How many ranks share each key/value head of a fused projection; None if the heads cannot be dealt out evenly.
+
+    Args:
+        queries: Number of query heads.
+        keys: Number of key/value heads.
+        width: Features of each head; those of a shared key and value are divided among the ranks that share it.
+        tp_size: Number of ranks.
+    """
+    if keys % tp_size == 0:
+        return 1
+    sharing, rest = divmod(tp_size, keys)
+    return None if rest or queries // keys % sharing or width % sharing else sharing
+
+
+def join_shared_keys(call: ParallelForward, output: Tensor, width: int, sharing: int) -> Tensor:
+    """The outputs of a fused projection with the whole key and value that this rank shares with others.
+
+    Forward: all-gather of keys and values; backward: all-reduce of their gradients.
+
+    Args:
+        call: The projection's forward.
+        output: This rank's queries, then its part of the key, then its part of the value.
+        width: Features of the whole key.
+        sharing: How many ranks share it.
+    """
+    part = width // sharing
+    query, parts = output.split([output.size(-1) - 2 * part, 2 * part], -1)
+    (parts,) = copy_to_tp(call.mesh, gather_from_tp(call.mesh, parts, -1, [2 * part] * call.mesh.size()))
+    parts = parts.unflatten(-1, (-1, sharing, 2, part)).select(-4, call.mesh.get_local_rank() // sharing)
+    return cat([query, parts.transpose(-3, -2).flatten(-3)], -1)
+
+
 class GroupedQKVColwise(Colwise):
     """Column-parallel for outputs that are, for one key/value head after the other, its queries, its key, its value.
 
@@ -52,10 +85,7 @@ class GroupedQKVColwise(Colwise):
                 "Name the attributes of the attention module that hold these numbers.",
             )
         width = features // (queries + 2 * keys)
-        fits = keys % tp_size == 0 or (
-            tp_size % keys == 0 and queries // keys % (tp_size // keys) == 0 and width % (tp_size // keys) == 0
-        )
-        if not fits:
+        if ranks_that_share(queries, keys, width, tp_size) is None:
             raise site.error(
                 f"{what} holds {keys} groups of {queries // keys} queries, a key and a value of width {width}, which "
                 "the ranks cannot share out evenly.",
@@ -104,18 +134,9 @@ class GroupedQKVColwise(Colwise):
 
     def facts(self, site: Site) -> dict[str, Any]:
         queries, keys = self._counts(site)
-        sharing = site.tp_size // keys if keys % site.tp_size else 1
         width = out_features(site.module) // (queries + 2 * keys)
-        return {"sharing": sharing, "queries": queries // site.tp_size * width, "width": width}
+        return {"width": width, "sharing": ranks_that_share(queries, keys, width, site.tp_size)}
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
         output = super().forward(call, input)
-        sharing = call.facts["sharing"]
-        if sharing == 1:
-            return output
-        queries, width = call.facts["queries"], call.facts["width"]
-        query, part = output.split([queries, 2 * width // sharing], -1)
-        (parts,) = copy_to_tp(call.mesh, gather_from_tp(call.mesh, part, -1, [part.size(-1)] * call.mesh.size()))
-        group = call.mesh.get_local_rank() // sharing
-        parts = parts.unflatten(-1, (-1, sharing, 2, width // sharing)).select(-4, group)
-        return cat([query, parts.transpose(-3, -2).flatten(-3)], -1)
+        return output if call.facts["sharing"] == 1 else join_shared_keys(call, output, **call.facts)
