@@ -300,7 +300,7 @@ def test_only_a_style_can_be_registered_under_a_name(name, style):
 
 
 def test_an_embedding_without_a_rule_follows_the_head_that_it_is_tied_to(monkeypatch):
-    monkeypatch.setattr("accel_tp_ddp.plan.shipped_plan", lambda model: {})  # transformers' own has none for it
+    monkeypatch.setattr("accel_tp_ddp.plan.shipped_plans", lambda model: [])  # transformers' own has none for it
     untied, tied = (resolve_plan(build_model("gpt_neox", tied=tie), 2) for tie in (False, True))
     assert "gpt_neox.embed_in" not in chosen(untied)
     assert chosen(tied)["gpt_neox.embed_in"] == ("embedding_rowwise", "tied")
