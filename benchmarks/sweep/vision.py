@@ -102,6 +102,12 @@ MODELS: dict[str, Part] = {
     "dinov2_with_registers": Part(
         "dinov2_with_registers", "Dinov2WithRegistersForImageClassification", classified, {"num_labels": 5}
     ),
+    "dinov2_with_registers, gated": Part(
+        "dinov2_with_registers",
+        "Dinov2WithRegistersForImageClassification",
+        classified,
+        {"num_labels": 5, "use_swiglu_ffn": True},
+    ),
     "dinov3_vit": Part("dinov3_vit", "DINOv3ViTModel", lambda model: {"pixel_values": pixels()}),
     "dinov3_vit, gated": Part(
         "dinov3_vit", "DINOv3ViTModel", lambda model: {"pixel_values": pixels()}, {"use_gated_mlp": True}
