@@ -15,11 +15,15 @@ ROOT = Path(__file__).parents[1]
 # One or more for each style of the registry.
 SLICE = {
     "causal": (
-        *("apertus", "gemma3n_text", "gpt_neox", "gpt_oss", "granitemoehybrid", "inkling_text", "llama4_text"),
-        *("longcat_flash", "mixtral", "phi3", "qwen3_5_moe_text"),
+        *("apertus", "gemma3n_text", "gpt_oss", "inkling_text", "llama4_text", "longcat_flash", "mixtral"),
+        "qwen3_5_moe_text",
     ),
     "encoders": ("deberta", "mpnet"),
-    "odd": ("llama: embedding cut along the hidden size, tied", "phi3: one key/value head"),
+    "odd": (
+        *("cohere: norm of each head", "glm4_moe: norm of queries and keys", "phi: norm of queries and keys"),
+        *("llama: embedding cut along the hidden size, tied", "llama: intermediate size 127, biases"),
+        *("mixtral: experts of 31", "phi3: one key/value head"),
+    ),
 }
 ELSEWHERE = {"AllReduce"}  # no plan that is in use names it: tests/test_full_gradients.py
 

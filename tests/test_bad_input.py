@@ -439,10 +439,10 @@ def two_key_value_heads_of_a_module_that_does_not_say_so(here):
 
 
 @case(
-    PREPARE_TP4, "`model.layers.0.mlp.gate_proj.weight` of size (90, 64)", "not divisible", "tp_size=4", "`replicate`"
+    PREPARE_TP4, "`model.layers.0.mlp.gate_proj.weight` of size (5, 64)", "without a part", "tp_size=4", "`replicate`"
 )
 def intermediate_size(here):
-    return (build_model("llama", intermediate_size=90),)
+    return (build_model("llama", intermediate_size=5),)
 
 
 @case(PREPARE_TP4, "`model.layers.0.self_attn.", "key value heads = 3", "tp_size=4", "`replicate`")

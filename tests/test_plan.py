@@ -362,6 +362,21 @@ def test_tied_weights_that_are_treated_alike_are_accepted(rules):
 # --- layouts ---------------------------------------------------------------------------------------------------------
 
 
+def test_an_mlp_may_be_cut_into_parts_of_different_length():
+    layouts = resolve_plan(build_model("llama", intermediate_size=90), 4).layouts
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        assert layouts[f"model.layers.0.mlp.{name}.weight"].sizes == (23, 23, 23, 21)
+    packed = resolve_plan(build_model("phi3", intermediate_size=90), 4).layouts
+    assert packed["model.layers.0.mlp.gate_up_proj.weight"].sizes == (46, 46, 46, 42)
+    assert packed["model.layers.0.mlp.down_proj.weight"].sizes == (23, 23, 23, 21)
+
+
+def test_gate_and_up_in_turns_are_not_cut_into_parts_of_different_length():
+    model = build_model("gpt_oss", intermediate_size=31, experts_implementation="eager")
+    with pytest.raises(PlanError, match="their parts would not fit each other"):
+        resolve_plan(model, 2)
+
+
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_packed_weights_are_cut_section_by_section(tp_size):
     layouts = resolve_plan(build_model("phi3"), tp_size).layouts

@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from ..errors import PlanError, nearest
-from .attention import LatentKeyValueDown, LocalParameters
+from .attention import HeadParameters, LatentKeyValueDown, LocalParameters
 from .base import Site, Style
 from .embedding import EmbeddingColwise, EmbeddingHeads, EmbeddingRowwise
 from .experts import Experts, IdentityExpert, SharedBias
@@ -38,6 +38,7 @@ _STYLES: dict[str, Style] = {
     "embedding_colwise": EmbeddingColwise(),
     "embedding_heads": EmbeddingHeads(),
     "embedding_rowwise": EmbeddingRowwise(),
+    "head_parameters": HeadParameters(),
     "local_params": LocalParameters(),
     "mla_kv_a_proj": LatentKeyValueDown(),
     "moe_identity_expert": IdentityExpert(),

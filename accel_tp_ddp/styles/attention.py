@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..collectives import copy_to_tp
 from ..region import ParallelForward
-from ..shard import Layout
+from ..shard import Layout, chunk_ranges
 from .base import Site, Style
 
-__all__ = ["LatentKeyValueDown", "LocalParameters", "bare_layouts"]
+__all__ = ["HeadParameters", "LatentKeyValueDown", "LocalParameters", "bare_layouts"]
 
 
 class LocalParameters(Style):
@@ -25,6 +25,39 @@ class LocalParameters(Style):
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         return bare_layouts(site)
+
+
+class HeadParameters(Style):
+    """Parameters with a row for each head, in a module that computes head by head, such as a norm of queries or keys.
+
+    Each rank keeps the rows of its heads. Forward and backward: nothing; where ranks share a key/value head, the sum
+    of its gradients rides on the all-reduce of the projections.
+    """
+
+    def layouts(self, site: Site) -> dict[str, Layout]:
+        params = site.module._parameters.items()
+        return {name: self._rows(site, len(param)) for name, param in params if param is not None}
+
+    @staticmethod
+    def _rows(site: Site, heads: int) -> Layout:
+        copies = site.tp_size // heads if heads == site.key_value_heads and heads < site.tp_size else 1
+        parts = chunk_ranges(heads, site.tp_size // copies)
+        return Layout(0, tuple(part for part in parts for _ in range(copies)))
+
+    def verify(self, site: Site) -> None:
+        counts = site.head_counts()
+        for name, param in site.module._parameters.items():
+            if param is not None and (param.ndim == 0 or len(param) not in counts.values()):
+                stated = ", ".join(f"{key}={count}" for key, count in counts.items()) or "none"
+                raise site.error(
+                    f"`{site.parameter(name)}` of size {tuple(param.shape)} has no row for each head; the config "
+                    f"states: {stated}.",
+                    "Use `replicated_with_grad_allreduce` for what all heads share.",
+                )
+        super().verify(site)
+
+    def forward(self, call: ParallelForward, *args, **kwargs):
+        return call.inner_with_sums(*args, **kwargs)
 
 
 class LatentKeyValueDown(Style):

@@ -128,6 +128,10 @@ class Style:
             "Name another style, or `replicate`.",
         )
 
+    def allows_uneven(self, site: Site) -> bool:
+        """Whether ranks may get parts of different length at `site`; a part is never empty."""
+        return self.uneven
+
     def facts(self, site: Site) -> dict[str, Any]:
         """What `forward` has to know about the site; it finds it in `call.facts`."""
         return {}
@@ -162,7 +166,7 @@ class Style:
                 "Quantized or packed weights cannot be sharded; load it unquantized.",
             )
         even = len(set(layout.sizes)) == 1
-        if self.uneven:
+        if self.allows_uneven(site):
             if min(layout.sizes) == 0:
                 raise site.error(
                     f"{size} leaves ranks without a part of dimension {layout.dim}.",

@@ -5,6 +5,7 @@ Shapes: gate_up is `[experts, 2 * width, hidden]`, down `[experts, hidden, width
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +29,7 @@ class Experts(Style):
     """
 
     takes_parameters = True
+    uneven = True
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         return bare_layouts(site)
@@ -51,8 +53,23 @@ class Experts(Style):
                 )
         if not cut:
             raise site.error("no parameter of the module is sharded.", "Set the style to `replicate`.")
+        self._verify_cuts(site, cut)
         self._verify_gates(site, cut)
         self._verify_alignment(site, cut)
+
+    @staticmethod
+    def _verify_cuts(site: Site, cut: dict[str, Layout]) -> None:
+        """What a rank holds of one parameter has to meet what it holds of another, also where parts are unlike."""
+        shares = {name: [Fraction(size, sum(layout.sizes)) for size in layout.sizes] for name, layout in cut.items()}
+        first, wanted = next(iter(shares.items()))
+        for name, share in shares.items():
+            if share != wanted:
+                sizes = {each: tuple(site.module._parameters[each].shape) for each in (first, name)}
+                raise site.error(
+                    f"`{site.parameter(first)}` of size {sizes[first]} and `{site.parameter(name)}` of size "
+                    f"{sizes[name]} are not divisible by tp_size, and their parts would not fit each other.",
+                    "Choose a tp_size that divides the experts' width, or set the experts to `replicate`.",
+                )
 
     @staticmethod
     def _verify_gates(site: Site, cut: dict[str, Layout]) -> None:
@@ -74,15 +91,12 @@ class Experts(Style):
             return
         for name, layout in cut.items():
             param = site.module._parameters[name]
-            size = layout.sizes[0] * param.element_size()
-            if (
-                param.ndim == 3
-                and size % _ROW_BYTES
-                and param.shape[layout.dim] * param.element_size() % _ROW_BYTES == 0
-            ):
+            held = next((size for size in layout.sizes if size * param.element_size() % _ROW_BYTES), 0)
+            if param.ndim == 3 and held and param.shape[layout.dim] * param.element_size() % _ROW_BYTES == 0:
                 raise site.error(
-                    f"`{site.parameter(name)}` of size {tuple(param.shape)} leaves each rank {layout.sizes[0]} of "
-                    f"dimension {layout.dim}, {size} bytes; the experts' grouped_mm takes multiples of {_ROW_BYTES}.",
+                    f"`{site.parameter(name)}` of size {tuple(param.shape)} leaves a rank {held} of "
+                    f"dimension {layout.dim}, {held * param.element_size()} bytes; the experts' grouped_mm takes "
+                    f"multiples of {_ROW_BYTES}.",
                     'Choose a smaller tp_size, or load the model with experts_implementation="batched_mm" or "eager".',
                 )
 

@@ -6,6 +6,7 @@ Column-parallel: Y = X [A1 A2]; row-parallel: Y = X1 B1 + X2 B2 (Megatron-LM, ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -66,6 +67,9 @@ class Colwise(Style):
         dim = bare_output_dim(param)
         return even_layout(param.shape[dim], dim, site.tp_size)
 
+    def allows_uneven(self, site: Site) -> bool:
+        return self.uneven or meets_a_neighbour(site, out_features(site.module), in_features)
+
     def verify(self, site: Site) -> None:
         if is_linear(site.module) and self.whole_heads:
             verify_whole_heads(site, out_features(site.module), "output", self.repeats_heads)
@@ -120,6 +124,9 @@ class Rowwise(Style):
         param = site.module._parameters[name]
         return even_layout(param.shape[-1], param.ndim - 1, site.tp_size)
 
+    def allows_uneven(self, site: Site) -> bool:
+        return self.uneven or meets_a_neighbour(site, in_features(site.module), out_features)
+
     def verify(self, site: Site) -> None:
         if is_linear(site.module) and self.whole_heads:
             verify_whole_heads(site, in_features(site.module), "input")
@@ -146,6 +153,20 @@ class RowwiseSplitInput(Rowwise):
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
         return super().forward(call, split_to_tp(call.mesh, input, -1, call.shards["weight"].layout.sizes))
+
+
+def meets_a_neighbour(site: Site, features: int, side: Callable[[nn.Module], int]) -> bool:
+    """Whether a linear layer beside this one has these features on its other `side`, and no heads are counted there.
+
+    The features of an MLP stay between its layers, which cut them alike, whether they divide by the ranks or not.
+    """
+    if site.parent is None or not is_linear(site.module) or site.head_width() is not None:
+        return False
+    if any(hasattr(site.parent, name) for name in ("qk_head_dim", *_QUERY_COUNTS, *_KEY_VALUE_COUNTS)):
+        return False
+    layers = [getattr(child, "base_layer", child) for child in site.parent.children()]  # in case it holds adapters
+    others = [layer for layer in layers if is_linear(layer) and layer is not site.module]
+    return any(side(layer) % features == 0 for layer in others)
 
 
 def verify_whole_heads(site: Site, features: int, side: str, repeats: bool = True) -> None:

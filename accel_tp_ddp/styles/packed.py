@@ -8,7 +8,7 @@ from ..region import Region
 from ..shard import Layout, packed_ranges
 from .base import Site, Style
 from .kinds import in_features, is_linear, out_features
-from .linear import Colwise, Rowwise, bare_output_dim, verify_whole_heads
+from .linear import Colwise, Rowwise, bare_output_dim, meets_a_neighbour, verify_whole_heads
 
 __all__ = ["PackedColwise", "PackedQKVColwise", "PackedRowwise"]
 
@@ -36,9 +36,13 @@ class PackedColwise(Colwise):
         """Rows of a matrix or of a stack of matrices, or a stack's or a single vector's biases."""
         return packed_bare_layout(site, name, bare_output_dim(site.module._parameters[name]), self.sections)
 
+    def allows_uneven(self, site: Site) -> bool:
+        sizes = set(self.section_sizes(site))
+        return len(sizes) == 1 and meets_a_neighbour(site, *sizes, in_features)
+
     def verify(self, site: Site) -> None:
         if is_linear(site.module):
-            verify_sections(site, self.section_sizes(site))
+            verify_sections(site, self.section_sizes(site), self.allows_uneven(site))
         super().verify(site)
 
 
@@ -133,11 +137,11 @@ def _at_least_one(sections: int) -> int:
 def packed_bare_layout(site: Site, name: str, dim: int, sections: int) -> Layout:
     param = site.module._parameters[name]
     section, rest = divmod(param.shape[dim], sections)
-    if rest or section % site.tp_size:
+    if rest:
         raise site.error(
             f"dimension {dim} of `{site.parameter(name)}` of size {tuple(param.shape)} is not {sections} equal "
-            "sections that are each divisible by tp_size.",
-            "Choose another tp_size, or set the style to `replicate`.",
+            "sections.",
+            "Name another style, or `replicate`.",
         )
     return Layout(dim, packed_ranges([section] * sections, site.tp_size))
 
@@ -161,11 +165,11 @@ def verify_sum(site: Site, sizes: list[int]) -> None:
         )
 
 
-def verify_sections(site: Site, sizes: list[int]) -> None:
+def verify_sections(site: Site, sizes: list[int], uneven: bool = False) -> None:
     verify_sum(site, sizes)
     weight = site.module.weight
     for size in sizes:
-        if size % site.tp_size:
+        if size % site.tp_size and not uneven:
             raise site.error(
                 f"`{site.parameter('weight')}` of size {tuple(weight.shape)} has a packed section of {size}, which "
                 "is not divisible by tp_size.",

@@ -255,10 +255,13 @@ def wrong_export(model: nn.Module, batch: dict[str, Any], loss: float, folder: P
     model.save_pretrained(path)
     if dist.get_rank() != 0:
         return []
-    # Not in the checkpoint, and some models' implementations of attention do not agree with each other.
-    eager = getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager"
+    # Not in the checkpoint, and some models' implementations do not agree with each other.
+    config = getattr(model, "config", None)
+    eager = getattr(config, "_attn_implementation", None) == "eager"
     options = {"attn_implementation": "eager"} if eager else {}
     loaded, keys = type(model).from_pretrained(path, output_loading_info=True, dtype=torch.float32, **options)
+    if getattr(config, "_experts_implementation", None) is not None:
+        loaded.config._experts_implementation = config._experts_implementation
     with torch.no_grad():
         again = loss_of(loaded.eval(), batch).item()
     wrong = {what: sorted(map(str, keys[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")}

@@ -17,6 +17,7 @@ from . import causal
 from .cases import Case
 
 VOCABULARY = 131  # a prime
+EAGER = {"experts_implementation": "eager"}  # the default one takes rows of whole 16 bytes only
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama: vocabulary 131": ("llama", {}),
     "llama: vocabulary 131, tied": ("llama", {"tie_word_embeddings": True}),
@@ -36,6 +37,12 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v3: 5 experts of 48": ("deepseek_v3", {"n_routed_experts": 5, "moe_intermediate_size": 48}),
     "gpt_oss: 3 experts": ("gpt_oss", {"num_local_experts": 3}),
+    "cohere: norm of each head": ("cohere", {"use_qk_norm": True}),
+    "glm4_moe: norm of queries and keys": ("glm4_moe", {"use_qk_norm": True}),
+    "phi: norm of queries and keys": ("phi", {"qk_layernorm": True}),
+    "mixtral: experts of 31": ("mixtral", {"intermediate_size": 31, **EAGER}),
+    "gpt_oss: experts of 30": ("gpt_oss", {"intermediate_size": 30, **EAGER}),
+    "gpt_oss: experts of 31": ("gpt_oss", {"intermediate_size": 31, **EAGER}),
     "gemma2: vocabulary 131": ("gemma2", {}),
     "llama: embedding cut along the hidden size, tied": ("llama", {"tie_word_embeddings": True}),
 }
@@ -58,8 +65,10 @@ def cases() -> list[Case]:
 
 def model_of(architecture: str, changes: dict[str, Any]) -> nn.Module:
     config = causal.working_config(architecture)
+    options = {name: value for name, value in changes.items() if name in EAGER}
+    changes = {name: value for name, value in changes.items() if name not in EAGER}
     changed = type(config)(**{**config.to_dict(), "vocab_size": VOCABULARY, **changes})
-    return AutoModelForCausalLM.from_config(changed, dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(changed, dtype=torch.float32, **options)
 
 
 def inputs(model: nn.Module) -> dict[str, Any]:
