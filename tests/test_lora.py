@@ -416,6 +416,42 @@ def test_so_they_are_for_other_architectures_and_methods(case):
     assert_the_benchmark_passes(*case)
 
 
+# --- adapters that are chosen by what comes in -----------------------------------------------------------------------
+
+
+def assert_activated_by_tokens() -> None:
+    """aLoRA: only from the invocation tokens on, and not in samples without any."""
+    reference = adapted(build_model("llama"), lora(alora_invocation_tokens=[5, 6]))
+    model = parallelize(copy.deepcopy(reference), tp_mesh())
+    batch = token_batch()
+    batch["input_ids"][:, 4:6] = torch.tensor([5, 6])
+    batch["input_ids"][1, 4] = 9
+    for each in (model, reference):
+        each.train()(**batch).loss.backward()
+    assert_gradients_close(full_gradients(model), full_gradients(reference))
+    assert relative_error(logits_of(model, batch), logits_of(reference, batch)) < 1e-5
+
+
+@torch.no_grad()
+def assert_each_sample_has_its_adapter() -> None:
+    reference = get_peft_model(build_model("llama"), lora())
+    reference.add_adapter("second", lora(r=2, use_rslora=True, target_modules=["q_proj", "down_proj"]))
+    model = parallelize(copy.deepcopy(stir(reference)), tp_mesh())
+    ids = token_batch(samples=3)["input_ids"]
+    names = ["second", "__base__", "default"]
+    ours, plain = (each.eval()(input_ids=ids, adapter_names=names).logits for each in (model, reference))
+    assert relative_error(ours, plain) < 1e-5
+    for change in (lambda each: each.set_adapter("second"), lambda each: each.delete_adapter("default")):
+        for each in (model, reference):
+            change(each)
+        assert relative_error(model(input_ids=ids).logits, reference(input_ids=ids).logits) < 1e-5
+
+
+def test_adapters_are_activated_by_tokens_chosen_by_sample_and_deleted_as_in_plain_peft():
+    run_on_ranks(assert_activated_by_tokens, 2)
+    run_on_ranks(assert_each_sample_has_its_adapter, 2)
+
+
 # --- dropout ---------------------------------------------------------------------------------------------------------
 
 
@@ -734,6 +770,20 @@ def test_quantized_bases_are_refused_with_a_reason(storage):
         "a tensor of its own kind": lambda: nn.Parameter(TwoTensor(full, full), requires_grad=False),
     }[storage]()
     with pytest.raises(ValueError, match="q_proj.*Quantized.*load it unquantized"):
+        resolve_plan(model, 2)
+
+
+def test_adapters_whose_sizes_or_values_come_from_a_slice_are_refused():
+    """As PEFT makes them around a model that was loaded in slices, where it looks at the weights."""
+    model = get_peft_model(build_model("llama"), lora())
+    factor = model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"]
+    factor.weight = nn.Parameter(factor.weight[:32].detach().clone())
+    with pytest.raises(ValueError, match="q_proj.*lora_B.*has 64 elements.*without sharded_loading"):
+        resolve_plan(model, 2)
+    model = get_peft_model(build_model("llama"), lora(trainable_token_indices=[1]))
+    embedding = model.get_input_embeddings().token_adapter.base_layer
+    embedding.weight = nn.Parameter(embedding.weight.detach().to("meta"))
+    with pytest.raises(ValueError, match="embed_tokens.*rows of trainable_token_indices.*without sharded_loading"):
         resolve_plan(model, 2)
 
 

@@ -38,7 +38,16 @@ def adapter_style(site: Site, base: Style, layouts: Mapping[str, Layout]) -> Sty
     Raises:
         PlanError: If they cannot.
     """
-    return _STYLES[_kind(site.module)](site, base, layouts)
+    style = _STYLES[_kind(site.module)](site, base, layouts)
+    for name, layout in style.layouts(site).items():
+        param, size = site.module.get_parameter(name), max(stop for ranges in layout.ranges for _, stop in ranges)
+        if param.shape[layout.dim] != size:
+            raise site.error(
+                f"`{site.parameter(name)}` of size {tuple(param.shape)} was made for a part of the module, which has "
+                f"{size} elements in that dimension.",
+                "PEFT took its size or values from a slice of the weight: load the model without sharded_loading.",
+            )
+    return style
 
 
 def _kind(layer: nn.Module) -> str:
@@ -180,6 +189,12 @@ def trained_tokens_style(site: Site, base: Style, layouts: Mapping[str, Layout])
         raise site.error(
             f"`{site.parameter('base_layer')}` has a bias, which PEFT leaves out where tokens are trained.",
             "Leave it out of trainable_token_indices, or set it to `replicate`.",
+        )
+    if inside._parameters["weight"].is_meta:
+        raise site.error(
+            f"`{site.parameter('base_layer')}` was loaded in slices, so that PEFT cannot have read the rows of "
+            "trainable_token_indices from the whole weight.",
+            "Load the model without sharded_loading.",
         )
     return TrainedTokens()
 
