@@ -16,12 +16,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .errors import PlanError
-from .export import full_tensors, meet_peers, save_full_checkpoints
+from .export import export, leave_it, save_full_checkpoints
 from .shard import shard_info
 from .slices import holds_slices
 from .styles.adapters import can_follow
@@ -250,12 +249,9 @@ class _SaveAdapters:
                 "path_initial_model_for_weight_conversion loads another adapter into the model, which a sharded model "
                 "cannot take. Save without it, and convert the adapter in a single process afterwards."
             )
-        if kwargs.get("state_dict") is None:
-            meet_peers(self.model, "save_pretrained")
-            adapters = selected_adapters if selected_adapters is not None else list(self.model.peft_config)
-            kwargs["state_dict"] = self._full_state_dict(adapters, save_embedding_layers)
-            is_main_process = is_main_process and dist.get_rank() == 0
-        if is_main_process:
+
+        def write(state: dict[str, Any]) -> None:
+            kwargs["state_dict"] = state
             stock(
                 self.model,
                 save_directory,
@@ -266,8 +262,17 @@ class _SaveAdapters:
                 **kwargs,
             )
 
-    def _full_state_dict(self, adapters: list[str], save_embedding_layers: str | bool) -> dict[str, Tensor]:
-        """The state dict with full tensors for all that PEFT will write; the rest of the model is left out."""
+        if kwargs.get("state_dict") is None:
+            adapters = selected_adapters if selected_adapters is not None else list(self.model.peft_config)
+            chosen = self._written(adapters, save_embedding_layers)
+            if not is_main_process:
+                write = leave_it
+            export(self.model, "save_pretrained", write, save_directory, chosen)
+        elif is_main_process:
+            write(kwargs["state_dict"])
+
+    def _written(self, adapters: list[str], save_embedding_layers: str | bool) -> dict[str, Any]:
+        """Of the model's own state dict, what PEFT will write."""
         from peft import get_peft_model_state_dict
 
         state = self.model.state_dict(keep_vars=True)
@@ -284,7 +289,7 @@ class _SaveAdapters:
                 f"PEFT would write {len(unknown)} tensors that are not in the model's state dict, so they cannot be "
                 "joined from their shards. Pass `state_dict=accelerator.get_state_dict(model)`."
             )
-        return full_tensors({name: value for name, value in state.items() if id(value) in written})
+        return {name: value for name, value in state.items() if id(value) in written}
 
 
 class _LoadAdapter:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CheckpointError", "PlanError", "nearest"]
+__all__ = ["BadInputError", "CheckpointError", "PlanError", "nearest"]
 
 
 class PlanError(ValueError):
     """A tensor-parallel plan that cannot be carried out. Raised before any weight is touched."""
+
+
+class BadInputError(ValueError):
+    """What the user gave a command and has to change; one line."""
 
 
 class CheckpointError(RuntimeError):

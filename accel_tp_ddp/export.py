@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import meeting
-from .meeting import missing_peers
+from .deferred import DeferredTensor
+from .errors import CheckpointError
+from .meeting import Line, missing_peers
 from .shard import ShardInfo, restore_shards, shard_info
 from .slices import refuse_slices
 from .wrappers import unwrap
 
 __all__ = [
+    "StateDict",
+    "export",
     "full_gradients",
     "full_state_dict",
-    "full_state_dict_of_all",
-    "full_tensors",
-    "meet_peers",
+    "full_state_dict_of_main",
+    "leave_it",
     "save_config",
     "save_full_checkpoints",
+    "takes_state_dict",
 ]
+
+T = TypeVar("T")
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -38,15 +48,10 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     model = unwrap(model)
     refuse_slices(model, "full_state_dict")
     restore_shards(model)
-    return full_tensors(model.state_dict(keep_vars=True))
-
-
-def full_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The unsharded tensors of a state dict that was taken with `keep_vars=True`, on the CPU. Collective."""
     gather = _Gather()
     return {
         name: gather(value, value, shard_info(value)) if isinstance(value, Tensor) else value
-        for name, value in state.items()
+        for name, value in model.state_dict(keep_vars=True).items()
     }
 
 
@@ -74,12 +79,173 @@ class _Gather:
         return self._seen[id(key)]
 
 
+class StateDict:
+    """The unsharded state dict, tensor by tensor, to one rank of those that hold a part of it.
+
+    Args:
+        model: Bare model.
+        state: What of `model.state_dict(keep_vars=True)` is wanted; None: all of it.
+    """
+
+    def __init__(self, model: nn.Module, state: Mapping[str, Any] | None = None):
+        self.state = state if state is not None else model.state_dict(keep_vars=True)
+        tensors = {id(value): value for value in self.state.values() if isinstance(value, Tensor)}
+        infos = {key: shard_info(tensor) for key, tensor in tensors.items()}
+        self._tensors = tensors
+        self._sharded = [(tensors[key], info) for key, info in infos.items() if info is not None and info.is_sharded]
+        self._latest: Tensor | None = None
+
+    def deferred(self, ask: Callable[[str], None]) -> dict[str, Any]:
+        """The tensors, on the CPU or deferred: before a sharded one is joined, `ask` the other ranks to `send`.
+
+        Tied weights stay one tensor. The latest one is kept, as conversions may want its values more than once.
+        """
+
+        def join(number: int) -> Tensor:
+            self._latest = None  # before there is another
+            tensor, info = self._sharded[number]
+            self._latest = info.collect(tensor, partial(ask, str(number)))
+            return self._latest
+
+        made: dict[int, Tensor] = {
+            id(tensor): DeferredTensor.of(info.global_shape, tensor.dtype, partial(join, number))
+            for number, (tensor, info) in enumerate(self._sharded)
+        }
+        for key, tensor in self._tensors.items():
+            if key not in made and tensor.device.type == "cpu":
+                made[key] = tensor.detach()
+            elif key not in made:
+                made[key] = DeferredTensor.of(tensor.shape, tensor.dtype, partial(_on_cpu, tensor))
+        return {name: made.get(id(value), value) for name, value in self.state.items()}
+
+    def send(self, request: str) -> None:
+        """Give the rank that asks, the main process, this rank's part of a tensor."""
+        tensor, info = self._sharded[int(request)]
+        info.send_part(tensor, to=0)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu()
+
+
+def export(
+    model: nn.Module,
+    caller: str,
+    write: Callable[[dict[str, Any]], T],
+    place: str | os.PathLike | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> T | None:
+    """Let the main process `write` the unsharded state dict while its replica's other ranks send it their parts.
+
+    Collective over all ranks. Those of other replicas only wait for the end, and hold nothing. Ranks of the main
+    process's replica need no memory worth mentioning, and the main process what `write` holds of the deferred tensors
+    (see `DeferredTensor`), beside one more tensor.
+
+    Args:
+        model: Bare model, or its DDP wrapper.
+        caller: What the user called, for messages.
+        write: Called on the main process, with tensors on the CPU, deferred ones among them.
+        place: The folder, for messages.
+        state: See `StateDict`.
+
+    Returns:
+        What `write` returned, on the main process; elsewhere None.
+
+    Raises:
+        RuntimeError: On the main process, if it was called there alone.
+        CheckpointError: On every rank, if writing fails; ValueError or TypeError, where that is what `write` raised.
+    """
+    model = unwrap(model)
+    restore_shards(model)
+    meshes = {info.mesh for param in model.parameters() if (info := shard_info(param)) is not None and info.is_sharded}
+    if not meshes:
+        return write(StateDict(model, state).deferred(_nobody)) if _rank() == 0 else None
+    peers = sorted({tuple(sorted(mesh.mesh.flatten().tolist())) for mesh in meshes})
+    if len(peers) > 1:
+        raise ValueError(f"{caller}: this {type(model).__name__} is cut over several groups of ranks: {peers}.")
+    if 0 in peers[0]:
+        _meet_peers(meshes, caller)
+    # Ranks that know nothing of one another's groups know how large they are.
+    outcome = Line(f"{caller}/outcome/{len(peers[0])}")
+    if 0 not in peers[0]:
+        return _check(outcome.hear())
+    requests, tensors = Line(f"{caller}/{peers[0]}"), StateDict(model, state)
+    if _rank() != 0:
+        while (request := requests.hear()).isdecimal():
+            tensors.send(request)
+        return _check(request)
+    requests.forget_earlier()
+    try:
+        result = write(tensors.deferred(requests.say))
+    except BaseException as error:
+        message = _failure(error, caller, place)
+        for line in (requests, outcome):
+            line.say(message)
+        if isinstance(error, Exception):
+            raise _error_of(message) from error
+        raise
+    for line in (requests, outcome):
+        line.say(_DONE)
+    return result
+
+
+_DONE = "done"
+_ERRORS = {kind.__name__: kind for kind in (ValueError, TypeError, CheckpointError)}
+
+
+def _failure(error: BaseException, caller: str, place: str | os.PathLike | None) -> str:
+    for name in ("ValueError", "TypeError"):  # the user's
+        if isinstance(error, _ERRORS[name]):
+            return f"{name}: {error}"
+    files = f" {os.fspath(place)} may hold incomplete files." if place is not None else ""
+    return f"CheckpointError: {caller}: {type(error).__name__}: {error}.{files}"
+
+
+def _error_of(message: str) -> Exception:
+    name, _, text = message.partition(": ")
+    return _ERRORS[name](text)
+
+
+def _check(message: str) -> None:
+    if message != _DONE:
+        raise _error_of(message)
+
+
+def _nobody(request: str) -> None:
+    """Whom to ask where nothing is sharded."""
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def full_state_dict_of_main(model: nn.Module, caller: str) -> dict[str, Any]:
+    """`full_state_dict` on the main process, and an empty one elsewhere. Collective as `export`."""
+
+    def write(state: dict[str, Any]) -> dict[str, Any]:
+        seen: dict[int, Any] = {}
+        for value in state.values():
+            if id(value) not in seen:
+                wait = isinstance(value, DeferredTensor)
+                seen[id(value)] = (
+                    value.materialize() if wait else value.clone() if isinstance(value, Tensor) else value
+                )
+        return {name: seen[id(value)] for name, value in state.items()}
+
+    return export(model, caller, write) or {}
+
+
 def save_full_checkpoints(model: nn.Module) -> None:
     """Let `model.save_pretrained`, where there is one that takes a state dict, write the full weights."""
-    method = getattr(type(model), "save_pretrained", None)
-    if method is not None and "state_dict" in inspect.signature(method).parameters:
+    if takes_state_dict(model):
         model.save_pretrained = _SavePretrained(model)
         model.num_parameters = _NumParameters(model)
+
+
+def takes_state_dict(model: nn.Module) -> bool:
+    """Whether the model has a `save_pretrained` that writes the state dict it is given, as in transformers."""
+    method = getattr(type(model), "save_pretrained", None)
+    return method is not None and "state_dict" in inspect.signature(method).parameters
 
 
 class _SavePretrained:
@@ -100,11 +266,42 @@ class _SavePretrained:
         **kwargs: Any,
     ) -> None:
         stock = type(self.model).save_pretrained
-        if state_dict is None:
-            state_dict = full_state_dict_of_all(self.model, "save_pretrained")
-            if not is_main_process or dist.get_rank() != 0:
-                return
-        stock(self.model, save_directory, is_main_process, state_dict, *args, **kwargs)
+        if kwargs.get("distributed_checkpoint"):
+            raise ValueError(
+                "save_pretrained(distributed_checkpoint=True) knows only models that transformers has sharded. Leave "
+                "it out for an ordinary checkpoint, or save by accelerator.save_state to resume from."
+            )
+
+        def write(state: dict[str, Any]) -> None:
+            with _whole_parameters(self.model):
+                stock(self.model, save_directory, is_main_process, state, *args, **kwargs)
+
+        if state_dict is not None:
+            write(state_dict)
+        else:
+            export(self.model, "save_pretrained", write if is_main_process else leave_it, save_directory)
+
+
+def leave_it(state: dict[str, Any]) -> None:
+    """For a main process that has been told not to write."""
+
+
+@contextmanager
+def _whole_parameters(model: nn.Module) -> Iterator[None]:
+    """Let `model.get_parameter`, which some conversions ask for a shape, give one with the unsharded shape."""
+    model.get_parameter = partial(_whole_parameter, model)
+    try:
+        yield
+    finally:
+        del model.get_parameter
+
+
+def _whole_parameter(model: nn.Module, name: str) -> nn.Parameter:
+    param = type(model).get_parameter(model, name)
+    info = shard_info(param)
+    if info is None or not info.is_sharded:
+        return param
+    return nn.Parameter(torch.empty(info.global_shape, dtype=param.dtype, device="meta"), requires_grad=False)
 
 
 class _NumParameters:
@@ -125,21 +322,13 @@ class _NumParameters:
         return count
 
 
-def full_state_dict_of_all(model: nn.Module, caller: str) -> dict[str, Tensor]:
-    """`full_state_dict`, for callers that a script may have left to the main process alone; see `meet_peers`."""
-    meet_peers(model, caller)
-    return full_state_dict(model)
-
-
-def meet_peers(model: nn.Module, caller: str) -> None:
-    """Let the ranks of a replica meet, before a collective that a script may have left to the main process alone.
+def _meet_peers(meshes: Iterable[DeviceMesh], caller: str) -> None:
+    """Let the ranks of a replica meet, before what a script may have left to the main process alone.
 
     Raises:
         RuntimeError: On the main process, if the peers of its replica do not come; it says what to change.
     """
-    model = unwrap(model)
-    restore_shards(model)
-    groups = {info.mesh.get_group() for param in model.parameters() if (info := shard_info(param)) is not None}
+    groups = {mesh.get_group() for mesh in meshes}
     for group in sorted(groups, key=lambda group: group.group_name):  # the same order on all ranks
         _meet_main_process(group, caller)
 

@@ -30,7 +30,8 @@ from .checkpoint.background import wait_for_save
 from .checkpoint.load import load_state
 from .checkpoint.save import save_state
 from .collectives import gather_replicas
-from .export import full_state_dict_of_all, save_config
+from .deferred import materialized
+from .export import export, full_state_dict_of_main, save_config
 from .gradients import clip_grad_norm_, grad_scaler
 from .loaders import serve_replicas
 from .optimizer import check_optimizer, check_step, follow_model, take_full_state
@@ -285,14 +286,26 @@ class _Hooks:
     # ----------------------------------------------------------------------------------------------------- saving
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
-        state = full_state_dict_of_all(model, "get_state_dict")
+        state = full_state_dict_of_main(model, "get_state_dict")
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel) and not unwrap
         return {f"module.{name}": tensor for name, tensor in state.items()} if wrapped else state
 
-    def save_model(self, model: nn.Module, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        self.stock["save_model"](model, save_directory, *args, **kwargs)
-        if self.accelerator.is_main_process:
-            save_config(unwrap(model), save_directory)
+    def save_model(
+        self,
+        model: nn.Module,
+        save_directory: str,
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        def write(state: dict[str, Any]) -> None:
+            # A pickle is one file after another, too, but torch.save wants to know each storage.
+            weights = state if safe_serialization else {name: materialized(value) for name, value in state.items()}
+            with _answering(self.accelerator, get_state_dict=lambda model: weights):
+                self.stock["save_model"](model, save_directory, max_shard_size, safe_serialization)
+            save_config(bare, save_directory)
+
+        bare = unwrap(model)
+        export(model, "save_model", write, save_directory)
 
     def save_state(
         self,
@@ -316,6 +329,17 @@ class _Hooks:
             # A rank that takes its groups down while others still talk makes them abort at exit.
             self.accelerator.wait_for_everyone()
             self.stock["end_training"]()
+
+
+@contextmanager
+def _answering(accelerator: Accelerator, **methods: Callable) -> Iterator[None]:
+    """Let `accelerator` have these methods in the place of its own."""
+    before = {name: getattr(accelerator, name) for name in methods}
+    vars(accelerator).update(methods)
+    try:
+        yield
+    finally:
+        vars(accelerator).update(before)
 
 
 class _OverReplicas:

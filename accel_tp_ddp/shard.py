@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -233,6 +234,47 @@ class ShardInfo:
                 full.narrow(dim, start, stop - start).copy_(part.narrow(dim, taken, stop - start))
                 taken += stop - start
         return full
+
+    def collect(self, local: Tensor, ask: Callable[[], None]) -> Tensor:
+        """The unsharded tensor on the CPU, on one rank; each other rank of the group calls `send_part` to it.
+
+        Takes the memory of the result and of one rank's part.
+
+        Args:
+            local: This rank's part.
+            ask: Called when there is room for all parts, to have them sent.
+        """
+        local, dim, own = local.detach(), self.layout.dim, self.mesh.get_local_rank()
+        full = torch.empty(self.global_shape, dtype=local.dtype)
+        shapes = [(*self.global_shape[:dim], size, *self.global_shape[dim + 1 :]) for size in self.layout.sizes]
+        sent = [rank for rank in range(len(shapes)) if self._is_sent(rank)]
+        room = local.new_empty(max((prod(shapes[rank]) for rank in sent if rank != own), default=0))
+        ask()
+        for rank in sent:
+            part = local if rank == own else room[: prod(shapes[rank])].view(shapes[rank])
+            if rank != own:
+                dist.recv(_as_bytes(part), src=self._global_rank(rank), group=self.mesh.get_group())
+            taken = 0
+            for start, stop in self.layout.ranges[rank]:
+                full.narrow(dim, start, stop - start).copy_(part.narrow(dim, taken, stop - start))
+                taken += stop - start
+        return full
+
+    def send_part(self, local: Tensor, to: int) -> None:
+        """Take part in `collect` on the rank `to` (its number in the whole world)."""
+        if self._is_sent(self.mesh.get_local_rank()):
+            dist.send(_as_bytes(local.detach().contiguous()), dst=to, group=self.mesh.get_group())
+
+    def _is_sent(self, rank: int) -> bool:
+        return self.layout.sizes[rank] > 0 and self.layout.holds_first(rank) and self.global_shape.numel() > 0
+
+    def _global_rank(self, rank: int) -> int:
+        return int(self.mesh.mesh.flatten()[rank])
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """So that every backend takes it, whatever its data type."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 def shard_info(param: nn.Parameter) -> ShardInfo | None:

@@ -19,7 +19,7 @@ from accelerate.utils import recursively_apply
 from torch.distributed.device_mesh import DeviceMesh
 
 from .collectives import gather_replicas
-from .export import full_state_dict_of_all
+from .export import export
 from .optimizer import full_optimizer_state
 
 __all__ = ["mend_trainer"]
@@ -147,14 +147,14 @@ def _save(
     stock: Callable, trainer: Any, plugin: Sizes, output_dir: str | None = None, state_dict: dict | None = None
 ) -> None:
     """`_save` returns early on all but the main process, which then has its own shards only."""
+    if state_dict is not None:
+        return stock(output_dir, state_dict=state_dict)
+
+    def write(state: dict[str, Any]) -> None:
+        stock(output_dir, state_dict=state)
+
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    if state_dict is None and not hasattr(model, "save_pretrained"):
-        state_dict = full_state_dict_of_all(model, "Trainer.save_model")
-    elif state_dict is None and not trainer.args.should_save:
-        model.save_pretrained(
-            output_dir or trainer.args.output_dir, is_main_process=False
-        )  # its part of the gathering
-    stock(output_dir, state_dict=state_dict)
+    export(model, "Trainer.save_model", write, output_dir or trainer.args.output_dir)
 
 
 def _save_optimizer_and_scheduler(stock: Callable, trainer: Any, plugin: Sizes, output_dir: str) -> None:

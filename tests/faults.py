@@ -58,7 +58,7 @@ def injected(fault: str | None) -> Iterator[None]:
     with ExitStack() as stack:
         every = {
             **{**_FAULTS, **_MORE_FAULTS, **_STYLE_FAULTS, **_LORA_FAULTS, **_ADAPTER_FAULTS},
-            **{**_STEP_FAULTS, **_RESUME_FAULTS, **_ENCODER_FAULTS, **_CURATED_FAULTS},
+            **{**_STEP_FAULTS, **_RESUME_FAULTS, **_ENCODER_FAULTS, **_CURATED_FAULTS, **_EXPORT_FAULTS},
         }
         for owner, name, wrong in every[fault] if fault else ():
             stack.enter_context(mock.patch.object(owner, name, wrong))
@@ -398,3 +398,16 @@ _CURATED_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "input sections cut as one": [(packed.PackedRowwise, "input_layout", linear.Rowwise.input_layout)],
 }
 CURATED_FAULTS = tuple(_CURATED_FAULTS)
+
+
+def _joined_as_they_came(self: ShardInfo, local: Tensor, ask: Callable[[], None]) -> Tensor:
+    full = _collect(self, local, ask)
+    return full.roll(1, self.layout.dim) if len(self.layout.ranges[0]) > 1 else full
+
+
+_collect = ShardInfo.collect
+# These show in the files of an export; the tests of `test_export.py` inject them.
+_EXPORT_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
+    "conversions see this rank's shapes": [(export, "_whole_parameters", lambda model: nullcontext())],
+    "parts joined in the order they came": [(ShardInfo, "collect", _joined_as_they_came)],
+}

@@ -14,7 +14,8 @@ SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8"
 KNOW_ACCELERATE = {
     *("__init__.py", "launch.py", "loaders.py", "plugin.py", "prepare.py", "sharded_loading.py"),
     "trainer.py",
-    *("checkpoint/load.py", "checkpoint/places.py", "checkpoint/save.py"),
+    *("checkpoint/load.py", "checkpoint/merge.py", "checkpoint/places.py", "checkpoint/save.py"),
+    *("commands/__init__.py", "commands/__main__.py", "commands/frame.py", "commands/merge.py"),
 }
 FOREIGN = {"accelerate", "transformers", "trl", "peft", "datasets"}
 KNOW_PEFT = {"adapters.py", "styles/adapters.py", "styles/lora.py"}  # for models that hold adapters already

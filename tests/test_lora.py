@@ -122,7 +122,7 @@ def train(run: Run) -> Seen:
     seen.replicated = {
         name: p.detach().clone() for name, p in params.items() if p.requires_grad and shard_info(p) is None
     }
-    state = accelerator.get_state_dict(model)
+    state = full_state_dict(model)
     seen.adapters = {name: tensor.cpu().clone() for name, tensor in state.items() if "lora_" in name}
     if run.folder is not None:
         accelerator.unwrap_model(model).save_pretrained(run.folder, is_main_process=accelerator.is_main_process)

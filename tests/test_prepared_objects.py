@@ -1226,20 +1226,24 @@ def check_state_dict(tied):
     model = accelerator.prepare(build_model("llama", tied=tied))
     wanted = build_model("llama", tied=tied).state_dict()
     state = accelerator.get_state_dict(model)
-    assert list(state) == list(wanted)
+    wrapped = accelerator.get_state_dict(model, unwrap=False)
+    of_the_bare_model = accelerator.get_state_dict(accelerator.unwrap_model(model))
+    if not accelerator.is_main_process:
+        assert state == wrapped == of_the_bare_model == {}
+        return
+    assert list(state) == list(of_the_bare_model) == list(wanted)
     for name in wanted:
         assert torch.equal(state[name], wanted[name]) and state[name].dtype == wanted[name].dtype
+        assert type(state[name]) is torch.Tensor
     same = state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
     assert same == tied
-    wrapped = accelerator.get_state_dict(model, unwrap=False)
     prefix = "module." if isinstance(model, DistributedDataParallel) else ""
     assert list(wrapped) == [prefix + name for name in wanted]
-    assert list(accelerator.get_state_dict(accelerator.unwrap_model(model))) == list(wanted)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_get_state_dict_is_the_unsharded_models(tied, ranks):
+def test_get_state_dict_is_the_unsharded_models_on_the_main_process_and_empty_elsewhere(tied, ranks):
     run_on_ranks(check_state_dict, ranks, tied)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .background import finish_background_save, group_of_its_own, run_in_background
+from .description import describe_model, description_folder
 from .folder import FolderAside, clear_away, put_back, remove_oldest, write_whole
 from .objects import ModelState, summary_keys
 from .places import TENSORS, absolute, automatic_folder, optimizer_states
@@ -144,6 +145,7 @@ class _Saver:
         values = self.ranks.together(lambda: self._values(kept))
         self._agree_on_summaries(values)
         self.ranks.together(lambda: self._write_others(folder))
+        self.ranks.together(lambda: self._describe_models(folder, kept))
         return values, self._about(kept)
 
     def _about(self, kept: list[set[str] | None]) -> dict[str, Any]:
@@ -217,6 +219,11 @@ class _Saver:
         )
         for index, obj in enumerate(accelerator._custom_objects):
             save_custom_state(obj, str(folder), index)
+
+    def _describe_models(self, folder: Path, kept: list[set[str] | None]) -> None:
+        for index, (model, names) in enumerate(zip(self.accelerator._models, kept)):
+            if names is not None and self.ranks.is_main:
+                describe_model(model, names, description_folder(folder, index))
 
 
 def _left_of(whole: dict[str, Tensor], before: dict[str, Tensor], weights: Sequence[Any]) -> set[str] | None:

@@ -14,6 +14,7 @@ from concurrent.futures import Future as ConcurrentFuture
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Size, Tensor
@@ -34,7 +35,7 @@ from torch.futures import Future
 from ..errors import CheckpointError
 from ..shard import Ranges, ShardInfo
 
-__all__ = ["Part", "own_ranges", "read_metadata", "read_tensors", "staged", "write_tensors"]
+__all__ = ["Part", "StoredTensors", "own_ranges", "read_metadata", "read_tensors", "staged", "write_tensors"]
 
 
 class Part:
@@ -211,7 +212,7 @@ def read_dtypes(folder: Path) -> dict[str, Any]:
     return {name: v.properties.dtype for name, v in stored.items() if isinstance(v, TensorStorageMetadata)}
 
 
-def read_tensors(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+def read_tensors(folder: Path, values: Mapping[str, Any], reader: FileSystemReader | None = None) -> dict[str, Any]:
     """Load by DCP what `values` names: into the tensors of each `Part`, and anything else as a new object.
 
     Not collective: each rank reads the boxes that it needs, at most one of them at a time in memory.
@@ -223,10 +224,49 @@ def read_tensors(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(loaded, storage_reader=FileSystemReader(folder), planner=_LoadPlanner(), no_dist=True)
+            dcp.load(loaded, storage_reader=reader or FileSystemReader(folder), planner=_LoadPlanner(), no_dist=True)
     except CheckpointException as error:
         raise CheckpointError(_first_failure(error)) from None
     return loaded
+
+
+class StoredTensors:
+    """The tensors of a DCP folder, read one by one; what is there is read once."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._reader = _ReaderOfOne(folder)
+        self._stored = self._reader.read_metadata().state_dict_metadata
+
+    @property
+    def names(self) -> list[str]:
+        """Of tensors and other objects."""
+        return list(self._stored)
+
+    def shape(self, name: str) -> Size | None:
+        """None for what is no tensor, or not there."""
+        stored = self._stored.get(name)
+        return stored.size if isinstance(stored, TensorStorageMetadata) else None
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._stored[name].properties.dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """All of it. Takes the memory of the tensor and of one of the parts that it was saved in."""
+        full = torch.empty(self.shape(name), dtype=self.dtype(name))
+        read_tensors(self._folder, {name: Part(full)}, self._reader)
+        return full
+
+
+class _ReaderOfOne(FileSystemReader):
+    """`FileSystemReader` that reads what the folder holds once, and not for each tensor again."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata()
+        return self._metadata
 
 
 def _with_contents(values: Mapping[str, Any]) -> dict[str, Any]:
