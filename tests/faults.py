@@ -373,8 +373,8 @@ _ENCODER_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
 }
 
 
-def _heads_of_the_first_rank(mesh: Any, tensor: Tensor, dim: int, sizes: Any) -> Tensor:
-    return tensor.narrow(dim, 0, sizes[0])
+def _heads_of_the_first_rank(mesh: Any, tensor: Tensor, dim: int, count: int) -> Tensor:
+    return tensor.narrow(dim, 0, count)
 
 
 def _as_on_the_first_rank(forward: Callable) -> Callable:
@@ -388,7 +388,7 @@ def _as_on_the_first_rank(forward: Callable) -> Callable:
 # Of the styles that plans of this package name; `test_curated_plans.py` injects them.
 _CURATED_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "bias kept in a row-parallel layer": [(linear, "without_bias", lambda call: nullcontext())],
-    "biases of other heads": [(local, "split_to_tp", _heads_of_the_first_rank)],
+    "biases of other heads": [(local, "heads_of_this_rank", _heads_of_the_first_rank)],
     "norms of other heads": [(local.LocalModules, "forward", _as_on_the_first_rank(local.LocalModules.forward))],
     "gradients of a list of norms not summed": [(local, "copy_to_tp", _not_copied)],
     "gathered keys without their gradients' sum": [(grouped, "copy_to_tp", _not_copied)],

@@ -16,6 +16,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from accel_tp_ddp import PlanError, full_gradients, full_state_dict, parallelize, resolve_plan, styles
+from accel_tp_ddp.region import Region
 from accel_tp_ddp.rules import _SHIPPED
 
 from .compare import assert_tensors_close, relative_errors
@@ -226,6 +227,30 @@ def test_a_reward_model_scores_and_learns_as_unsharded():
 
 
 # --- the spelling of plans -------------------------------------------------------------------------------------------
+
+
+def heads_handed_over():
+    """What `local_heads` makes of arguments of several shapes, and the gradient of one that wants one."""
+    attention = Attention()
+    attention.forward = lambda hidden, bias: bias
+    mesh = tp_mesh()
+    style = styles.get_style("local_heads(bias, dim=-3, heads=num_heads)", "attention")
+    style.apply(styles.Site("attention", attention, None, None, mesh.size(), "local_heads"), Region(mesh))
+    whole = torch.arange(2 * 8 * 6.0).view(2, 8, 1, 6)
+    bias = whole.clone().requires_grad_()
+    (attention(None, bias=bias) * (mesh.get_local_rank() + 1)).sum().backward()
+    shapes = (whole, whole.view(16, 1, 6), whole[:, :1], whole[0, :, 0], None)
+    return [attention(None, value) for value in shapes], bias.grad
+
+
+def test_an_argument_is_cut_by_heads_where_it_has_them():
+    whole = torch.arange(2 * 8 * 6.0).view(2, 8, 1, 6)
+    for rank, ((four, three, same, flat, none), gradient) in enumerate(run_on_ranks(heads_handed_over, 2)):
+        own = whole[:, 4 * rank : 4 * rank + 4]
+        assert torch.equal(four, own) and torch.equal(three, own.reshape(8, 1, 6))
+        assert torch.equal(same, whole[:, :1]) and torch.equal(flat, whole[0, :, 0]) and none is None
+        assert torch.equal(gradient[:, :4], torch.ones(2, 4, 1, 6)), "from the first rank"
+        assert torch.equal(gradient[:, 4:], 2 * torch.ones(2, 4, 1, 6)), "from the second"
 
 
 class Attention(nn.Module):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..collectives import copy_to_tp, split_to_tp
 from ..errors import nearest
@@ -84,8 +85,9 @@ class LocalHeads(Style):
 
     In a plan: `local_heads(alibi, dim=0)`, with the name of an argument of the module's forward and the dimension of
     the heads. The number of heads is the config's num_attention_heads, or `heads=` an attribute of the module. A
-    dimension of batch * heads is cut heads by heads. None is left alone, and a tensor with 1 in this dimension, which
-    is equal for all heads. Forward: slice; backward: all-gather, if the argument wants a gradient.
+    dimension of batch * heads is cut heads by heads. Left alone are None, a tensor with 1 in this dimension, which is
+    equal for all heads, and one without such a dimension, as a padding mask `[batch, length]` has no `dim=-3`.
+    Forward: slice; backward: all-gather, if the argument wants a gradient.
     """
 
     usage = "local_heads(argument, dim=dimension[, heads=attribute])"
@@ -121,7 +123,7 @@ class LocalHeads(Style):
         return call.inner(*args, **kwargs)
 
     def _own(self, call: ParallelForward, value: Any, heads: int) -> Any:
-        if not isinstance(value, Tensor) or value.size(self.dim) == 1:
+        if not isinstance(value, Tensor) or not -value.ndim <= self.dim < value.ndim or value.size(self.dim) == 1:
             return value
         dim = self.dim % value.ndim
         groups, rest = divmod(value.size(dim), heads)
@@ -133,7 +135,7 @@ class LocalHeads(Style):
             )
         tp_size = call.mesh.size()
         apart = value.reshape(*value.shape[:dim], groups, heads, *value.shape[dim + 1 :])
-        own = split_to_tp(call.mesh, apart, dim + 1, [heads // tp_size] * tp_size)
+        own = heads_of_this_rank(call.mesh, apart, dim + 1, heads // tp_size)
         return own.reshape(*value.shape[:dim], groups * heads // tp_size, *value.shape[dim + 1 :])
 
     def _heads(self, site: Site) -> Any:
@@ -207,6 +209,13 @@ class LocalModules(Style):
             module._modules[self.name] = members
             for member, parameters in zip(own, saved):
                 member._parameters.update(parameters)
+
+
+def heads_of_this_rank(mesh: DeviceMesh, tensor: Tensor, dim: int, count: int) -> Tensor:
+    """A view where no gradient is wanted, or attention would keep a copy of a mask for each layer."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return split_to_tp(mesh, tensor, dim, [count] * mesh.size())
+    return tensor.narrow(dim, mesh.get_local_rank() * count, count)
 
 
 class Requires(Style):
