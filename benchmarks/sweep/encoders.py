@@ -27,6 +27,10 @@ from transformers import (
     AutoModelForSpeechSeq2Seq,
     AutoModelForTextEncoding,
     AutoModelForTokenClassification,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    SpeechEncoderDecoderConfig,
+    SpeechEncoderDecoderModel,
 )
 
 from .cases import Case
@@ -196,6 +200,22 @@ def encoders() -> Iterator[Case]:
     yield head("modernbert biases", AutoModelForTokenClassification, token_labels, MODERNBERT, **biases)
 
 
+def composed(kind: Any, config: Any, encoder: str, sizes: dict[str, Any]) -> nn.Module:
+    """Of an encoder and a BERT that attends to it."""
+    decoder = CONFIG_MAPPING["bert"](**{**ENCODER, "is_decoder": True, "add_cross_attention": True})
+    both = config.from_encoder_decoder_configs(CONFIG_MAPPING[encoder](**sizes), decoder)
+    both.decoder_start_token_id, both.pad_token_id = 1, 0
+    return kind(both)
+
+
+def compositions() -> Iterator[Case]:
+    """Models made of two, each under its own plan."""
+    text = partial(composed, EncoderDecoderModel, EncoderDecoderConfig, "roberta", ENCODER)
+    yield Case("encoder-decoder", text, seq2seq, "RoBERTa and BERT")
+    speech = partial(composed, SpeechEncoderDecoderModel, SpeechEncoderDecoderConfig, "wav2vec2", WAVES)
+    yield Case("speech-encoder-decoder", speech, waves, "Wav2Vec2 and BERT")
+
+
 def further_encoders() -> Iterator[Case]:
     """Those whose layers are much like BERT's or Wav2Vec2's."""
     for model_type in ("ernie", "megatron-bert", "roc_bert", "layoutlm", "data2vec-text"):
@@ -251,4 +271,4 @@ def encoder_decoders() -> Iterator[Case]:
 
 
 def cases() -> list[Case]:
-    return [*encoders(), *further_encoders(), *encoder_decoders()]
+    return [*encoders(), *further_encoders(), *encoder_decoders(), *compositions()]
