@@ -1,4 +1,4 @@
-"""Vision models without a plan in transformers, and those for images and text whose text part has one."""
+"""Vision models without a plan in transformers, and models for images, sound and text, by the plans of their parts."""
 
 from __future__ import annotations
 
@@ -70,6 +70,30 @@ def with_packed_image(model: nn.Module, width: int = 96) -> dict[str, Tensor]:
     }
 
 
+def with_tiles(model: nn.Module) -> dict[str, Tensor]:
+    """Images of one and of two tiles, which some of the text's layers attend to from where the image stands."""
+    text = text_around(1)
+    seen = torch.zeros(2, LENGTH, 1, 2, dtype=torch.long)
+    seen[0, 2:, 0, :1] = seen[1, 2:, 0] = 1
+    return {
+        **text,
+        "pixel_values": torch.randn(2, 1, 2, 3, 16, 16),
+        "aspect_ratio_ids": torch.tensor([[1], [2]]),
+        "aspect_ratio_mask": torch.tensor([[[1, 0]], [[1, 1]]]),
+        "cross_attention_mask": seen,
+    }
+
+
+def with_sound(model: nn.Module) -> dict[str, Tensor]:
+    """Spectrograms of 32 frames, of which four make one token."""
+    mask = torch.ones(2, 32, dtype=torch.long)
+    return {**text_around(8), "input_features": vectors(2, 8, 32), "feature_attention_mask": mask}
+
+
+def with_heard(model: nn.Module) -> dict[str, Tensor]:
+    return {**text_around(8), "input_features": vectors(2, 8, 32)}
+
+
 def with_placed_image(model: nn.Module) -> dict[str, Tensor]:
     """Images of 6 x 6 patches with their places, of which 3 x 3 make one token."""
     text = text_around(4)
@@ -82,6 +106,8 @@ def with_placed_image(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+HEARD = {"audio_token_id": IMAGE, "audio_token_index": IMAGE, "audio_config": {"max_source_positions": 16}}
+HEARD["audio_config"] |= {"encoder_layers": 2, "encoder_attention_heads": 8, "encoder_ffn_dim": 128, "num_mel_bins": 8}
 TOWERS = {"text_config": {"projection_dim": 32}, "vision_config": {"projection_dim": 32}, "projection_dim": 32}
 MIXED = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 5, "vision_end_token_id": 6}
@@ -114,6 +140,7 @@ MODELS: dict[str, Part] = {
     ),
     "clip": Part("clip", "CLIPModel", contrasted, TOWERS),
     "clip, classification": Part("clip", "CLIPForImageClassification", classified, {**TOWERS, "num_labels": 5}),
+    "metaclip_2": Part("metaclip_2", "MetaClip2Model", contrasted, TOWERS),
     "siglip": Part("siglip", "SiglipModel", contrasted, {"text_config": {"projection_size": HIDDEN}}),
     "siglip2": Part(
         "siglip2",
@@ -209,6 +236,16 @@ MODELS: dict[str, Part] = {
         partial(with_images, count=4),
         {"image_token_id": IMAGE, "scale_factor": 2, "pad_token_id": 0},
     ),
+    "idefics2": Part(
+        "idefics2",
+        "Idefics2ForConditionalGeneration",
+        partial(with_images, count=4),
+        {
+            "image_token_id": IMAGE,
+            "perceiver_config": {"resampler_n_latents": 4, "resampler_n_heads": 4, "resampler_head_dim": 16}
+            | {"resampler_depth": 1, "num_key_value_heads": 2},
+        },
+    ),
     "smolvlm": Part(
         "smolvlm",
         "SmolVLMForConditionalGeneration",
@@ -221,6 +258,19 @@ MODELS: dict[str, Part] = {
         partial(with_image, count=16, types=True),
         {"image_token_index": IMAGE, "projection_dim": HIDDEN, "vision_config": {"projection_dim": HIDDEN}},
     ),
+    "mllama": Part(
+        "mllama",
+        "MllamaForConditionalGeneration",
+        with_tiles,
+        {
+            "text_config": {"cross_attention_layers": [1]},
+            "vision_config": {"attention_heads": 8, "num_global_layers": 1, "vision_output_dim": 2 * HIDDEN}
+            | {"intermediate_layers_indices": [0], "max_num_tiles": 2, "supported_aspect_ratios": [[1, 1], [1, 2]]},
+            "image_token_index": IMAGE,
+        },
+    ),
+    "qwen2_audio": Part("qwen2_audio", "Qwen2AudioForConditionalGeneration", with_sound, HEARD),
+    "voxtral": Part("voxtral", "VoxtralForConditionalGeneration", with_heard, HEARD),
     "internvl": Part(
         "internvl",
         "InternVLForConditionalGeneration",
