@@ -23,6 +23,7 @@ from torch import Tensor
 
 from accel_tp_ddp import (
     collectives,
+    deferred,
     export,
     generation,
     gradients,
@@ -405,9 +406,14 @@ def _joined_as_they_came(self: ShardInfo, local: Tensor, ask: Callable[[], None]
     return full.roll(1, self.layout.dim) if len(self.layout.ranges[0]) > 1 else full
 
 
+def _storage_of_its_own(self: deferred.DeferredTensor) -> Any:
+    return mock.Mock(data_ptr=lambda: id(self), nbytes=lambda: self.numel() * self.element_size())
+
+
 _collect = ShardInfo.collect
 # These show in the files of an export; the tests of `test_export.py` inject them.
 _EXPORT_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "conversions see this rank's shapes": [(export, "_whole_parameters", lambda model: nullcontext())],
     "parts joined in the order they came": [(ShardInfo, "collect", _joined_as_they_came)],
+    "every view a storage of its own": [(deferred.DeferredTensor, "untyped_storage", _storage_of_its_own)],
 }

@@ -114,7 +114,11 @@ def test_an_exported_model_loads_with_nothing_missing_and_nothing_unexpected(kin
 
 @pytest.mark.parametrize(
     ("fault", "kind"),
-    [("conversions see this rank's shapes", "qwen3_vl_moe"), ("parts joined in the order they came", "mixtral")],
+    [
+        ("conversions see this rank's shapes", "qwen3_vl_moe"),
+        ("parts joined in the order they came", "mixtral"),
+        ("every view a storage of its own", "mixtral"),
+    ],
 )
 def test_a_fault_in_the_export_shows_in_the_files(fault, kind, exported, tmp_path):
     run_on_ranks(export_all, 2, str(tmp_path), (kind,), fault)

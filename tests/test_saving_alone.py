@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from accel_tp_ddp import meeting
+from accel_tp_ddp.meeting import Line
 
 from .compare import assert_tensors_close
 from .models import build_model
@@ -46,3 +49,31 @@ def test_saving_on_the_main_process_alone_is_an_error_that_says_what_to_change(h
     # and together it works, also afterwards
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_tensors_close(loaded.state_dict(), build_model("llama").state_dict(), 1e-7)
+
+
+def hear(silent: bool):
+    """What the other ranks hear of three messages, the last of which comes late or never."""
+    line, heard = Line("news"), []
+    with mock.patch.object(meeting, "SILENCE", 1.0):
+        if dist.get_rank() == 0:
+            for message in ("first", "second, of several words"):
+                line.say(message)
+            if not silent:
+                for sign in range(4):  # another rank hears nothing of these, but that there is somebody
+                    time.sleep(0.5)
+                    dist.distributed_c10d._get_default_store().add("accel_tp_ddp/line/news/signs", 1)
+                line.say("third")
+            return heard
+        try:
+            while len(heard) < 3:
+                heard.append(line.hear())
+        except RuntimeError as error:
+            heard.append(str(error))
+        return heard
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_main_process_that_is_slow_is_waited_for_and_one_that_is_gone_is_not(silent):
+    main, *others = run_on_ranks(hear, 3, silent)
+    expected = "the main process has been silent for 1 s: it has ended, or hangs." if silent else "third"
+    assert main == [] and others == [["first", "second, of several words", expected]] * 2
