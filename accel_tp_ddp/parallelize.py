@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .adapters import adapted_model, check_adapters, look_after_adapters
+from .attentions import return_all_heads
 from .collectives import send_first_rank
 from .direct import refuse_resizing
 from .errors import PlanError
@@ -178,6 +179,7 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
         settle_slices(model, stand_ins)
         for whole in {model, adapted_model(model)}:  # either may be called, and the second is what unloading leaves
             region.attach(whole)
+            return_all_heads(whole, plan, region)
         if has_dtensor_parameters(model):
             localize_with_map(model, keep=plain)
         link_partial_gradients(plan)
