@@ -371,6 +371,11 @@ def test_an_mlp_may_be_cut_into_parts_of_different_length():
     assert packed["model.layers.0.mlp.down_proj.weight"].sizes == (23, 23, 23, 21)
 
 
+def test_a_norm_without_a_row_for_each_head_is_refused_by_head_parameters():
+    with pytest.raises(PlanError, match=r"of size \(16,\) has no row for each head.*replicated_with_grad_allreduce"):
+        resolve_plan(build_model("qwen3"), 2, {"layers.*.self_attn.q_norm": "head_parameters"})
+
+
 def test_gate_and_up_in_turns_are_not_cut_into_parts_of_different_length():
     model = build_model("gpt_oss", intermediate_size=31, experts_implementation="eager")
     with pytest.raises(PlanError, match="their parts would not fit each other"):

@@ -3,7 +3,7 @@
 What a column's run has to show, all in fp32, without dropout:
 
 * the loss (relative error below 1e-4), and every parameter's full gradient: the norm of the difference below 1e-3 of
-  the gradient's own norm. A gradient below `FLOOR` of the norm of all gradients together is compared with that
+  the gradient's own norm. A gradient below 1e-4 of the norm of all gradients together is compared with that
   instead, as it may be rounding around zero: where the reference is zero, what is there is below 1e-7 of that norm,
   each element by itself too;
 * no gradient where there is none, and one wherever there is one;

@@ -48,9 +48,11 @@ def document(groups: dict[str, ModuleType], folder: Path = RESULTS) -> str:
 
 _LEGEND = (
     "A case passes a column only if all of that holds. `refused`: an error before any weight is touched says why. "
-    "`skipped`: the unsharded model does not run at this size. Sharded: how many parameters are; where few are, the "
-    "plan names no more. Collectives: how many calls in one forward and in one backward at the first tp. Error: the "
-    "largest of all gradients' in all layouts."
+    "`skipped`: the unsharded model does not run at this size. `peer`: the same comparison (without the export) of "
+    "transformers' own tensor parallelism, where it shards while loading (`from_pretrained(distributed_config=...)`), "
+    "and where it shards a model that has been built. Sharded: how many parameters are; where few are, the plan names "
+    "no more. Collectives: how many calls in one forward and in one backward at the first tp. Error: the largest of "
+    "all gradients' in our layouts."
 )
 
 
@@ -59,7 +61,7 @@ def section(module: ModuleType, answers: Answers) -> list[str]:
     names = [case.name for case in module.cases() if case.name in answers]
     notes = {case.name: case.note for case in module.cases()}
     columns = list(dict.fromkeys(column for name in names for column in answers[name]))
-    columns.sort(key=lambda column: (" x " in column, not column.startswith("tp"), column))
+    columns.sort(key=lambda column: (not column.startswith("tp"), " x " in column, column))
     lines = [f"## {title.rstrip('.')}", ""]
     for paragraph in _paragraphs(rest):
         lines += [*textwrap.wrap(paragraph, 119), ""]
