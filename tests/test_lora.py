@@ -239,6 +239,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "DoRA with dropout": {"config": {"use_dora": True, "lora_dropout": 1e-9}, "model_options": BIASED},
     "MiCA": {"config": {"init_lora_weights": "mica"}},
     "PiSSA, whose base is a residual": {"config": {"init_lora_weights": "pissa"}},
+    "OLoRA in one layer": {
+        "config": {"init_lora_weights": "olora", "layers_to_transform": [1], "target_modules": PROJECTIONS},
+    },
     "LoRA on the embedding": {"config": {"target_modules": ["q_proj", "embed_tokens"]}},
     "trained tokens": {"config": {"trainable_token_indices": {"embed_tokens": [5, 1, 130], "lm_head": [0, 77]}}},
     "trained tokens of tied embeddings": {
@@ -643,7 +646,8 @@ def test_merging_unmerging_and_unloading_are_right(what):
 
 
 def assert_a_copy_trains() -> None:
-    reference = adapted(build_model("qwen3"), lora(lora_dropout=1e-9))
+    options = {"lora_dropout": 1e-9, "use_dora": True, "trainable_token_indices": [1, 130]}
+    reference = adapted(build_model("qwen3"), lora(**options))
     model = copy.deepcopy(parallelize(copy.deepcopy(reference), tp_mesh()))
     for each in (model, reference):
         each.train()(**token_batch()).loss.backward()
