@@ -9,7 +9,7 @@ tensors, so whatever a conversion does, its result is right; only what has to be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from .shard import Layout
 __all__ = ["LazyTensor", "first_row", "own_part", "whole"]
 
 Box = tuple[tuple[int, int], ...]  # a half-open range of indices for each dimension
-_PIECE = 1 << 25  # bytes read at a time, so that a part costs hardly more memory than it takes up in the end
+_PIECE = 1 << 24  # bytes read at a time, so that a part costs hardly more memory than it takes up in the end
 aten = torch.ops.aten
 
 
@@ -189,6 +189,49 @@ class _Select(_Node):
         self.child.read_into(out.unsqueeze(self.dim), _inserted(box, self.dim, (self.index, self.index + 1)))
 
 
+class _Merge(_Node):
+    """Two neighbouring dimensions as one."""
+
+    def __init__(self, child: _Node, dim: int):
+        self.child, self.dim, self.dtype = child, dim, child.dtype
+        self.inner = child.shape[dim + 1]
+        self.shape = _without(_with(child.shape, dim, child.shape[dim] * self.inner), dim + 1)
+
+    def read_into(self, out: Tensor, box: Box) -> None:
+        first, last = box[self.dim]
+        start = first
+        while start < last:  # what is left of a row, whole rows, the beginning of a row
+            row, column = divmod(start, self.inner)
+            rows = 1 if column else max((last - start) // self.inner, 1)
+            columns = min(self.inner - column, last - start)
+            part = out.narrow(self.dim, start - first, rows * columns).unflatten(self.dim, (rows, columns))
+            self.child.read_into(
+                part, _inserted(_with(box, self.dim, (column, column + columns)), self.dim, (row, row + rows))
+            )
+            start += rows * columns
+
+
+class _Part(_Node):
+    """A dimension as two, the second of size `inner`. Of a part of that, too, whole rows are read, some at a time."""
+
+    def __init__(self, child: _Node, dim: int, inner: int):
+        self.child, self.dim, self.inner, self.dtype = child, dim, inner, child.dtype
+        self.shape = _inserted(_with(child.shape, dim, inner), dim, child.shape[dim] // inner)
+
+    def read_into(self, out: Tensor, box: Box) -> None:
+        (first, last), (start, stop) = box[self.dim], box[self.dim + 1]
+        others = _without(_without(box, self.dim), self.dim)
+        row = out.element_size() * self.inner * math.prod(upper - lower for lower, upper in others)
+        step = max(_PIECE // max(row, 1), 1)
+        for row in range(first, last, step):
+            rows = min(step, last - row)
+            bounds = _inserted(others, self.dim, (row * self.inner, (row + rows) * self.inner))
+            piece = torch.empty([upper - lower for lower, upper in bounds], dtype=out.dtype)
+            self.child.read_into(piece, bounds)
+            piece = piece.unflatten(self.dim, (rows, self.inner)).narrow(self.dim + 1, start, stop - start)
+            out.narrow(self.dim, row - first, rows).copy_(piece)
+
+
 # What is followed, by the operation that torch's own functions come down to. `NotImplemented`: read after all.
 
 
@@ -273,7 +316,33 @@ def _unsqueeze(x: LazyTensor, dim: int) -> LazyTensor:
 
 
 def _view(x: LazyTensor, shape: Sequence[int]) -> Any:
-    return _alias(x) if list(shape) == list(x.shape) else NotImplemented
+    if x.numel() == 0:
+        return NotImplemented
+    shape = [size if size != -1 else x.numel() // -math.prod(shape) for size in shape]
+    node, dim = x.node, 0
+    for old, new in _groups(x.shape, shape):
+        if old != new:
+            for _ in old[1:]:
+                node = _Merge(node, dim)
+            if not old:
+                node = _Stack([node], dim)
+            if not new:
+                node = _Select(node, dim, 0)
+            for place in range(1, len(new)):
+                node = _Part(node, dim + place - 1, math.prod(new[place:]))
+        dim += len(new)
+    return LazyTensor(node)
+
+
+def _groups(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """The fewest dimensions of two shapes at a time that make up the same elements."""
+    old, new = list(old), list(new)
+    while old or new:
+        taken, given = [old.pop(0)] if old else [], [new.pop(0)] if new else []
+        while math.prod(taken) != math.prod(given):
+            shorter, rest = (taken, old) if math.prod(taken) < math.prod(given) else (given, new)
+            shorter.append(rest.pop(0))
+        yield taken, given
 
 
 _FOLLOWED: dict[Any, Callable[..., Any]] = {

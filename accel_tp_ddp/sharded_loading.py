@@ -55,12 +55,13 @@ def load_in_slices(settings: LoadSettings) -> Iterator[None]:
         yield
         return
     if settings.device_mesh is None:
-        if not dist.is_initialized():
+        device_type = _device_type()
+        if device_type is None:
             raise ValueError(
                 f"sharded_loading (tp_size={settings.tp_size}): it is not known yet which rank this is. Make the "
                 "Accelerator first, `Accelerator(parallelism_config=plugin)`, or with Trainer the TrainingArguments."
             )
-        settings.get_device_mesh(_device_type())
+        settings.get_device_mesh(device_type)
     global _active
     if _active:
         raise ValueError(
@@ -84,10 +85,11 @@ def _is_launched() -> bool:
     return dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _device_type() -> str:
+def _device_type() -> str | None:
+    """What the ranks compute on, as Accelerate has settled it; None before it has."""
     from accelerate.state import PartialState
 
-    return PartialState().device.type
+    return PartialState().device.type if PartialState._shared_state and dist.is_initialized() else None
 
 
 class _Meeting:
@@ -322,8 +324,13 @@ def _check(model: nn.Module, load_config: Any) -> None:
     name = type(model).__name__
     if load_config.hf_quantizer is not None:
         raise ValueError(
-            f"sharded_loading: {name} is quantized ({load_config.hf_quantizer.quantization_config.quant_method}), and "
-            "quantized weights cannot be cut. Load it without quantization_config, from an unquantized checkpoint."
+            f"sharded_loading: {name} is quantized ({type(load_config.hf_quantizer).__name__}), and quantized weights "
+            "cannot be cut. Load it without quantization_config, from an unquantized checkpoint."
+        )
+    if load_config.device_mesh is not None:
+        raise ValueError(
+            f"sharded_loading: transformers is to parallelize this {name} itself. Leave out distributed_config, "
+            "tp_plan and tp_size: the plan is the plugin's tp_plan."
         )
     places = set((load_config.device_map or {}).values())
     if len(places) > 1 or "disk" in places:
@@ -374,8 +381,9 @@ def _lazily(files: Sequence[str], load_config: Any) -> dict[str, LazyTensor]:
             ) from error
         for name in opened.keys():  # a safe_open is no mapping
             part = opened.get_slice(name)
-            dtype = modeling_utils.str_to_torch_dtype[part.get_dtype()]
-            state[name] = LazyTensor.of(part, part.get_shape(), dtype)
+            dtype = modeling_utils.str_to_torch_dtype.get(part.get_dtype())
+            known = dtype is not None
+            state[name] = LazyTensor.of(part, part.get_shape(), dtype) if known else _lazy(opened.get_tensor(name))
     return state
 
 
