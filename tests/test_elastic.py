@@ -47,13 +47,14 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize("behind", [pytest.param("async", marks=pytest.mark.slow), "sync"])
 def test_a_run_whose_rank_is_killed_is_started_again_and_goes_on(tmp_path, uninterrupted, behind):
     done = torchrun(tmp_path, KILLED_AT, behind)
-    first, second = ([row for row in rows(tmp_path) if row["attempt"] == attempt] for attempt in (0, 1))
-    assert len(first) + len(second) == len(rows(tmp_path)), "it was started more than twice"
+    attempts = sorted({row["attempt"] for row in rows(tmp_path)})
+    assert len(attempts) == 2  # the second may be numbered 2: if another process has taken the port meanwhile
+    first, second = ([row for row in rows(tmp_path) if row["attempt"] == attempt] for attempt in attempts)
     assert first[-1]["step"] == KILLED_AT - 1 and "exitcode: -9" in done.stderr.replace("exitcode -9", "exitcode: -9")
     # the newest checkpoint is damaged (and of an earlier step, or still being written, in the background)
     assert "load_state passes over a damaged checkpoint" in done.stderr
     assert second[0]["step"] in ((KILLED_AT - 1,) if behind == "sync" else range(1, KILLED_AT))
-    assert second[0]["time"] - first[-1]["time"] < 120, "the other ranks have not ended at once"
+    assert "Unable to shutdown process" not in done.stderr, "the other ranks have not ended by themselves"
     curve = {row["step"]: row["loss"] for row in first + second}
     assert [curve[step] for step in range(STEPS)] == pytest.approx(uninterrupted, rel=2e-4)
     assert len(uninterrupted) == STEPS

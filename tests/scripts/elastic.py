@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -70,7 +69,7 @@ def train(folder: str, killed_at: int = -1, async_save: bool = False) -> None:
         loss = accelerator.gather_for_metrics(loss.detach()[None]).mean().item()
         if accelerator.is_main_process:
             with open(f"{folder}/losses.jsonl", "a") as file:
-                file.write(json.dumps({"attempt": attempt, "step": step, "loss": loss, "time": time.time()}) + "\n")
+                file.write(json.dumps({"attempt": attempt, "step": step, "loss": loss}) + "\n")
         accelerator.save_state()
     wait_for_save()
 
