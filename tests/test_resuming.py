@@ -12,7 +12,7 @@ from .ranks import run_on_ranks
 from .resuming import LAYOUTS, MORE, SAVED_AFTER, Run, go_on_from, save_and_go_on
 
 TOLERANCE = 2e-4  # relative, of losses
-RUNS = {"shared heads, adamw": Run(1, "llama_one_key"), "phi3, sgd": Run(1, "phi3", "sgd")}
+RUNS = {"shared heads, adamw": Run(1, "llama_one_key"), "packed shared heads, sgd": Run(1, "phi3_one_key", "sgd")}
 #: The state of these has other shapes than the parameters.
 WHOLE = {"adafactor": Run(1, optimizer="adafactor"), "momentum": Run(1, optimizer="adafactor_of_transformers")}
 ALWAYS = {("adafactor", "2x2", "4x1"), ("adafactor", "1x1", "2x1"), ("momentum", "2x1", "1x2")}
