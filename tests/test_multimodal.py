@@ -271,6 +271,12 @@ def test_each_part_has_the_plan_of_its_own_config():
     assert not any("projector" in name for name in found)
 
 
+def test_a_latent_attention_without_rotary_positions_is_no_error():
+    rule = {"layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj"}
+    styles = {entry.label for entry in resolve_plan(CASES["glm5_next_text"].build(), 2, rule).entries}
+    assert "mla_kv_a_proj" in styles
+
+
 class Holder(nn.Module):
     """A user's own module around models of transformers."""
 
