@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from .errors import PlanError
 from .export import export, leave_it, save_full_checkpoints
-from .shard import shard_info
+from .shard import elements_elsewhere, shard_info
 from .slices import holds_slices
 from .styles.adapters import can_follow
 from .styles.base import Site
@@ -320,9 +320,8 @@ class _CountParameters:
     def __call__(self) -> tuple[int, int]:
         trainable, total = type(self.model).get_nb_trainable_parameters(self.model)
         for param in self.model.parameters():
-            elsewhere = info.global_shape.numel() - param.numel() if (info := shard_info(param)) is not None else 0
-            total += elsewhere
-            trainable += elsewhere if param.requires_grad else 0
+            total += elements_elsewhere(param)
+            trainable += elements_elsewhere(param) if param.requires_grad else 0
         return trainable, total
 
 

@@ -18,7 +18,7 @@ from . import meeting
 from .deferred import DeferredTensor
 from .errors import CheckpointError
 from .meeting import Line, missing_peers
-from .shard import ShardInfo, restore_shards, shard_info
+from .shard import ShardInfo, elements_elsewhere, restore_shards, shard_info
 from .slices import refuse_slices
 from .wrappers import unwrap
 
@@ -316,9 +316,8 @@ class _NumParameters:
         if exclude_embeddings:
             left_out = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         for param in self.model.parameters():
-            info = shard_info(param)
-            if info is not None and id(param) not in left_out and (param.requires_grad or not only_trainable):
-                count += info.global_shape.numel() - param.numel()
+            if id(param) not in left_out and (param.requires_grad or not only_trainable):
+                count += elements_elsewhere(param)
         return count
 
 

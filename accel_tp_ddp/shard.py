@@ -24,6 +24,7 @@ __all__ = [
     "ShardInfo",
     "Shared",
     "chunk_ranges",
+    "elements_elsewhere",
     "mark_whole",
     "packed_ranges",
     "remember_everywhere",
@@ -280,6 +281,12 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 def shard_info(param: nn.Parameter) -> ShardInfo | None:
     """`param.tp_shard`, or None for a parameter that no plan has touched."""
     return getattr(param, "tp_shard", None)
+
+
+def elements_elsewhere(param: nn.Parameter) -> int:
+    """How many elements of the unsharded parameter this rank does not hold."""
+    info = shard_info(param)
+    return info.global_shape.numel() - param.numel() if info is not None else 0
 
 
 def remember_shards(module: nn.Module, shards: dict[str, ShardInfo]) -> None:

@@ -21,7 +21,7 @@ from .base import Site, Style
 from .embedding import EmbeddingColwise, EmbeddingRowwise
 from .experts import Experts
 from .linear import ColwiseGatherOutput
-from .lora import CutAdapter, PartialAdapter, lora_style, parts_of
+from .lora import CutAdapter, OfParts, PartialAdapter, lora_style, parts_of
 from .replicated import Replicate
 
 __all__ = ["adapter_style", "can_follow"]
@@ -72,22 +72,14 @@ def experts_lora_style(site: Site, base: Style, layouts: Mapping[str, Layout]) -
     return ExpertsLora(layouts[name])
 
 
-class ExpertsLora(Style):
+class ExpertsLora(OfParts):
     """LoRA of a stack of experts' weights, of which each rank holds the part that `layout` says."""
 
     def __init__(self, layout: Layout):
         self.layout = layout
 
-    def layouts(self, site: Site) -> dict[str, Layout]:
-        return {
-            f"{part.name.removeprefix(site.name).lstrip('.')}.{key}": layout
-            for part, style in self._parts(site)
-            for key, layout in style.layouts(part).items()
-        }
-
     def apply(self, site: Site, region: Region) -> None:
-        for part, style in self._parts(site):
-            style.apply(part, region)
+        super().apply(site, region)
         self.install(site.module, region, {})
 
     def forward(self, call: ParallelForward, *args, **kwargs):
@@ -100,7 +92,7 @@ class ExpertsLora(Style):
                         sums.enter_context(factor.replacing(**factor.summed_parameters()))
             return call.inner(*args, **kwargs)
 
-    def _parts(self, site: Site) -> list[tuple[Site, Style]]:
+    def parts(self, site: Site) -> list[tuple[Site, Style]]:
         of_outputs = 1 if site.module._did_swap_in_out_features else 2  # the dimension of W [experts, ...]
         outputs = self.layout.dim == of_outputs
         of_a = PartialAdapter() if outputs else CutAdapter(Layout(1, self.layout.ranges))

@@ -32,7 +32,7 @@ from .attention import LatentKeyValueDown
 from .base import Site, Style
 from .kinds import output_dim
 from .linear import Colwise, Rowwise
-from .replicated import Replicate, ReplicatedWithGradAllReduce
+from .replicated import LocalDropout, Replicate, ReplicatedDropout, ReplicatedWithGradAllReduce
 
 __all__ = ["LayerForward", "lora_style"]
 
@@ -80,7 +80,7 @@ class WholeLora(Style):
 
     def apply(self, site: Site, region: Region) -> None:
         for dropout in dropouts(site.module):
-            Dropout(sharded=False).install(dropout, region, {})
+            ReplicatedDropout().install(dropout, region, {})
 
 
 class EnclosedLora(WholeLora):
@@ -91,7 +91,25 @@ class EnclosedLora(WholeLora):
         LayerForward(site.module).install_on(site.module)
 
 
-class ShardedLora(Style):
+class OfParts(Style):
+    """Follows a module by styles of its submodules."""
+
+    def parts(self, site: Site) -> list[tuple[Site, Style]]:
+        raise NotImplementedError
+
+    def layouts(self, site: Site) -> dict[str, Layout]:
+        return {
+            f"{part.name.removeprefix(site.name).lstrip('.')}.{key}": layout
+            for part, style in self.parts(site)
+            for key, layout in style.layouts(part).items()
+        }
+
+    def apply(self, site: Site, region: Region) -> None:
+        for part, style in self.parts(site):
+            style.apply(part, region)
+
+
+class ShardedLora(OfParts):
     """The adapters of a base layer whose weight lies as `layout` says.
 
     Args:
@@ -103,28 +121,21 @@ class ShardedLora(Style):
         self.outputs = outputs
         self.of_a, self.of_b = Layout(1, layout.ranges), Layout(0, layout.ranges)
 
-    def layouts(self, site: Site) -> dict[str, Layout]:
-        return {
-            f"{part.name.removeprefix(site.name).lstrip('.')}.{key}": layout
-            for part, style in self._parts(site)
-            for key, layout in style.layouts(part).items()
-        }
-
     def apply(self, site: Site, region: Region) -> None:
-        for part, style in self._parts(site):
-            style.apply(part, region)
+        super().apply(site, region)
         for magnitude in site.module.lora_magnitude_vector.values():
             magnitude.get_lora_weight = product
             if not self.outputs:
                 magnitude.get_weight_norm = WeightNorm(region.mesh, magnitude.fan_in_fan_out)
+        of_input = ReplicatedDropout() if self.outputs else LocalDropout()
         for dropout in dropouts(site.module):
-            Dropout(sharded=not self.outputs).install(dropout, region, {})
+            of_input.install(dropout, region, {})
         LayerForward(site.module).install_on(site.module)
 
     def calls(self, site: Site) -> list[ParallelForward]:
-        return [call for part, style in self._parts(site) for call in style.calls(part)] + super().calls(site)
+        return [call for part, style in self.parts(site) for call in style.calls(part)] + super().calls(site)
 
-    def _parts(self, site: Site) -> list[tuple[Site, Style]]:
+    def parts(self, site: Site) -> list[tuple[Site, Style]]:
         of_a = PartialAdapter() if self.outputs else CutAdapter(self.of_a)
         of_b = CutAdapter(self.of_b) if self.outputs else PartialAdapter()
         styles = {"lora_A": of_a, "lora_B": of_b, "lora_magnitude_vector": of_b}
@@ -199,20 +210,6 @@ class WeightNorm:
         single = torch.promote_types(weight.dtype, torch.float32)
         squares = torch.linalg.vector_norm(weight, dim=1, dtype=single).square()
         return reduce_from_tp(self.mesh, squares).sqrt().to(weight.dtype)
-
-
-class Dropout(Style):
-    """Dropout of an adapter's input: one mask for all ranks where it is replicated, one a rank where it is sharded."""
-
-    def __init__(self, sharded: bool):
-        self.sharded = sharded
-
-    def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
-        stream = call.region.stream
-        if stream is None or not call.module.training:
-            return call.inner(input)
-        with stream.inside() if self.sharded else stream.outside():
-            return call.inner(input)
 
 
 def dropouts(layer: nn.Module) -> list[nn.Module]:

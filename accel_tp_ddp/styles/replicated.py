@@ -8,7 +8,7 @@ from ..collectives import reduce_from_tp
 from ..region import ParallelForward, Region
 from .base import Site, Style
 
-__all__ = ["AllReduce", "Replicate", "ReplicatedDropout", "ReplicatedWithGradAllReduce"]
+__all__ = ["AllReduce", "LocalDropout", "Replicate", "ReplicatedDropout", "ReplicatedWithGradAllReduce"]
 
 
 class Replicate(Style):
@@ -42,17 +42,27 @@ class AllReduce(Style):
         return reduce_from_tp(call.mesh, call.inner(*args, **kwargs))
 
 
-class ReplicatedDropout(Style):
-    """Dropout of a replicated tensor between column-parallel and row-parallel modules: one mask for all ranks.
+class LocalDropout(Style):
+    """Dropout inside a region: each rank draws for its part of a sharded tensor.
 
-    Such as of what all heads share, after the attention's input has entered its projections.
+    Where adapters are, it is called outside of any region, so it says by itself which random stream it means.
     """
 
-    accepts = (nn.Dropout,)
+    accepts = (nn.modules.dropout._DropoutNd,)
+    sharded = True
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
         stream = call.region.stream
         if stream is None or not call.module.training:
             return call.inner(input)
-        with stream.outside():
+        with stream.inside() if self.sharded else stream.outside():
             return call.inner(input)
+
+
+class ReplicatedDropout(LocalDropout):
+    """Dropout of a replicated tensor: one mask for all ranks, also between column- and row-parallel modules.
+
+    Such as of what all heads share, after the attention's input has entered its projections.
+    """
+
+    sharded = False
