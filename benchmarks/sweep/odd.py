@@ -1,7 +1,7 @@
 """Odd sizes
 
 What does not divide by the ranks: vocabularies, intermediate sizes, numbers of experts; padding rows on other ranks
-than the first, and packed projections with fewer key/value heads than ranks.
+than the first, resized embeddings, and packed projections with fewer key/value heads than ranks.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama: vocabulary 131, tied": ("llama", {"tie_word_embeddings": True}),
     "llama: padding row 100": ("llama", {"pad_token_id": 100}),
     "llama: padding row 100, tied": ("llama", {"pad_token_id": 100, "tie_word_embeddings": True}),
+    "llama: resized from 120": ("llama", {"vocab_size": 120}),
+    "llama: resized from 120, tied": ("llama", {"vocab_size": 120, "tie_word_embeddings": True}),
     "llama: intermediate size 130": ("llama", {"intermediate_size": 130}),
     "llama: intermediate size 127, biases": ("llama", {"intermediate_size": 127, "mlp_bias": True}),
     "gpt_neox: intermediate size 131": ("gpt_neox", {"intermediate_size": 131}),
@@ -68,7 +70,10 @@ def model_of(architecture: str, changes: dict[str, Any]) -> nn.Module:
     options = {name: value for name, value in changes.items() if name in EAGER}
     changes = {name: value for name, value in changes.items() if name not in EAGER}
     changed = type(config)(**{**config.to_dict(), "vocab_size": VOCABULARY, **changes})
-    return AutoModelForCausalLM.from_config(changed, dtype=torch.float32, **options)
+    model = AutoModelForCausalLM.from_config(changed, dtype=torch.float32, **options)
+    if changed.vocab_size != VOCABULARY:
+        model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
+    return model
 
 
 def inputs(model: nn.Module) -> dict[str, Any]:
