@@ -85,7 +85,8 @@ def _in_order(attention: Tensor, ranges: tuple[Ranges, ...] | None) -> Tensor:
     if not width:
         return attention
     order = torch.tensor([start // width for held in ranges for span in held for start in range(*span, width)])
-    if torch.equal(order, torch.arange(attention.size(1))):
+    heads = torch.arange(attention.size(1))
+    if len(order) != len(heads) or torch.equal(order, heads):
         return attention
     return attention.index_select(1, order.argsort().to(attention.device))
 
