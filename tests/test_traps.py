@@ -264,7 +264,7 @@ def saved_alone():
     model = accelerator.prepare(build_model("llama"))
     store = dist.distributed_c10d._get_default_store()
     if not accelerator.is_main_process:
-        store.wait(["told"], timedelta(seconds=30))
+        store.wait(["told"], timedelta(seconds=10))
         return
     try:
         with mock.patch.object(meeting, "PEERS_TIMEOUT", 1.0), pytest.raises(RuntimeError, match="every rank has to"):

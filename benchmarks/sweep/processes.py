@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
 
 MEMORY = 12 << 30  # of addresses, for each process: a size left at its default may be that of a large model
 forked = multiprocessing.get_context("fork")
@@ -54,6 +55,8 @@ def _rank(rank: int, ranks: int, folder: str, function: Callable[..., Any], args
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     with open(os.devnull, "w") as nowhere:  # DDP's warnings on every rank
         os.dup2(nowhere.fileno(), 2)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a process that has had an Accelerator already
+    GradientState._reset_state()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     try:
         answer = function(*args)
