@@ -47,12 +47,16 @@ from .training import make_accelerator
 
 @dataclass(frozen=True)
 class Check:
-    """What runs on the ranks, and what then has to hold of what they return; nothing may raise on any of them."""
+    """What runs on the ranks, and what then has to hold of what they return; nothing may raise on any of them.
+
+    Without the fix some hang: they are cut after `seconds`.
+    """
 
     run: Callable[..., Any]
     ranks: int
     args: tuple = ()
     holds: Callable[[list[Any]], None] = field(default=lambda results: None)
+    seconds: float = 120.0
 
 
 @dataclass(frozen=True)
@@ -264,7 +268,7 @@ def saved_alone():
     model = accelerator.prepare(build_model("llama"))
     store = dist.distributed_c10d._get_default_store()
     if not accelerator.is_main_process:
-        store.wait(["told"], timedelta(seconds=10))
+        store.wait(["told"], timedelta(seconds=30))
         return
     try:
         with mock.patch.object(meeting, "PEERS_TIMEOUT", 1.0), pytest.raises(RuntimeError, match="every rank has to"):
@@ -442,7 +446,7 @@ TRAPS = {
     ),
     21: Trap(
         "saving on the main process alone says so, and hangs nobody",
-        (("the main process gathers alone", Check(saved_alone, 2)),),
+        (("the main process gathers alone", Check(saved_alone, 2, seconds=20.0)),),
     ),
     22: Trap(
         "a resumed run goes on with the optimizer state of its own shards, and where the schedule was",
@@ -545,7 +549,7 @@ def attempt(run, fault, args):
 
 def problem(check, fault):
     try:
-        results = run_on_ranks(attempt, check.ranks, check.run, fault, check.args)
+        results = run_on_ranks(attempt, check.ranks, check.run, fault, check.args, timeout=check.seconds)
     except RanksError as error:  # hung, or out of step afterwards
         return str(error)
     raised = [error for _, error in results if error is not None]
