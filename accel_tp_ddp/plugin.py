@@ -27,6 +27,7 @@ __all__ = ["TensorParallelDDPPlugin"]
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 _OTHER_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
+_outliving: set[dist.ProcessGroup] = set()
 
 
 @dataclass(repr=False)
@@ -199,6 +200,8 @@ class TensorParallelDDPPlugin(ParallelismConfig):
                 f"{accelerator.num_processes} ({accelerator.distributed_type.value}). On CPU ranks set "
                 "ACCELERATE_USE_CPU=true, or pass Accelerator(cpu=True)."
             )
+        if accelerator.num_processes > 1:
+            outlive(self.device_mesh["dp_replicate"].get_group() if self.tp_size > 1 else dist.group.WORLD)
         if self.tp_size > 1:
             _adopt_timeout(accelerator, self.device_mesh)
             hook_accelerator(accelerator, self)
@@ -206,6 +209,16 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         else:
             hook_load_state(accelerator)  # for states that were saved with tp_size > 1
             hook_saving(accelerator, self.async_save)
+
+
+def outlive(group: dist.ProcessGroup) -> None:
+    """Keep the group of DDP modules for as long as the process lives, whoever destroys it.
+
+    A reducer that is the last to hold its group frees it without giving up the interpreter lock. Gloo's destructor
+    waits there for its threads, one of which may wait for that lock to let go of the last collective's tensors: a
+    deadlock, when a script gathers, ends the training and returns (torch 2.13; of the kind of pytorch#56297).
+    """
+    _outliving.add(group)
 
 
 def _adopt_timeout(accelerator: Accelerator, mesh: DeviceMesh) -> None:

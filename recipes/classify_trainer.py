@@ -12,6 +12,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
@@ -87,8 +88,9 @@ def main():
         results = {"accuracy_before": before, "accuracy_after": after, "steps": trainer.state.global_step}
         Path(training.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(f"accuracy {before:.3f} before, {after:.3f} after {trainer.state.global_step} steps")
-    trainer.end()
 
 
 if __name__ == "__main__":
     main()
+    # Not `trainer.end()` while there is a model: DDP can hang where it is the last to hold its group (pytorch#56297).
+    PartialState().destroy_process_group()

@@ -17,6 +17,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -97,8 +98,9 @@ def main():
         results = {"perplexity_before": before, "perplexity_after": after, "steps": trainer.state.global_step}
         Path(training.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(f"perplexity {before:.2f} before, {after:.2f} after {trainer.state.global_step} steps")
-    trainer.end()
 
 
 if __name__ == "__main__":
     main()
+    # Not `trainer.end()` while there is a model: DDP can hang where it is the last to hold its group (pytorch#56297).
+    PartialState().destroy_process_group()

@@ -16,6 +16,7 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, HfArgumentParser, Qwen3Config, set_seed
@@ -85,8 +86,9 @@ def main():
         results = {"loss_before": before, "loss_after": after, "steps": trainer.state.global_step}
         Path(training.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(f"evaluation loss {before:.3f} before, {after:.3f} after {trainer.state.global_step} steps")
-    trainer.end()
 
 
 if __name__ == "__main__":
     main()
+    # Not `trainer.end()` while there is a model: DDP can hang where it is the last to hold its group (pytorch#56297).
+    PartialState().destroy_process_group()
