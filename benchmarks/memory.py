@@ -99,6 +99,18 @@ def resident_memory() -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
+def run(target: Callable[..., None], arguments: list[tuple]) -> list[dict[str, Any]]:
+    """In forked processes; the answers by rank."""
+    results = forked.Queue()
+    processes = [forked.Process(target=target, args=(*given, results)) for given in arguments]
+    for process in processes:
+        process.start()
+    answers = sorted((results.get(timeout=500) for _ in processes), key=lambda answer: answer["rank"])
+    for process in processes:
+        process.join()
+    return answers
+
+
 def config_of(architecture: str, layers: int) -> Any:
     return AutoConfig.for_model(architecture, **SIZES, **ARCHITECTURES[architecture], num_hidden_layers=layers)
 
@@ -136,19 +148,6 @@ def load_on_rank(rank: int, tp: int, folder: Path, in_slices: bool, dtype: str, 
     dist.destroy_process_group()
 
 
-def load_on_ranks(tp: int, folder: Path, in_slices: bool, dtype: str) -> list[dict[str, Any]]:
-    results = forked.Queue()
-    ranks = [
-        forked.Process(target=load_on_rank, args=(rank, tp, folder, in_slices, dtype, results)) for rank in range(tp)
-    ]
-    for process in ranks:
-        process.start()
-    answers = sorted((results.get(timeout=300) for _ in ranks), key=lambda answer: answer["rank"])
-    for process in ranks:
-        process.join()
-    return answers
-
-
 def measure_loading(options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
     rows: list[dict[str, Any]] = []
     above: list[float] = []
@@ -162,7 +161,10 @@ def measure_loading(options: argparse.Namespace) -> tuple[list[dict[str, Any]], 
             writer.start()  # in a process of its own, whose memory is gone afterwards
             writer.join()
             runs = {
-                name: load_on_ranks(options.tp, folder, name == "slices", options.dtype)
+                name: run(
+                    load_on_rank,
+                    [(rank, options.tp, folder, name == "slices", options.dtype) for rank in range(options.tp)],
+                )
                 for name in ("slices", "plain")
             }
         for name, answers in runs.items():
@@ -246,18 +248,6 @@ def merge_alone(options: argparse.Namespace, folder: Path, results: Any) -> None
     with PeakMemory() as memory:
         merge(folder / "state", folder / "merge", max_shard_size=options.file)
     results.put({"rank": 0, "merge": memory.anonymous})
-
-
-def run(target: Callable[..., None], arguments: list[tuple]) -> list[dict[str, Any]]:
-    """In forked processes; the answers by rank."""
-    results = forked.Queue()
-    processes = [forked.Process(target=target, args=(*given, results)) for given in arguments]
-    for process in processes:
-        process.start()
-    answers = sorted((results.get(timeout=500) for _ in processes), key=lambda answer: answer["rank"])
-    for process in processes:
-        process.join()
-    return answers
 
 
 def measure_export(options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:

@@ -11,7 +11,7 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch.utils.data import DataLoader
 from transformers import get_linear_schedule_with_warmup
 
-from accel_tp_ddp import full_state_dict
+from accel_tp_ddp import CheckpointError, full_state_dict
 from accel_tp_ddp.shard import shard_info
 from accel_tp_ddp.wrappers import unwrap
 
@@ -129,3 +129,12 @@ def go_on_from(run: Run, folders: list[str]) -> list[Saved]:
         prepared.train(rest, MORE, record)
         records.append(record)
     return records
+
+
+def message_of(call, *kinds):
+    """What `call` raises; it has to."""
+    try:
+        call()
+    except kinds or (CheckpointError,) as error:
+        return str(error)
+    raise AssertionError("nothing was raised")

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import ProjectConfiguration
 
-from accel_tp_ddp import CheckpointError, TensorParallelDDPPlugin, load_state, meeting, wait_for_save
+from accel_tp_ddp import TensorParallelDDPPlugin, load_state, meeting, wait_for_save
 from accel_tp_ddp.checkpoint import background, tensors
 from accel_tp_ddp.checkpoint import folder as folders
 from accel_tp_ddp.checkpoint import save as saving
@@ -24,7 +24,7 @@ from accel_tp_ddp.checkpoint.folder import MANIFEST
 
 from .compare import assert_tensors_close
 from .ranks import run_on_ranks
-from .resuming import SAVED_AFTER, Prepared, Run, Saved, go_on_from
+from .resuming import SAVED_AFTER, Prepared, Run, Saved, go_on_from, message_of
 
 PATIENCE = 30.0  # seconds after which a held writer goes on, so that a failing test ends
 
@@ -44,14 +44,6 @@ def held_writing(place=""):
             yield
         finally:
             may_write.set()
-
-
-def message_of(call, *kinds):
-    try:
-        call()
-    except kinds or (CheckpointError,) as error:
-        return str(error)
-    raise AssertionError("nothing was raised")
 
 
 def rank():

@@ -37,6 +37,7 @@ from .resuming import (
     Saved,
     full_optimizer_state,
     go_on_from,
+    message_of,
     save_and_go_on,
 )
 from .training import make_accelerator, make_optimizer
@@ -61,15 +62,6 @@ def digest(prepared):
     tensors = [*prepared.model.state_dict().values()]
     tensors += [v for state in prepared.optimizer.state.values() for v in state.values()]
     return [tensor.double().sum().item() for tensor in tensors]
-
-
-def message_of(call, *kinds):
-    """What `call` raises; it has to."""
-    try:
-        call()
-    except kinds or (CheckpointError,) as error:
-        return str(error)
-    raise AssertionError("nothing was raised")
 
 
 # --- what is written -------------------------------------------------------------------------------------------------

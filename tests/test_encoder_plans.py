@@ -2,19 +2,16 @@
 
 import copy
 import tempfile
-from dataclasses import dataclass, field
 from functools import cache
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    T5ForConditionalGeneration,
 )
 
 from accel_tp_ddp import full_gradients, parallelize
@@ -23,12 +20,13 @@ from accel_tp_ddp.plan import resolve_plan
 from accel_tp_ddp.rules import Names, shipped_plans
 from benchmarks.sweep import encoders
 
-from .compare import assert_tensors_close, relative_errors
+from . import epochs
+from .compare import relative_errors
 from .faults import injected
 from .ranks import run_on_ranks
 from .sharded import TOLERANCE, accelerator_for, tp_mesh
 
-VOCABULARY, LABELS, LENGTH, BATCH, STEPS = 99, 3, 10, 4, 6
+VOCABULARY, LABELS, LENGTH = 99, 3, 10
 ENCODER = {
     **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"vocab_size": VOCABULARY, "max_position_embeddings": 32, "initializer_range": 0.1, "pad_token_id": 0},
@@ -82,52 +80,8 @@ def rows(model_type, count, seed):
     return samples
 
 
-@dataclass
-class Run:
-    losses: list = field(default_factory=list)
-    norms: list = field(default_factory=list)
-    evaluated: list = field(default_factory=list)
-    weights: dict | None = None
-    reloaded: list | None = None
-
-
 def train(model_type, tp, folder=None):
-    """An ordinary Accelerate script; with `folder`, it saves the model at the end and loads it as a plain one."""
-    torch.manual_seed(3)
-    accelerator = accelerator_for(tp)
-    model = build(model_type)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, eps=1e-5)
-    train_loader = DataLoader(rows(model_type, 18, seed=1), batch_size=BATCH, shuffle=True)
-    held_out = rows(model_type, 7, seed=2)
-    eval_loader = DataLoader(held_out, batch_size=BATCH)
-    model, optimizer, train_loader, eval_loader = accelerator.prepare(model, optimizer, train_loader, eval_loader)
-    run = Run()
-    while len(run.norms) < STEPS:
-        model.train()
-        for batch in train_loader:
-            loss = model(**batch).loss
-            accelerator.backward(loss)
-            run.norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 0.5)))
-            optimizer.step()
-            optimizer.zero_grad()
-            run.losses.append(accelerator.gather_for_metrics(loss.detach().repeat(len(batch["labels"]))).mean().item())
-    model.eval()
-    for batch in eval_loader:
-        with torch.no_grad():
-            logits = model(**batch).logits
-        run.evaluated += accelerator.gather_for_metrics(logits.flatten(1).square().mean(1)).tolist()
-    weights = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        run.weights = {name: tensor.clone() for name, tensor in weights.items()}
-    if folder is not None:
-        accelerator.unwrap_model(model).save_pretrained(folder, is_main_process=accelerator.is_main_process)
-        accelerator.wait_for_everyone()
-        plain, keys = T5ForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
-        assert not keys["missing_keys"] and not keys["unexpected_keys"] and not keys["mismatched_keys"]
-        with torch.no_grad():
-            whole = {name: torch.stack([sample[name] for sample in held_out]) for name in held_out[0]}
-            run.reloaded = plain.eval()(**whole).logits.flatten(1).square().mean(1).tolist()
-    return run
+    return epochs.train(build(model_type), rows(model_type, 18, seed=1), rows(model_type, 7, seed=2), tp, folder)
 
 
 @cache
@@ -135,29 +89,19 @@ def plain(model_type):
     return run_on_ranks(train, 2, model_type, None)
 
 
-def assert_same(run, expected):
-    for rank, (got, wanted) in enumerate((got, expected[rank // 2]) for rank, got in enumerate(run)):
-        for name in ("losses", "norms", "evaluated"):
-            actual, wanted_values = torch.tensor(getattr(got, name)), torch.tensor(getattr(wanted, name))
-            torch.testing.assert_close(actual, wanted_values, rtol=2e-4, atol=0, msg=lambda m: f"{rank} {name}: {m}")
-    assert_tensors_close(run[0].weights, expected[0].weights, 2e-4, floor=1e-3)
-
-
 def test_a_classifier_trains_as_under_plain_ddp():
-    assert_same(run_on_ranks(train, 4, "bert", 2), plain("bert"))
+    epochs.assert_same(run_on_ranks(train, 4, "bert", 2), plain("bert"))
 
 
 def test_an_encoder_decoder_trains_and_saves_as_under_plain_ddp():
     with tempfile.TemporaryDirectory() as folder:
         run = run_on_ranks(train, 4, "t5", 2, folder)
-    assert_same(run, plain("t5"))
-    for rank in run:
-        torch.testing.assert_close(torch.tensor(rank.reloaded), torch.tensor(rank.evaluated), rtol=1e-4, atol=0)
+    assert all(rank.reloaded for rank in run)
+    epochs.assert_same(run, plain("t5"))
 
 
 def batch_for(model_type):
-    samples = rows(model_type, 3, seed=5)
-    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    batch = epochs.together(rows(model_type, 3, seed=5))
     if MODELS[model_type][0] is AutoModelForMaskedLM:
         batch["labels"] = batch["input_ids"].clone()
     return batch
