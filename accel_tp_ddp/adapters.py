@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from .errors import PlanError
 from .export import export, leave_it, save_full_checkpoints
+from .loading.slices import holds_slices
 from .shard import elements_elsewhere, shard_info
-from .slices import holds_slices
 from .styles.adapters import can_follow
 from .styles.base import Site
 from .styles.kinds import is_linear

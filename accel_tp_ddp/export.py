@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from . import meeting
 from .deferred import DeferredTensor
 from .errors import CheckpointError
+from .loading.slices import refuse_slices
 from .meeting import Line, missing_peers
 from .shard import ShardInfo, elements_elsewhere, restore_shards, shard_info
-from .slices import refuse_slices
 from .wrappers import unwrap
 
 __all__ = [

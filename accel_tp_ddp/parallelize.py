@@ -17,13 +17,13 @@ from .errors import PlanError
 from .export import save_full_checkpoints
 from .generation import generate_together
 from .initialization import initialize_whole
+from .loading.slices import check_slices_mesh, refuse_slices, restore_whole, settle_slices, whole_on_meta
 from .localize import has_dtensor_parameters, localize_with_map
 from .plan import Plan, resolve_plan
 from .randomness import draws_dropout
 from .region import ParallelForward, Region
 from .rules import PlanLike, load_plan
 from .shard import mark_whole, remember_everywhere, restore_shards, shard_info
-from .slices import check_slices_mesh, refuse_slices, restore_whole, settle_slices, whole_on_meta
 from .transformers_tp import adopt
 from .wrappers import unwrap
 

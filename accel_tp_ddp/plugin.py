@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .checkpoint.load import hook_load_state
 from .checkpoint.save import hook_saving
+from .loading.sharded import load_in_slices
 from .prepare import hook_accelerator
 from .rules import PlanLike
-from .sharded_loading import load_in_slices
 from .trainer import mend_trainer
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ PACKAGE = Path(accel_tp_ddp.__file__).parent
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
 
 KNOW_ACCELERATE = {
-    *("__init__.py", "launch.py", "loaders.py", "plugin.py", "prepare.py", "sharded_loading.py"),
+    *("__init__.py", "launch.py", "loaders.py", "plugin.py", "prepare.py", "loading/sharded.py"),
     "trainer.py",
     *("checkpoint/load.py", "checkpoint/merge.py", "checkpoint/places.py", "checkpoint/save.py"),
     *("commands/__init__.py", "commands/__main__.py", "commands/frame.py", "commands/merge.py"),
@@ -31,7 +31,7 @@ CALL_COLLECTIVES = {
     "randomness.py": "set-up: agreement",
     "replicas.py": "between steps: what is replicated stays equal",
     "shard.py": "saving: full tensors",
-    "sharded_loading.py": "loading: agreement, and one outcome on all ranks",
+    "loading/sharded.py": "loading: agreement, and one outcome on all ranks",
 }
 COLLECTIVES = {
     *("all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce"),

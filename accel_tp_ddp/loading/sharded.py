@@ -2,9 +2,9 @@
 
 `from_pretrained` goes its ordinary way: transformers finds the files, builds the model on the meta device, renames and
 converts what it loads, initialises what is missing, ties weights and reports. Only three of its steps are exchanged
-while `sharded_loading` is active: the tensors that it is given to load are lazy ones (`lazy.py`); what is put into the
+while `sharded_loading` is active: the tensors that it is given to load are lazy ones (`lazy`); what is put into the
 model is this rank's slice, by the layouts of a plan that was resolved on the meta device; and what depends on a value
-that no rank has whole (whether two weights are equal) is agreed on. The model is then as `slices.py` describes it.
+that no rank has whole (whether two weights are equal) is agreed on. The model is then as `slices` describes it.
 
 The ranks meet before anything is read, after it, and at the end; one that fails meets the others with its error
 instead, whatever it was doing, so none of them waits for it.
@@ -24,12 +24,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .collectives import send_first_rank
-from .errors import CheckpointError
+from ..collectives import send_first_rank
+from ..errors import CheckpointError
+from ..plan import Plan, resolve_plan
+from ..rules import PlanLike
+from ..shard import Layout, ShardInfo
 from .lazy import LazyTensor, first_row, own_part, whole
-from .plan import Plan, resolve_plan
-from .rules import PlanLike
-from .shard import Layout, ShardInfo
 from .slices import hold_slices
 
 __all__ = ["LoadSettings", "load_in_slices"]

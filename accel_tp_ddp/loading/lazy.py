@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .shard import Layout
+from ..shard import Layout
 
 __all__ = ["LazyTensor", "first_row", "own_part", "whole"]
 

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .direct import refuse_resizing
-from .shard import Layout, ShardInfo
+from ..direct import refuse_resizing
+from ..shard import Layout, ShardInfo
 
 __all__ = [
     "check_slices_mesh",
