@@ -96,9 +96,6 @@ def resident_memory() -> tuple[int, int]:
     return int(values["RssAnon"]) * 1024, int(values["RssFile"]) * 1024
 
 
-# ------------------------------------------------------------------------------------------------------------ loading
-
-
 def run(target: Callable[..., None], arguments: list[tuple]) -> list[dict[str, Any]]:
     """In forked processes; the answers by rank."""
     results = forked.Queue()
@@ -109,6 +106,9 @@ def run(target: Callable[..., None], arguments: list[tuple]) -> list[dict[str, A
     for process in processes:
         process.join()
     return answers
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
 
 
 def config_of(architecture: str, layers: int) -> Any:
