@@ -30,6 +30,7 @@ def train(model: nn.Module, rows: Sequence[Row], held_out: Sequence[Row], tp: in
     """With `folder`, it saves the model at the end and loads it as a plain one."""
     torch.manual_seed(3)
     accelerator = accelerator_for(tp)
+    plain_class = type(model)
     model, optimizer, train_loader, eval_loader = accelerator.prepare(
         model,
         torch.optim.AdamW(model.parameters(), lr=5e-3, eps=1e-5),
@@ -54,10 +55,9 @@ def train(model: nn.Module, rows: Sequence[Row], held_out: Sequence[Row], tp: in
     if accelerator.is_main_process:
         run.weights = {name: tensor.clone() for name, tensor in weights.items()}
     if folder is not None:
-        unwrapped = accelerator.unwrap_model(model)
-        unwrapped.save_pretrained(folder, is_main_process=accelerator.is_main_process)
+        accelerator.unwrap_model(model).save_pretrained(folder, is_main_process=accelerator.is_main_process)
         accelerator.wait_for_everyone()
-        plain, keys = type(unwrapped).from_pretrained(folder, output_loading_info=True)
+        plain, keys = plain_class.from_pretrained(folder, output_loading_info=True)
         assert not keys["missing_keys"] and not keys["unexpected_keys"] and not keys["mismatched_keys"]
         with torch.no_grad():
             run.reloaded = _score(plain.eval()(**together(held_out)).logits).tolist()
