@@ -1,16 +1,16 @@
 """Tensor parallelism inside plain DistributedDataParallel, for Hugging Face Accelerate."""
 
 from .checkpoint.background import wait_for_save
+from .checkpoint.export import full_gradients, full_state_dict
 from .checkpoint.load import load_state
-from .errors import CheckpointError, PlanError
-from .export import full_gradients, full_state_dict
-from .gradients import grad_scaler
-from .parallelize import localize, parallelize
-from .plan import Plan, resolve_plan
+from .core.errors import CheckpointError, PlanError
+from .core.shard import ShardInfo
+from .model.parallelize import localize, parallelize
+from .plans.plan import Plan, resolve_plan
 from .plugin import TensorParallelDDPPlugin
-from .shard import ShardInfo
 from .styles import Style, register_style
-from .whole_step import register_whole_step
+from .training.full_tensor_step import register_whole_step
+from .training.gradients import grad_scaler
 
 __version__ = "0.1.0"
 __all__ = [

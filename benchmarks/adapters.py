@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from accel_tp_ddp import TensorParallelDDPPlugin, full_state_dict
-from accel_tp_ddp.errors import PlanError
+from accel_tp_ddp.core.errors import PlanError
 
 from .sweep.cases import Case, build
 from .sweep.causal import language_inputs, model_of

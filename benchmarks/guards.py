@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from accel_tp_ddp import parallelize
-from accel_tp_ddp.batches import watch_batches
-from accel_tp_ddp.replicas import ReplicaGuard
+from accel_tp_ddp.training.drift import ReplicaGuard
+from accel_tp_ddp.training.same_batch import watch_batches
 
 
 def main() -> None:

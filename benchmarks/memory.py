@@ -44,7 +44,7 @@ from transformers.utils import logging
 
 from accel_tp_ddp import TensorParallelDDPPlugin, full_state_dict, parallelize
 from accel_tp_ddp.checkpoint.merge import merge
-from accel_tp_ddp.shard import shard_info
+from accel_tp_ddp.core.shard import shard_info
 
 forked = multiprocessing.get_context("fork")  # what is imported already need not be imported again
 MIB = 1 << 20

@@ -21,34 +21,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from accel_tp_ddp import (
-    collectives,
-    deferred,
-    export,
-    generation,
-    gradients,
-    plan,
-    prepare,
-    randomness,
-    region,
-    replicas,
-)
-from accel_tp_ddp.checkpoint import load, objects, tensors
-from accel_tp_ddp.localize import _ReconstructHook
-from accel_tp_ddp.shard import Layout, ShardInfo, chunk_ranges, shard_info
+from accel_tp_ddp.checkpoint import dcp, deferred, export, load, state
+from accel_tp_ddp.core import collectives, randomness
+from accel_tp_ddp.core.layout import Layout, chunk_ranges
+from accel_tp_ddp.core.shard import ShardInfo, shard_info
+from accel_tp_ddp.model import generation
+from accel_tp_ddp.model.dtensor import _ReconstructHook
+from accel_tp_ddp.plans import plan
+from accel_tp_ddp.plugin import accelerator, ddp
 from accel_tp_ddp.styles import (
-    adapters,
-    attention,
+    around,
     base,
     embedding,
     experts,
-    grouped,
+    forward,
+    fused_qkv,
+    latent_attention,
     linear,
-    local,
-    lora,
     packed,
+    region,
     replicated,
 )
+from accel_tp_ddp.styles.peft import experts as peft_experts
+from accel_tp_ddp.styles.peft import lora
+from accel_tp_ddp.training import drift, gradients
 
 from .training import Record, Spec, train
 
@@ -71,7 +67,7 @@ def train_with(fault: str | None, spec: Spec) -> Record:
         return train(spec)
 
 
-def _over_the_world(self: prepare._OverReplicas) -> dict[str, Any]:
+def _over_the_world(self: ddp._OverReplicas) -> dict[str, Any]:
     return {**self.handler.to_kwargs(), "init_sync": False}  # or the start would be wrong already
 
 
@@ -87,12 +83,12 @@ def _norm_counting_replicated_by_rank(parameters: Any, *args: Any) -> Tensor:
     return total.sqrt()
 
 
-def _bias_on_every_rank(self: linear.Rowwise, call: region.ParallelForward, input: Tensor) -> Tensor:
+def _bias_on_every_rank(self: linear.Rowwise, call: forward.ParallelForward, input: Tensor) -> Tensor:
     call.region.leave()
     return collectives.reduce_from_tp(call.mesh, call.inner(input))
 
 
-def _unmasked_lookup(self: embedding.EmbeddingRowwise, call: region.ParallelForward, input: Tensor) -> Tensor:
+def _unmasked_lookup(self: embedding.EmbeddingRowwise, call: forward.ParallelForward, input: Tensor) -> Tensor:
     ((start, stop),) = call.shards["weight"].layout.ranges[call.mesh.get_local_rank()]
     elsewhere = (input < start) | (input >= stop)
     return collectives.reduce_from_tp(call.mesh, call.inner((input - start).masked_fill(elsewhere, 0)))
@@ -224,17 +220,17 @@ _reduce_from_tp = collectives.reduce_from_tp
 _bare_layout = linear.Colwise.bare_layout
 _own_heads = embedding.EmbeddingHeads.layouts
 _apply = base.Style.apply
-_parallelize = import_module("accel_tp_ddp.parallelize")  # in the package, the function of that name hides it
+_parallelize = import_module("accel_tp_ddp.model.parallelize")
 _full_grad_norm = gradients.full_grad_norm
 _gather = accelerate.Accelerator.gather
 _prepare_data_loader = accelerate.accelerator.prepare_data_loader
 _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
-    "local clip norm": [(prepare, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)],
-    "norm without clipping": [(prepare, "clip_grad_norm_", _unclipped)],
+    "local clip norm": [(accelerator, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)],
+    "norm without clipping": [(accelerator, "clip_grad_norm_", _unclipped)],
     "replicated parameters counted by every rank": [(gradients, "full_grad_norm", _norm_counting_replicated_by_rank)],
-    "DDP over the world": [(prepare._OverReplicas, "to_kwargs", _over_the_world)],
+    "DDP over the world": [(ddp._OverReplicas, "to_kwargs", _over_the_world)],
     "row bias on every rank": [(linear.Rowwise, "forward", _bias_on_every_rank)],
-    "partial gradients not summed": [(region.ParallelForward, "partial_names", lambda self: [])],
+    "partial gradients not summed": [(forward.ParallelForward, "partial_names", lambda self: [])],
     "partial gradients summed again": [
         (replicated.ReplicatedWithGradAllReduce, "install", _sum_what_has_accumulated),
     ],
@@ -246,11 +242,11 @@ _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
         (packed, "packed_ranges", lambda sections, parts, copies=(): chunk_ranges(sum(sections), parts)),
     ],
     "lookup not masked": [(embedding.EmbeddingRowwise, "forward", _unmasked_lookup)],
-    "scheduler steps for every process": [(prepare._Hooks, "prepare_scheduler", _stock("prepare_scheduler"))],
-    "metrics with duplicates": [(prepare._Hooks, "gather_for_metrics", _stock("gather_for_metrics"))],
+    "scheduler steps for every process": [(accelerator._Hooks, "prepare_scheduler", _stock("prepare_scheduler"))],
+    "metrics with duplicates": [(accelerator._Hooks, "gather_for_metrics", _stock("gather_for_metrics"))],
     "peers on different batches": [
         (accelerate.accelerator, "prepare_data_loader", _without_the_mesh),
-        (prepare, "watch_batches", lambda *args: None),  # which would raise
+        (accelerator, "watch_batches", lambda *args: None),  # which would raise
     ],
     "shared heads counted by every rank": [(ShardInfo, "counted", lambda self, local: [local])],
 }
@@ -258,14 +254,14 @@ _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
 _MORE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     # Without the guard too, whose broadcast before each step would wait for the rank that skips it.
     "overflow on one rank": [
-        (prepare._Hooks, "_agree_on_overflow", _nothing),
-        (replicas.ReplicaGuard, "agree_on_gradients", _nothing),
+        (accelerator._Hooks, "_agree_on_overflow", _nothing),
+        (drift.ReplicaGuard, "agree_on_gradients", _nothing),
     ],
     "parameters left as DTensors after a forward": [(_ReconstructHook, "localize", _nothing)],
     "parameters never localized": [(_parallelize, "localize_with_map", lambda model, keep=None: {})],
     "bare parameters left out of the norm": [(gradients, "full_grad_norm", _matrices_only)],
-    "replicated gradients not agreed on": [(replicas.ReplicaGuard, "agree_on_gradients", _nothing)],
-    "drift not looked for": [(replicas.ReplicaGuard, "compare", _nothing)],
+    "replicated gradients not agreed on": [(drift.ReplicaGuard, "agree_on_gradients", _nothing)],
+    "drift not looked for": [(drift.ReplicaGuard, "compare", _nothing)],
     "sum into a copy that is dropped": [(collectives, "_all_reduce", _dropped_sum)],
     "sum over all meshes": [(collectives, "_all_reduce", _sum_over_the_world)],
     "padding kept in a gather": [(collectives, "_all_gather", _with_its_padding)],
@@ -275,11 +271,14 @@ _MORE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     ],
     "tied weights untied": [(base.Style, "apply", _untie)],
     "counts of the replicas only": [(accelerate.Accelerator, "gather", _of_the_replicas)],
-    "shuffles and dispatching without replicas": [(prepare, "serve_replicas", lambda loader, mesh: loader)],
+    "shuffles and dispatching without replicas": [(accelerator, "serve_replicas", lambda loader, mesh: loader)],
     "one random stream for all heads": [(region, "RandomStream", _NoStream)],
-    "random streams by process": [(prepare, "draw_by_replica", _nothing), (prepare, "agree_as_processes", _nothing)],
+    "random streams by process": [
+        (accelerator, "draw_by_replica", _nothing),
+        (accelerator, "agree_as_processes", _nothing),
+    ],
     "random streams that go on": [(region, "RandomStream", _StreamThatGoesOn)],
-    "optimizer left behind": [(prepare, "follow_model", _nothing), (prepare, "take_full_state", _nothing)],
+    "optimizer left behind": [(accelerator, "follow_model", _nothing), (accelerator, "take_full_state", _nothing)],
     "a plan that shards nothing": [(plan, "refuse_empty", _nothing)],
     "padding row by its number in the whole": [(embedding, "local_padding_idx", _global_padding_idx)],
     "initialisation of each part by itself": [(_parallelize, "initialize_whole", _nothing)],
@@ -291,17 +290,17 @@ MORE_FAULTS = tuple(_MORE_FAULTS)
 
 # Those of single styles, which show in the gradients of one backward pass.
 _STYLE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
-    "shared rotary keys not summed": [(attention, "copy_to_tp", _not_copied)],
+    "shared rotary keys not summed": [(latent_attention, "copy_to_tp", _not_copied)],
     "shared heads not summed": [
         (
-            region.ParallelForward,
+            forward.ParallelForward,
             "is_partial",
             lambda self, name: name not in self.shards and self.style.partial_gradients,
         )
     ],
-    "shared heads summed over all ranks": [(region.ParallelForward, "shared", lambda self, name: None)],
+    "shared heads summed over all ranks": [(forward.ParallelForward, "shared", lambda self, name: None)],
     # Queries too, which no other rank has.
-    "shared sections summed as a whole": [(region.ParallelForward, "shared", lambda self, name: None)],
+    "shared sections summed as a whole": [(forward.ParallelForward, "shared", lambda self, name: None)],
     "sinks of other heads": [(linear.Colwise, "bare_layout", _heads_in_reverse)],
     "expert bias on every rank": [(experts, "add_share", lambda mesh, tensor: tensor)],
     "expert bias with a divided gradient": [(experts, "add_share", lambda mesh, tensor: tensor / mesh.size())],
@@ -318,8 +317,8 @@ STYLE_FAULTS = tuple(_STYLE_FAULTS)
 _LORA_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "LoRA A not summed": [(lora.PartialAdapter, "forward", lambda self, call, input: call.inner(input))],
     "LoRA A drawn by each rank": [
-        (sys.modules["accel_tp_ddp.parallelize"], "_agree_on_weights", lambda model, mesh: None),
-        (replicas.ReplicaGuard, "agree_on_gradients", lambda self, optimizer: None),
+        (sys.modules["accel_tp_ddp.model.parallelize"], "_agree_on_weights", lambda model, mesh: None),
+        (drift.ReplicaGuard, "agree_on_gradients", lambda self, optimizer: None),
     ],
 }
 LORA_FAULTS = tuple(_LORA_FAULTS)
@@ -339,26 +338,26 @@ _ADAPTER_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "DoRA's norms of parts": [(lora.WeightNorm, "__call__", _norm_of_a_part)],
     "DoRA's magnitudes not summed": [(lora.PartialAdapter, "forward", _unsummed_magnitude)],
     "experts' factors not summed": [
-        (adapters.ExpertsLora, "forward", lambda self, call, *args, **kwargs: call.inner(*args, **kwargs)),
+        (peft_experts.ExpertsLora, "forward", lambda self, call, *args, **kwargs: call.inner(*args, **kwargs)),
     ],
 }
 ADAPTER_FAULTS = tuple(_ADAPTER_FAULTS)
 
 
-def _state_of_the_first_peer(value: Tensor, info: ShardInfo | None) -> tensors.Part:
-    with mock.patch.object(tensors, "own_ranges", lambda info: info.layout.ranges[0]):
-        return tensors.Part(value, info)
+def _state_of_the_first_peer(value: Tensor, info: ShardInfo | None) -> dcp.Part:
+    with mock.patch.object(dcp, "own_ranges", lambda info: info.layout.ranges[0]):
+        return dcp.Part(value, info)
 
 
 # Shown by test_whole_step.py.
 _STEP_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
-    "matrices stepped on by parts": [(prepare, "WholeStep", _nothing)],
+    "matrices stepped on by parts": [(accelerator, "WholeStep", _nothing)],
 }
 STEP_FAULTS = tuple(_STEP_FAULTS)
 
 # These show when a run is resumed; the tests of `test_checkpoint.py` inject them.
 _RESUME_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
-    "optimizer state of the first peer": [(objects, "state_part", _state_of_the_first_peer)],
+    "optimizer state of the first peer": [(state, "state_part", _state_of_the_first_peer)],
     "random states not loaded": [(load._Sharded, "random_state_of", lambda self: -1)],
     "random states of the first rank": [(load._Sharded, "random_state_of", lambda self: 0)],
     "scheduler not loaded": [(accelerate.scheduler.AcceleratedScheduler, "load_state_dict", lambda self, state: None)],
@@ -379,7 +378,7 @@ def _heads_of_the_first_rank(mesh: Any, tensor: Tensor, dim: int, count: int) ->
 
 
 def _as_on_the_first_rank(forward: Callable) -> Callable:
-    def wrong(self: Any, call: region.ParallelForward, *args: Any) -> Any:
+    def wrong(self: Any, call: forward.ParallelForward, *args: Any) -> Any:
         with mock.patch.object(type(call.mesh), "get_local_rank", lambda mesh: 0):
             return forward(self, call, *args)
 
@@ -389,12 +388,12 @@ def _as_on_the_first_rank(forward: Callable) -> Callable:
 # Of the styles that plans of this package name; `test_curated_plans.py` injects them.
 _CURATED_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "bias kept in a row-parallel layer": [(linear, "without_bias", lambda call: nullcontext())],
-    "biases of other heads": [(local, "heads_of_this_rank", _heads_of_the_first_rank)],
-    "norms of other heads": [(local.LocalModules, "forward", _as_on_the_first_rank(local.LocalModules.forward))],
-    "gradients of a list of norms not summed": [(local, "copy_to_tp", _not_copied)],
-    "gathered keys without their gradients' sum": [(grouped, "copy_to_tp", _not_copied)],
+    "biases of other heads": [(around, "heads_of_this_rank", _heads_of_the_first_rank)],
+    "norms of other heads": [(around.LocalModules, "forward", _as_on_the_first_rank(around.LocalModules.forward))],
+    "gradients of a list of norms not summed": [(around, "copy_to_tp", _not_copied)],
+    "gathered keys without their gradients' sum": [(fused_qkv, "copy_to_tp", _not_copied)],
     "keys of another group": [
-        (grouped.GroupedQKVColwise, "forward", _as_on_the_first_rank(grouped.GroupedQKVColwise.forward)),
+        (fused_qkv.GroupedQKVColwise, "forward", _as_on_the_first_rank(fused_qkv.GroupedQKVColwise.forward)),
     ],
     "input sections cut as one": [(packed.PackedRowwise, "input_layout", linear.Rowwise.input_layout)],
 }

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import get_linear_schedule_with_warmup
 
 from accel_tp_ddp import CheckpointError, full_state_dict
-from accel_tp_ddp.shard import shard_info
-from accel_tp_ddp.wrappers import unwrap
+from accel_tp_ddp.core.shard import shard_info
+from accel_tp_ddp.core.wrappers import unwrap
 
 from .models import build_model
 from .training import SyntheticTokens, make_accelerator, make_optimizer

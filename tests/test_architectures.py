@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from accel_tp_ddp.styles import _STYLES
+from accel_tp_ddp.styles.registry import _STYLES
 from benchmarks.sweep import table
 from benchmarks.sweep.cases import groups
 

@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import ProjectConfiguration
 
-from accel_tp_ddp import TensorParallelDDPPlugin, load_state, meeting, wait_for_save
-from accel_tp_ddp.checkpoint import background, tensors
+from accel_tp_ddp import TensorParallelDDPPlugin, load_state, wait_for_save
+from accel_tp_ddp.checkpoint import background, dcp
 from accel_tp_ddp.checkpoint import folder as folders
 from accel_tp_ddp.checkpoint import save as saving
 from accel_tp_ddp.checkpoint.folder import MANIFEST
+from accel_tp_ddp.core import store
 
 from .compare import assert_tensors_close
 from .ranks import run_on_ranks
@@ -32,14 +33,14 @@ PATIENCE = 30.0  # seconds after which a held writer goes on, so that a failing 
 @contextmanager
 def held_writing(place=""):
     """Let no tensor of that folder reach the disk before the block ends."""
-    may_write, stock = threading.Event(), tensors._Writer.write_data
+    may_write, stock = threading.Event(), dcp._Writer.write_data
 
     def write_data(self, plan, planner):
         if place in str(self.path):
             may_write.wait(PATIENCE)
         return stock(self, plan, planner)
 
-    with mock.patch.object(tensors._Writer, "write_data", write_data):
+    with mock.patch.object(dcp._Writer, "write_data", write_data):
         try:
             yield
         finally:
@@ -137,7 +138,7 @@ def failing(folder):
     accelerator, place = prepared.accelerator, Path(folder) / "state"
     accelerator.save_state(place)
     manifest = (place / MANIFEST).read_text()
-    full = mock.patch.object(tensors._Writer, "write_data", side_effect=OSError(28, "No space left on device"))
+    full = mock.patch.object(dcp._Writer, "write_data", side_effect=OSError(28, "No space left on device"))
     no_checksum = mock.patch.object(folders, "_checksum", side_effect=OSError(5, "Input/output error"))
     messages = []
     for where, fault in ((1, full), (0, no_checksum)):
@@ -180,7 +181,7 @@ def killed(folder, at):
     prepared.accelerator.end_training()
 
 
-KILLS = {"tensors": (tensors._Writer, "write_data"), "checksums": (folders, "_checksum")}
+KILLS = {"tensors": (dcp._Writer, "write_data"), "checksums": (folders, "_checksum")}
 
 
 @pytest.mark.parametrize("at", KILLS)
@@ -197,7 +198,7 @@ def main_process_alone(folder):
     prepared, told = Prepared(Run(2)), None
     with held_writing():
         prepared.accelerator.save_state(folder, async_save=True)
-        with mock.patch.object(meeting, "PEERS_TIMEOUT", 1.0):
+        with mock.patch.object(store, "PEERS_TIMEOUT", 1.0):
             told = message_of(wait_for_save) if rank() == 0 else None
     prepared.accelerator.wait_for_everyone()
     wait_for_save()
@@ -217,13 +218,13 @@ def ends_at_once(number, port, folder, how):
     os.environ.update(ACCELERATE_USE_CPU="true", RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     torch.set_num_threads(1)
-    prepared, stock = Prepared(Run(2)), tensors._Writer.write_data
+    prepared, stock = Prepared(Run(2)), dcp._Writer.write_data
 
     def slowly(self, plan, planner):
         time.sleep(1.0)
         return stock(self, plan, planner)
 
-    tensors._Writer.write_data = slowly
+    dcp._Writer.write_data = slowly
     prepared.accelerator.save_state(folder, async_save=True)
     assert not Path(folder).exists()
     if how == "by end_training":

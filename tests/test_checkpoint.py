@@ -20,11 +20,12 @@ from accelerate.utils import ProjectConfiguration
 from torch.distributed.checkpoint import FileSystemReader
 
 import accel_tp_ddp
-from accel_tp_ddp import CheckpointError, full_state_dict, meeting
+from accel_tp_ddp import CheckpointError, full_state_dict
 from accel_tp_ddp.checkpoint import folder as folders
 from accel_tp_ddp.checkpoint import save as saving
+from accel_tp_ddp.checkpoint.dcp import read_metadata
 from accel_tp_ddp.checkpoint.folder import MANIFEST, Manifest
-from accel_tp_ddp.checkpoint.tensors import read_metadata
+from accel_tp_ddp.core import store
 
 from .compare import assert_tensors_close
 from .faults import RESUME_FAULTS, injected
@@ -542,7 +543,7 @@ def alone(folder, which):
     call = getattr(prepared.accelerator, which)
     prepared.accelerator.save_state(folder)
     told, seconds = None, 0.0
-    with mock.patch.object(meeting, "PEERS_TIMEOUT", 1.0):
+    with mock.patch.object(store, "PEERS_TIMEOUT", 1.0):
         if prepared.accelerator.is_main_process:
             started = time.monotonic()
             told = message_of(lambda: call(folder))

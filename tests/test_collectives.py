@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 
-from accel_tp_ddp.collectives import add_share, copy_to_tp, gather_from_tp, reduce_from_tp, split_to_tp
-from accel_tp_ddp.shard import Piece, Shared
+from accel_tp_ddp.core.collectives import add_share, copy_to_tp, gather_from_tp, reduce_from_tp, split_to_tp
+from accel_tp_ddp.core.layout import Piece, Shared
 
 from .ranks import run_on_ranks
 

@@ -16,8 +16,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from accel_tp_ddp import PlanError, full_gradients, full_state_dict, parallelize, resolve_plan, styles
-from accel_tp_ddp.region import Region
-from accel_tp_ddp.rules import _SHIPPED
+from accel_tp_ddp.plans.rules import _SHIPPED
+from accel_tp_ddp.styles.region import Region
 
 from .compare import assert_tensors_close, relative_errors
 from .faults import CURATED_FAULTS, injected
@@ -351,9 +351,9 @@ def test_weights_that_a_module_reads_by_itself_are_refused():
 
 def test_an_attribute_is_divided_once_whoever_comes_first():
     attention = Attention()
-    styles.local.show_local_size(attention, "num_heads", 4)
-    styles.local.show_local_size(attention, "num_heads", 2)
-    assert attention.num_heads == 4 and styles.local.whole_size(attention, "num_heads") == 8
+    styles.around.show_local_size(attention, "num_heads", 4)
+    styles.around.show_local_size(attention, "num_heads", 2)
+    assert attention.num_heads == 4 and styles.around.whole_size(attention, "num_heads") == 8
 
 
 def test_a_transposed_layer_is_cut_along_the_dimension_of_its_outputs():

@@ -15,9 +15,10 @@ from transformers import (
 )
 
 from accel_tp_ddp import full_gradients, parallelize
-from accel_tp_ddp.errors import PlanError
-from accel_tp_ddp.plan import resolve_plan
-from accel_tp_ddp.rules import Names, shipped_plans
+from accel_tp_ddp.core.errors import PlanError
+from accel_tp_ddp.plans.names import Names
+from accel_tp_ddp.plans.plan import resolve_plan
+from accel_tp_ddp.plans.rules import shipped_plans
 from benchmarks.sweep import encoders
 
 from . import epochs

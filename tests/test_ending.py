@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from accel_tp_ddp import plugin
+from accel_tp_ddp.plugin import ddp
 
 from .ranks import run_on_ranks
 from .sharded import MLP_PLAN, accelerator_for, build_mlp
@@ -30,7 +30,7 @@ def end_often(rank: int, port: int, outlive: bool) -> None:
         dist.init_process_group("gloo", store=dist.PrefixStore(str(trial), store), rank=rank, world_size=2)
         model = DistributedDataParallel(build_mlp())
         if outlive:
-            plugin.outlive(model.process_group)
+            ddp.outlive(model.process_group)
         dist.all_gather([torch.empty(4), torch.empty(4)], torch.ones(4))
         dist.destroy_process_group()
         del model
@@ -54,9 +54,9 @@ def test_only_a_group_that_outlives_its_module_can_be_destroyed_at_any_time(outl
 
 
 def outlives(tp):
-    plugin._outliving.clear()
+    ddp._outliving.clear()
     model = accelerator_for(tp, MLP_PLAN).prepare(build_mlp())
-    return model.process_group in plugin._outliving
+    return model.process_group in ddp._outliving
 
 
 def test_the_groups_of_prepared_modules_do():

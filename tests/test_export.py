@@ -17,8 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from accel_tp_ddp import CheckpointError, TensorParallelDDPPlugin, parallelize
-from accel_tp_ddp.deferred import DeferredTensor
-from accel_tp_ddp.shard import ShardInfo
+from accel_tp_ddp.checkpoint.deferred import DeferredTensor
+from accel_tp_ddp.core.shard import ShardInfo
 
 from .faults import injected
 from .models import build_model

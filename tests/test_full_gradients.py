@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, BertModel, OPTConfig, OPTForCausalLM
 
 from accel_tp_ddp import full_gradients, parallelize, register_style
-from accel_tp_ddp.styles import PackedColwise
+from accel_tp_ddp.styles.packed import PackedColwise
 
 from .compare import assert_tensors_close, relative_errors
 from .faults import STYLE_FAULTS, injected

@@ -11,27 +11,34 @@ import accel_tp_ddp
 PACKAGE = Path(accel_tp_ddp.__file__).parent
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
 
+# The wings, from the lowest: a module imports from its own wing and from those below.
+WINGS = ("core", "training", "styles", "plans", "checkpoint", "model", "plugin")
+ENTRANCES = {"__init__.py", "cli.py", "launch.py"}
+
 KNOW_ACCELERATE = {
-    *("__init__.py", "launch.py", "loaders.py", "plugin.py", "prepare.py", "loading/sharded.py"),
-    "trainer.py",
-    *("checkpoint/load.py", "checkpoint/merge.py", "checkpoint/places.py", "checkpoint/save.py"),
-    *("commands/__init__.py", "commands/__main__.py", "commands/frame.py", "commands/merge.py"),
+    *ENTRANCES,
+    *(file for file in SOURCES if file.startswith("plugin/")),
+    *("checkpoint/from_pretrained.py", "checkpoint/load.py", "checkpoint/merge.py", "checkpoint/places.py"),
+    "checkpoint/save.py",
 }
 FOREIGN = {"accelerate", "transformers", "trl", "peft", "datasets"}
-KNOW_PEFT = {"adapters.py", "styles/adapters.py", "styles/lora.py"}  # for models that hold adapters already
+KNOW_PEFT = {  # for models that hold adapters already
+    *("model/peft_methods.py", "plans/peft.py"),
+    *(file for file in SOURCES if file.startswith("styles/peft/")),
+}
 
-# Which files may call collectives. All those of a forward or backward stand in collectives.py.
+# Which files may call collectives. All those of a forward or backward stand in core/collectives.py.
 CALL_COLLECTIVES = {
-    "collectives.py": "compute; set-up: the first rank's values",
-    "batches.py": "the comparison of inputs",
-    "checkpoint/ranks.py": "saving and loading: one outcome on all ranks",
-    "launch.py": "the end of the script",
-    "gradients.py": "the norm of the full gradient",
-    "prepare.py": "set-up: agreement; metrics",
-    "randomness.py": "set-up: agreement",
-    "replicas.py": "between steps: what is replicated stays equal",
-    "shard.py": "saving: full tensors",
-    "loading/sharded.py": "loading: agreement, and one outcome on all ranks",
+    "core/collectives.py": "compute; set-up: the first rank's values",
+    "training/same_batch.py": "the comparison of inputs",
+    "core/agreement.py": "saving and loading: one outcome on all ranks",
+    "plugin/launch.py": "the end of the script",
+    "training/gradients.py": "the norm of the full gradient",
+    "plugin/accelerator.py": "set-up: agreement; metrics",
+    "core/randomness.py": "set-up: agreement",
+    "training/drift.py": "between steps: what is replicated stays equal",
+    "core/shard.py": "saving: full tensors",
+    "checkpoint/from_pretrained.py": "loading: agreement, and one outcome on all ranks",
 }
 COLLECTIVES = {
     *("all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce"),
@@ -88,8 +95,23 @@ def called_collectives(source: str) -> set[str]:
     return found
 
 
+def wing_of(file: str) -> str:
+    return file.partition("/")[0] if "/" in file else ""
+
+
 def test_there_is_something_to_look_at():
-    assert {"collectives.py", "localize.py", "plan.py", "plugin.py", "prepare.py", "styles/base.py"} <= SOURCES.keys()
+    expected = {"core/collectives.py", "model/dtensor.py", "plans/plan.py", "plugin/config.py", "styles/base.py"}
+    assert expected <= SOURCES.keys() and set(map(wing_of, SOURCES)) == {"", *WINGS}
+
+
+def test_the_top_of_the_package_holds_the_entrances_only():
+    assert {file for file in SOURCES if not wing_of(file)} == ENTRANCES
+
+
+@pytest.mark.parametrize("file", sorted(set(SOURCES) - ENTRANCES))
+def test_arrows_point_down(file):
+    wings = {name.split(".")[1] for name in imported(SOURCES[file], file) if name.startswith("accel_tp_ddp.")}
+    assert wings <= set(WINGS[: WINGS.index(wing_of(file)) + 1])
 
 
 @pytest.mark.parametrize("file", sorted(SOURCES))
@@ -128,7 +150,8 @@ def test_no_module_imports_itself_in_a_circle():
         if module != "__init__"
     }
     order = list(TopologicalSorter(graph).static_order())  # raises CycleError
-    assert order.index("collectives") < order.index("styles.linear") < order.index("plan") < order.index("prepare")
+    assert order.index("core.collectives") < order.index("styles.linear") < order.index("plans.plan")
+    assert order.index("plans.plan") < order.index("plugin.accelerator")
 
 
 def test_collectives_are_called_in_the_files_listed_here_and_nowhere_else():
@@ -159,6 +182,6 @@ def test_an_import_is_found_in_a_function_and_passed_over_for_types():
     source = (
         "def f():\n    import accelerate.utils\nif TYPE_CHECKING:\n    import transformers\nelse:\n    import peft"
     )
-    assert {name.partition(".")[0] for name in imported(source, "plan.py")} == {"accelerate", "peft"}
-    assert "accel_tp_ddp.region" in imported("from ..region import Region", "styles/base.py")
+    assert {name.partition(".")[0] for name in imported(source, "plans/plan.py")} == {"accelerate", "peft"}
+    assert "accel_tp_ddp.core.shard" in imported("from ..core.shard import ShardInfo", "styles/base.py")
     assert "accel_tp_ddp.styles.base" in imported("from .base import Site", "styles/linear.py")

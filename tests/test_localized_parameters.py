@@ -528,7 +528,7 @@ def steps(model, reference, seeds, lr=0.3):
 
 
 def check_copy(kind, when, how):
-    from accel_tp_ddp.gradients import clip_grad_norm_
+    from accel_tp_ddp.training.gradients import clip_grad_norm_
 
     model, reference = both(kind)
     if when == "after a step":

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from accel_tp_ddp import TensorParallelDDPPlugin, full_gradients, full_state_dict, parallelize, resolve_plan
-from accel_tp_ddp.shard import shard_info
+from accel_tp_ddp.core.shard import shard_info
 from benchmarks import adapters
 
 from .compare import assert_tensors_close, relative_error

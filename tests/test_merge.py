@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from accel_tp_ddp.checkpoint import merge as merging
 from accel_tp_ddp.checkpoint.folder import MANIFEST, Manifest
-from accel_tp_ddp.commands.__main__ import main
+from accel_tp_ddp.cli import main
 
 from .models import build_config, build_model
 from .ranks import run_on_ranks
@@ -105,7 +105,7 @@ def test_an_older_state_takes_its_config_from_elsewhere(name, states, tmp_path, 
 
 
 def test_the_command_prints_json_and_a_progress_bar(states, tmp_path):
-    command = [sys.executable, "-m", "accel_tp_ddp.commands", "merge", "--json", "--model", "2"]
+    command = [sys.executable, "-m", "accel_tp_ddp.cli", "merge", "--json", "--model", "2"]
     command += [str(states / "three"), str(tmp_path / "out")]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)

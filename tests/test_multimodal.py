@@ -19,7 +19,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from accel_tp_ddp import PlanError, full_gradients, parallelize, resolve_plan, rules
+from accel_tp_ddp import PlanError, full_gradients, parallelize, resolve_plan
+from accel_tp_ddp.plans import names, rules
 from benchmarks.sweep import planned, vision
 from benchmarks.sweep.cases import build, inputs, loss_of
 from benchmarks.sweep.compare import gradient_errors
@@ -276,11 +277,11 @@ def test_each_rule_of_these_plans_means_something_in_a_swept_model():
     missing = {}
     for case in CASES.values():
         model = case.build()
-        names = rules.Names(model)
+        found = names.Names(model)
         for part in model.modules():
             model_type = getattr(getattr(part, "config", None), "model_type", None)
             for rule in rules.shipped_plans(part)[0] if model_type else ():
-                inside = f"{names.first_name[id(part)]}.{rule}".lstrip(".")
-                missing[model_type, rule] = missing.get((model_type, rule), True) and not names.match(inside)
+                inside = f"{found.first_name[id(part)]}.{rule}".lstrip(".")
+                missing[model_type, rule] = missing.get((model_type, rule), True) and not found.match(inside)
     assert len(missing) > 100
     assert not [rule for rule, without in missing.items() if without]

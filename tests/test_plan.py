@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput, RowwiseParallel
 
-from accel_tp_ddp import PlanError, Style, parallelize, register_style, resolve_plan, styles
+from accel_tp_ddp import PlanError, Style, parallelize, register_style, resolve_plan
+from accel_tp_ddp.styles import registry
 from accel_tp_ddp.styles.packed import PackedColwise
 
 from .models import ARCHITECTURES, LAYERS, VOCABULARY, build_model
@@ -25,7 +26,7 @@ QUERIES, KEYS = 8, 4  # heads
 
 @pytest.fixture(autouse=True)
 def registered_styles_are_forgotten(monkeypatch):
-    monkeypatch.setattr(styles, "_STYLES", dict(styles._STYLES))
+    monkeypatch.setattr(registry, "_STYLES", dict(registry._STYLES))
 
 
 def chosen(plan):
@@ -293,14 +294,14 @@ def test_a_registered_style_can_be_named():
 def test_only_a_style_can_be_registered_under_a_name(name, style):
     with pytest.raises(ValueError):
         register_style(name, style)
-    assert name not in styles.style_names()
+    assert name not in registry.style_names()
 
 
 # --- tied weights ----------------------------------------------------------------------------------------------------
 
 
 def test_an_embedding_without_a_rule_follows_the_head_that_it_is_tied_to(monkeypatch):
-    monkeypatch.setattr("accel_tp_ddp.plan.shipped_plans", lambda model: [])  # transformers' own has none for it
+    monkeypatch.setattr("accel_tp_ddp.plans.plan.shipped_plans", lambda model: [])  # transformers' own has none for it
     untied, tied = (resolve_plan(build_model("gpt_neox", tied=tie), 2) for tie in (False, True))
     assert "gpt_neox.embed_in" not in chosen(untied)
     assert chosen(tied)["gpt_neox.embed_in"] == ("embedding_rowwise", "tied")

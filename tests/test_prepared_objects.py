@@ -39,9 +39,9 @@ from torch.utils.data import (
 )
 
 from accel_tp_ddp import TensorParallelDDPPlugin, full_state_dict, parallelize
-from accel_tp_ddp.gradients import clip_grad_norm_, full_grad_norm
-from accel_tp_ddp.prepare import _Hooks
-from accel_tp_ddp.replicas import checksum
+from accel_tp_ddp.plugin.accelerator import _Hooks
+from accel_tp_ddp.training.drift import checksum
+from accel_tp_ddp.training.gradients import clip_grad_norm_, full_grad_norm
 
 from .compare import assert_tensors_close, relative_error
 from .models import VOCABULARY, build_model

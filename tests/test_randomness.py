@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from accel_tp_ddp import TensorParallelDDPPlugin
-from accel_tp_ddp.replicas import checksum
+from accel_tp_ddp.training.drift import checksum
 
 from .models import VOCABULARY, build_model
 from .ranks import run_on_ranks

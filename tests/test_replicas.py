@@ -10,7 +10,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from accel_tp_ddp import TensorParallelDDPPlugin
-from accel_tp_ddp.replicas import ReplicaGuard, checksum, is_replicated
+from accel_tp_ddp.training.drift import ReplicaGuard, checksum, is_replicated
 
 from .models import build_model
 from .ranks import run_on_ranks
@@ -67,16 +67,16 @@ def test_without_the_guard_those_gradients_drift_apart():
 def restore_guard():
     import importlib
 
-    import accel_tp_ddp.replicas
+    import accel_tp_ddp.training.drift
 
-    importlib.reload(accel_tp_ddp.replicas)
+    importlib.reload(accel_tp_ddp.training.drift)
 
 
 def drift(option: str, what: str):
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    logging.getLogger("accel_tp_ddp.replicas").addHandler(handler)
+    logging.getLogger("accel_tp_ddp.training.drift").addHandler(handler)
     accelerator, model, optimizer = prepare(replica_check_steps=2, replica_drift=option)
     step(accelerator, model, optimizer)
     norm = accelerator.unwrap_model(model).model.norm.weight

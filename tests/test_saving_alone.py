@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from accel_tp_ddp import meeting
-from accel_tp_ddp.meeting import Line
+from accel_tp_ddp.core import store
+from accel_tp_ddp.core.store import Line
 
 from .compare import assert_tensors_close
 from .models import build_model
@@ -21,7 +21,7 @@ from .training import make_accelerator
 def alone(folder: str, how: str):
     accelerator = make_accelerator(2)
     model = accelerator.prepare(build_model("llama"))
-    meeting.PEERS_TIMEOUT = 1.0
+    store.PEERS_TIMEOUT = 1.0
     message, seconds = None, 0.0
     try:
         if accelerator.is_main_process:
@@ -33,7 +33,7 @@ def alone(folder: str, how: str):
     except RuntimeError as error:
         message, seconds = str(error), time.monotonic() - started
     finally:
-        meeting.PEERS_TIMEOUT = 60.0
+        store.PEERS_TIMEOUT = 60.0
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(model).save_pretrained(folder, is_main_process=accelerator.is_main_process)
     accelerator.wait_for_everyone()
@@ -54,7 +54,7 @@ def test_saving_on_the_main_process_alone_is_an_error_that_says_what_to_change(h
 def hear(silent: bool):
     """What the other ranks hear of three messages, the last of which comes late or never."""
     line, heard = Line("news"), []
-    with mock.patch.object(meeting, "SILENCE", 1.0):
+    with mock.patch.object(store, "SILENCE", 1.0):
         if dist.get_rank() == 0:
             for message in ("first", "second, of several words"):
                 line.say(message)

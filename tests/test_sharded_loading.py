@@ -30,15 +30,9 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from accel_tp_ddp import (
-    PlanError,
-    TensorParallelDDPPlugin,
-    full_state_dict,
-    localize,
-    parallelize,
-)
-from accel_tp_ddp.loading import lazy, sharded
-from accel_tp_ddp.shard import Layout
+from accel_tp_ddp import PlanError, TensorParallelDDPPlugin, full_state_dict, localize, parallelize
+from accel_tp_ddp.checkpoint import from_pretrained, lazy
+from accel_tp_ddp.core.layout import Layout
 
 from .models import VOCABULARY, build_config, build_model
 from .ranks import COLLECTIVE_TIMEOUT, Raised, run_on_ranks
@@ -242,7 +236,7 @@ SHAPES = {  # of each operand, and what a conversion might do to them
 def test_a_part_of_what_is_converted_is_that_part_of_the_conversion(case):
     shapes, convert = SHAPES[case]
     stored = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
-    results, expected = convert(*map(sharded._lazy, stored)), convert(*stored)
+    results, expected = convert(*map(from_pretrained._lazy, stored)), convert(*stored)
     if isinstance(expected, torch.Tensor):
         results, expected = [results], [expected]
     followed = not case.startswith(("one that is not", "with an ordinary"))
@@ -266,14 +260,14 @@ def test_pieces_are_read_a_few_at_a_time(monkeypatch):
 
 
 def test_operands_that_do_not_fit_are_an_error_of_torch():
-    x = sharded._lazy(torch.ones(4, 6))
+    x = from_pretrained._lazy(torch.ones(4, 6))
     with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
         torch.cat([x, x[:, :3]])
 
 
 def test_a_value_that_is_cast_twice_is_rounded_twice():
     stored = torch.tensor([[1.00048828125, 3.0], [5.0, 7.0]])
-    x = sharded._lazy(stored)
+    x = from_pretrained._lazy(stored)
     assert torch.equal(x.to(torch.bfloat16).to(torch.float32).read(), stored.to(torch.bfloat16).float())
 
 
@@ -398,7 +392,7 @@ def test_ties_count_in_the_plan_before_they_are_made():
         torch.empty_like(model.lm_head.weight)
     )  # as from_pretrained builds it
     with pytest.raises(PlanError, match="is tied to a weight of"):
-        sharded._plan_on_meta(model, 2, {"lm_head": "replicate"})
+        from_pretrained._plan_on_meta(model, 2, {"lm_head": "replicate"})
     assert model.lm_head.weight is untied
 
 
@@ -698,6 +692,6 @@ def test_a_transformers_without_these_seams_is_refused(monkeypatch):
     from transformers import core_model_loading
 
     monkeypatch.delattr(core_model_loading, "set_param_for_module")
-    loader = object.__new__(sharded._Loader)
+    loader = object.__new__(from_pretrained._Loader)
     with pytest.raises(RuntimeError, match="set_param_for_module is not there"), loader.in_transformers():
         pass

@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from accel_tp_ddp import full_gradients, full_state_dict, parallelize
-from accel_tp_ddp.gradients import full_grad_norm
-from accel_tp_ddp.plan import resolve_plan
-from accel_tp_ddp.replicas import ReplicaGuard, checksum
-from accel_tp_ddp.shard import Layout, shard_info
+from accel_tp_ddp.core.layout import Layout
+from accel_tp_ddp.core.shard import shard_info
+from accel_tp_ddp.plans.plan import resolve_plan
+from accel_tp_ddp.training.drift import ReplicaGuard, checksum
+from accel_tp_ddp.training.gradients import full_grad_norm
 
 from .compare import assert_tensors_close, relative_errors
 from .faults import injected

@@ -13,7 +13,7 @@ import pytest
 from accel_tp_ddp import CheckpointError
 from accel_tp_ddp.checkpoint import folder as folders
 from accel_tp_ddp.checkpoint.folder import MANIFEST, Manifest, SavedFolder, newest_first, put_back, write_whole
-from accel_tp_ddp.checkpoint.ranks import Ranks
+from accel_tp_ddp.core.agreement import Ranks
 
 RANKS = Ranks("save_state")  # of one process
 

@@ -15,7 +15,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from accel_tp_ddp import TensorParallelDDPPlugin, meeting, trainer
+from accel_tp_ddp import TensorParallelDDPPlugin
+from accel_tp_ddp.core import store
+from accel_tp_ddp.plugin import trainer
 
 from .compare import assert_tensors_close
 from .models import VOCABULARY, build_model
@@ -149,7 +151,7 @@ def run(tp, folder, case, resume=None, without=None):
     if without is None:
         return _run(trainer, folder, case, resume)
     stock = transformers.Trainer._accel_tp_ddp_stock[without]
-    with mock.patch.object(transformers.Trainer, without, stock), mock.patch.object(meeting, "PEERS_TIMEOUT", 1.0):
+    with mock.patch.object(transformers.Trainer, without, stock), mock.patch.object(store, "PEERS_TIMEOUT", 1.0):
         return _run(trainer, folder, case, resume)
 
 

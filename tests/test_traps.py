@@ -22,7 +22,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from accel_tp_ddp import Style, full_gradients, full_state_dict, meeting, parallelize, register_style
+from accel_tp_ddp import Style, full_gradients, full_state_dict, parallelize, register_style
+from accel_tp_ddp.core import store as core_store
 from accel_tp_ddp.styles.base import even_layout
 
 from . import test_collectives, test_full_gradients, test_prepared_objects, test_randomness, test_replicas
@@ -271,7 +272,10 @@ def saved_alone():
         store.wait(["told"], timedelta(seconds=30))
         return
     try:
-        with mock.patch.object(meeting, "PEERS_TIMEOUT", 1.0), pytest.raises(RuntimeError, match="every rank has to"):
+        with (
+            mock.patch.object(core_store, "PEERS_TIMEOUT", 1.0),
+            pytest.raises(RuntimeError, match="every rank has to"),
+        ):
             accelerator.get_state_dict(model)
     finally:
         store.set("told", "")

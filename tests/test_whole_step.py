@@ -10,8 +10,8 @@ import torch
 from transformers.optimization import Adafactor
 
 from accel_tp_ddp import full_state_dict, register_whole_step
-from accel_tp_ddp.optimizer import full_optimizer_state as trainers_optimizer_state
-from accel_tp_ddp.whole_step import WholeStep, steps_whole
+from accel_tp_ddp.training.full_tensor_step import WholeStep, steps_whole
+from accel_tp_ddp.training.optimizer import full_optimizer_state as trainers_optimizer_state
 
 from .compare import assert_tensors_close, relative_errors
 from .faults import STEP_FAULTS, train_with

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..errors import CheckpointError
-from .ranks import Ranks
+from ..core.agreement import Ranks
+from ..core.errors import CheckpointError
 
 __all__ = ["finish_background_save", "group_of_its_own", "run_in_background", "wait_for_save"]
 

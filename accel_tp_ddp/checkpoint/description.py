@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError
-from ..export import takes_state_dict
-from .objects import ModelState
-from .tensors import Part
+from ..core.errors import CheckpointError
+from .dcp import Part
+from .export import takes_state_dict
+from .state import ModelState
 
 __all__ = ["ModelDescription", "describe_model", "description_folder"]
 

@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from .ranks import Ranks
+from ..core.agreement import Ranks
+from ..core.errors import CheckpointError
 
 __all__ = [
-    "MANIFEST",
     "FolderAside",
+    "MANIFEST",
     "Manifest",
     "SavedFolder",
     "clear_away",

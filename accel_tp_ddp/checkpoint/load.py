@@ -13,14 +13,14 @@ from accelerate.checkpointing import load_accelerator_state, load_custom_state
 from accelerate.logging import get_logger
 from accelerate.utils import load
 
-from ..errors import CheckpointError
+from ..core.agreement import Ranks
+from ..core.errors import CheckpointError
 from .background import finish_background_save
+from .dcp import read_dtypes, read_metadata, read_tensors
 from .folder import MANIFEST, SavedFolder, is_replaced, newest_first, put_back
-from .objects import ModelState
 from .places import TENSORS, absolute, automatic_folder, is_sharded_state, optimizer_states
 from .plain import PlainWeights, is_plain_state, is_weights_only, load_pickled, plain_file
-from .ranks import Ranks
-from .tensors import read_dtypes, read_metadata, read_tensors
+from .state import ModelState
 
 __all__ = ["hook_load_state", "load_state"]
 

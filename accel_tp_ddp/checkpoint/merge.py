@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from ..deferred import DeferredTensor
-from ..errors import BadInputError, CheckpointError, nearest
+from ..core.errors import BadInputError, CheckpointError, nearest
+from .dcp import StoredTensors
+from .deferred import DeferredTensor
 from .description import ModelDescription, description_folder
 from .folder import MANIFEST, Manifest, damage_to, put_back
 from .places import TENSORS, absolute, is_sharded_state
-from .tensors import StoredTensors
 
 __all__ = ["merge"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from .folder import MANIFEST
-from .objects import OptimizerState, parameter_names
+from .state import OptimizerState, parameter_names
 
 __all__ = ["TENSORS", "absolute", "automatic_folder", "is_sharded_state", "optimizer_states"]
 

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Size
 
-from ..errors import CheckpointError
-from .objects import ModelState
-from .tensors import Part
+from ..core.errors import CheckpointError
+from .dcp import Part
+from .state import ModelState
 
 __all__ = ["PlainWeights", "is_plain_state", "is_weights_only", "load_pickled", "plain_file"]
 

@@ -18,14 +18,14 @@ from accelerate.checkpointing import save_accelerator_state, save_custom_state
 from accelerate.logging import get_logger
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..core.agreement import Ranks
+from ..core.errors import CheckpointError
 from .background import finish_background_save, group_of_its_own, run_in_background
+from .dcp import await_tensors, staged, write_tensors, write_tensors_in_background
 from .description import describe_model, description_folder
 from .folder import FolderAside, clear_away, put_back, remove_oldest, write_whole
-from .objects import ModelState, summary_keys
 from .places import TENSORS, absolute, automatic_folder, optimizer_states
-from .ranks import Ranks
-from .tensors import await_tensors, staged, write_tensors, write_tensors_in_background
+from .state import ModelState, summary_keys
 
 __all__ = ["hook_saving", "save_state"]
 

@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..direct import read_whole
-from ..errors import PlanError
-from ..region import ParallelForward, Region
-from ..shard import Layout, ShardInfo, chunk_ranges, remember_shards
+from ..core.errors import PlanError
+from ..core.layout import Layout, chunk_ranges
+from ..core.shard import ShardInfo, remember_shards
+from .direct_reads import read_whole
+from .forward import ParallelForward
+from .region import Region
 
 __all__ = ["Site", "Style"]
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..collectives import gather_from_tp, reduce_from_tp
-from ..region import ParallelForward
-from ..shard import Layout
+from ..core.collectives import gather_from_tp, reduce_from_tp
+from ..core.layout import Layout
 from .base import Site, Style, even_layout
+from .forward import ParallelForward
 
 __all__ = ["EmbeddingColwise", "EmbeddingHeads", "EmbeddingRowwise"]
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..collectives import add_share, copy_to_tp, reduce_from_tp
-from ..region import ParallelForward
-from ..shard import Layout
-from .attention import bare_layouts
+from ..core.collectives import add_share, copy_to_tp, reduce_from_tp
+from ..core.layout import Layout
 from .base import Site, Style
+from .forward import ParallelForward
+from .latent_attention import bare_layouts
 
 __all__ = ["Experts", "IdentityExpert", "SharedBias"]
 

@@ -6,16 +6,14 @@ Column-parallel: Y = X [A1 A2]; row-parallel: Y = X1 B1 + X2 B2 (Megatron-LM, ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor, nn
 
-from ..collectives import gather_from_tp, reduce_from_tp, split_to_tp
-from ..region import ParallelForward, Region
-from ..shard import Layout, chunk_ranges
+from ..core.collectives import gather_from_tp, reduce_from_tp, split_to_tp
+from ..core.layout import Layout, chunk_ranges
 from .base import Site, Style, even_layout
-from .kinds import (
+from .conv1d import (
     LINEAR,
     in_features,
     input_dim,
@@ -25,7 +23,9 @@ from .kinds import (
     show_local_outputs,
     without_bias,
 )
-from .local import show_local_size
+from .forward import ParallelForward
+from .heads import meets_a_neighbour, show_local_heads, verify_whole_heads
+from .region import Region
 
 __all__ = ["Colwise", "ColwiseGatherOutput", "Rowwise", "RowwiseSplitInput"]
 
@@ -153,78 +153,3 @@ class RowwiseSplitInput(Rowwise):
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
         return super().forward(call, split_to_tp(call.mesh, input, -1, call.shards["weight"].layout.sizes))
-
-
-def meets_a_neighbour(site: Site, features: int, side: Callable[[nn.Module], int]) -> bool:
-    """Whether a linear layer beside this one has these features on its other `side`, and no heads are counted there.
-
-    The features of an MLP stay between its layers, which cut them alike, whether they divide by the ranks or not.
-    """
-    if site.parent is None or not is_linear(site.module) or site.head_width() is not None:
-        return False
-    if any(hasattr(site.parent, name) for name in ("qk_head_dim", *_QUERY_COUNTS, *_KEY_VALUE_COUNTS)):
-        return False
-    layers = [getattr(child, "base_layer", child) for child in site.parent.children()]  # in case it holds adapters
-    others = [layer for layer in layers if is_linear(layer) and layer is not site.module]
-    return any(side(layer) % features == 0 for layer in others)
-
-
-def verify_whole_heads(site: Site, features: int, side: str, repeats: bool = True) -> None:
-    """Attention computes head by head, so a rank has to hold whole heads, of queries as of keys and values.
-
-    Key/value heads that are fewer than the ranks may be held by several of them each, where the style `repeats` them.
-    """
-    width, counts = site.head_width(), site.head_counts()
-    if width is None:
-        width = getattr(site.parent, "qk_head_dim", None)  # latent attention: its projections have widths of their own
-        counts = {name: count for name, count in counts.items() if name == "num_attention_heads"}
-        if width is None:
-            return
-    elif features % width == 0:
-        counts = {f"{features // width} heads in the {side} of {site.name}": features // width, **counts}
-    repeats = repeats and site.key_value_heads is not None
-    queries = counts.get("num_attention_heads")
-    for what, count in counts.items():
-        few = what == "num_key_value_heads" or (count < site.tp_size and count != queries)
-        if count % site.tp_size and not (few and repeats and site.tp_size % count == 0):
-            weight = site.module.weight
-            what = what.replace("_", " ").removeprefix("num ") if what in site.head_counts() else what
-            raise site.error(
-                f"`{site.parameter('weight')}` of size {tuple(weight.shape)} has heads of width {width}, and "
-                f"{what} = {count} is not divisible by tp_size.",
-                f"Choose a tp_size that divides {count}"
-                + (f" or is a multiple of {count}." if few and repeats else ".")
-                + " To leave attention unsharded, set its projections to `replicate`.",
-            )
-
-
-# What attention modules call the head counts that they keep, and some of them view their activations by.
-_QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-_KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "n_head_kv")
-
-
-def show_local_heads(site: Site) -> None:
-    """Show this rank's head counts to the attention module around a projection, where it keeps any.
-
-    One that shapes by them, as in `view(batch, -1, self.num_heads, self.head_dim)`, would take the sequence for the
-    heads that are missing. Without a config that states the counts, they are known by the projection's size.
-    """
-    parent, width = site.parent, site.head_width()
-    if parent is None or width is None:
-        return
-    queries, key_values = site.head_counts().get("num_attention_heads"), site.key_value_heads
-    if queries is None:
-        features = out_features(site.module)
-        counts = [((*_QUERY_COUNTS, *_KEY_VALUE_COUNTS), features // width)] if features % width == 0 else []
-    elif key_values is None:
-        counts = [
-            (_QUERY_COUNTS, queries),
-            (_KEY_VALUE_COUNTS, site.head_counts().get("num_key_value_heads", queries)),
-        ]
-    else:
-        parent.num_key_value_groups = queries // site.tp_size // max(key_values // site.tp_size, 1)
-        counts = [(_QUERY_COUNTS, queries), (_KEY_VALUE_COUNTS, key_values)]
-    for names, count in counts:
-        for name in names:
-            if getattr(parent, name, None) == count:
-                show_local_size(parent, name, max(count // site.tp_size, 1))

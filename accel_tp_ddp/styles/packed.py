@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from ..region import Region
-from ..shard import Layout, packed_ranges
+from ..core.layout import Layout, packed_ranges
 from .base import Site, Style
-from .kinds import in_features, is_linear, out_features
-from .linear import Colwise, Rowwise, bare_output_dim, meets_a_neighbour, verify_whole_heads
+from .conv1d import in_features, is_linear, out_features
+from .heads import LocalHeads, meets_a_neighbour, verify_whole_heads
+from .linear import Colwise, Rowwise, bare_output_dim
+from .region import Region
 
 __all__ = ["PackedColwise", "PackedQKVColwise", "PackedRowwise"]
 
@@ -109,23 +108,6 @@ class PackedRowwise(Rowwise):
         if is_linear(site.module):
             verify_sections(site, equal_sections(site, in_features(site.module), self.sections))
         super().verify(site)
-
-
-class LocalHeads:
-    """A model config as one attention module should see it: this rank's head counts, everything else unchanged."""
-
-    def __init__(self, config: Any, tp_size: int):
-        self.__dict__.update(_config=config, _tp_size=tp_size)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_config", "_tp_size"):  # not yet there while being copied or unpickled
-            raise AttributeError(name)
-        value = getattr(self._config, name)
-        heads = ("num_attention_heads", "num_key_value_heads")  # fewer than ranks are held by several ranks each
-        return max(value // self._tp_size, 1) if name in heads else value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._config, name, value)
 
 
 def _at_least_one(sections: int) -> int:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..collectives import reduce_from_tp
-from ..region import ParallelForward, Region
+from ..core.collectives import reduce_from_tp
 from .base import Site, Style
+from .forward import ParallelForward
+from .region import Region
 
-__all__ = ["AllReduce", "LocalDropout", "Replicate", "ReplicatedDropout", "ReplicatedWithGradAllReduce"]
+__all__ = [
+    "AllReduce",
+    "LocalDropout",
+    "Replicate",
+    "ReplicatedDropout",
+    "ReplicatedWithGradAllReduce",
+]
 
 
 class Replicate(Style):

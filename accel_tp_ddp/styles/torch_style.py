@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from ..region import Region
 from .base import Site, Style, even_layout
-from .linear import verify_whole_heads
+from .heads import verify_whole_heads
+from .region import Region
 
 __all__ = ["TorchStyle"]
 

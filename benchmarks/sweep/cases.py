@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accel_tp_ddp.rules import PlanLike
+from accel_tp_ddp.plans.rules import PlanLike
 
 
 class NoCase(Exception):

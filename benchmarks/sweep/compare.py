@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel_tp_ddp import PlanError, Style, full_gradients, parallelize, resolve_plan
-from accel_tp_ddp.rules import PlanLike
+from accel_tp_ddp.plans.rules import PlanLike
 
 from .cases import Case, NoCase, build, inputs, loss_of
 from .peer import shard_built, shard_while_loading

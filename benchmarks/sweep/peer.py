@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed import DistributedConfig
 
-from accel_tp_ddp.rules import PlanLike
+from accel_tp_ddp.plans.rules import PlanLike
 
 
 def shard_while_loading(model: nn.Module, mesh: DeviceMesh, folder: Path, plan: PlanLike) -> nn.Module:

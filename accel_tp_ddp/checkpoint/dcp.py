@@ -1,0 +1,289 @@
+"""Shards for `torch.distributed.checkpoint`: which box of the full tensor each part of a local tensor is.
+
+DCP takes any object that can list its boxes, so uneven shards and packed ones (several ranges on one rank) need no
+DTensor. Loading copies into the local tensors themselves, whatever boxes the checkpoint has.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future as ConcurrentFuture
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Size, Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from ..core.errors import CheckpointError
+from ..core.layout import Ranges
+from ..core.shard import ShardInfo
+
+__all__ = [
+    "Part",
+    "StoredTensors",
+    "own_ranges",
+    "read_metadata",
+    "read_tensors",
+    "staged",
+    "write_tensors",
+]
+
+
+class Part:
+    """What one rank holds of a tensor, and where in the full tensor that lies.
+
+    Args:
+        local: This rank's part. Saving reads it, loading writes into it.
+        info: Its layout; None for a tensor that every rank holds whole.
+    """
+
+    def __init__(self, local: Tensor, info: ShardInfo | None = None):
+        self.local, self.info = local.detach(), info
+        sharded = info is not None and info.is_sharded
+        self.global_shape = Size(info.global_shape) if sharded else local.shape
+        self._views: dict[Size, Tensor] = {}
+        if not sharded:
+            self._add(Size([0] * local.dim()), self.local)
+            return
+        taken = 0
+        for start, stop in own_ranges(info):
+            offset = Size(start if dim == info.layout.dim else 0 for dim in range(local.dim()))
+            self._add(offset, self.local.narrow(info.layout.dim, taken, stop - start))
+            taken += stop - start
+
+    def _add(self, offset: Size, view: Tensor) -> None:
+        if view.numel():  # a rank may hold nothing of a small tensor
+            self._views[offset] = view
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the full tensor has no elements, and so no place in a checkpoint."""
+        return self.global_shape.numel() == 0
+
+    def view(self, index: MetadataIndex) -> Tensor:
+        """The part of the local tensor that `index` names by its offset in the full one."""
+        return self._views[index.offset]
+
+    def copy_from(self, full: Any) -> None:
+        """Fill the local tensor from the full one, or from anything that can be sliced like it."""
+        for offset, view in self._views.items():
+            view.copy_(full[tuple(slice(start, start + size) for start, size in zip(offset, view.shape))])
+
+    # What DCP asks a tensor for.
+
+    def size(self) -> Size:
+        return self.global_shape
+
+    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self.local)
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.global_shape),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(offsets=offset, sizes=view.shape) for offset, view in self._views.items()]
+
+
+def own_ranges(info: ShardInfo) -> Ranges:
+    """The index ranges of a sharded tensor that this rank holds, in the order it holds them."""
+    return info.layout.ranges[info.mesh.get_local_rank()]
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def __init__(self):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        value = self.state_dict[index.fqn]
+        return value.view(index) if isinstance(value, Part) else value
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def __init__(self):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.state_dict = self.original_state_dict = state_dict
+        self.metadata = metadata
+        self.is_coordinator = is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].view(index)
+
+
+class _Writer(FileSystemWriter):
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            # torch's own words are about positions in its archive; what the system said is what helps.
+            said = next((e for e in _chain(error) if isinstance(e, OSError)), error)
+            free = shutil.disk_usage(self.path).free
+            raise OSError(f"{type(said).__name__}: {said}; {free:,} bytes are free there") from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def write_tensors(folder: Path, values: Mapping[str, Any]) -> None:
+    """Save by DCP: each box of a `Part` once, whichever ranks hold it, everything else pickled. Collective.
+
+    Raises:
+        CheckpointError: On every rank, with what went wrong on the first rank where something did.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(_with_contents(values), storage_writer=_Writer(folder), planner=_SavePlanner())
+    except CheckpointException as error:
+        raise CheckpointError(_first_failure(error)) from None
+
+
+def staged(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of `values` in host memory, by torch's own staging, so that what goes on changing is not saved."""
+    parts = {name: value for name, value in values.items() if isinstance(value, Part)}
+    copies = BlockingAsyncStager().stage({name: part.local for name, part in parts.items()})
+    return {
+        name: Part(copies[name], parts[name].info) if name in parts else copy.deepcopy(value)
+        for name, value in values.items()
+    }
+
+
+class _Staged(BlockingAsyncStager):
+    """For what is staged already."""
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return state_dict
+
+
+def write_tensors_in_background(
+    folder: Path, values: Mapping[str, Any], group: dist.ProcessGroup | None
+) -> ConcurrentFuture:
+    """As `write_tensors`, in a thread of torch's; `values` as from `staged`, `group` for that thread alone."""
+    return dcp.async_save(
+        _with_contents(values),
+        storage_writer=_Writer(folder),
+        planner=_SavePlanner(),
+        process_group=group,
+        async_stager=_Staged(),
+    )
+
+
+def await_tensors(writing: ConcurrentFuture) -> None:
+    """Wait for what `write_tensors_in_background` has begun.
+
+    Raises:
+        CheckpointError: As `write_tensors`.
+    """
+    try:
+        writing.result()
+    except CheckpointException as error:
+        raise CheckpointError(_first_failure(error)) from None
+
+
+def read_metadata(folder: Path) -> dict[str, Size | None]:
+    """Names in a DCP folder, with the shapes of tensors; None for objects."""
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {name: value.size if isinstance(value, TensorStorageMetadata) else None for name, value in stored.items()}
+
+
+def read_dtypes(folder: Path) -> dict[str, Any]:
+    """The data types of the tensors in a DCP folder."""
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {name: v.properties.dtype for name, v in stored.items() if isinstance(v, TensorStorageMetadata)}
+
+
+def read_tensors(folder: Path, values: Mapping[str, Any], reader: FileSystemReader | None = None) -> dict[str, Any]:
+    """Load by DCP what `values` names: into the tensors of each `Part`, and anything else as a new object.
+
+    Not collective: each rank reads the boxes that it needs, at most one of them at a time in memory.
+
+    Raises:
+        CheckpointError: If a file cannot be read.
+    """
+    loaded = _with_contents(values)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(loaded, storage_reader=reader or FileSystemReader(folder), planner=_LoadPlanner(), no_dist=True)
+    except CheckpointException as error:
+        raise CheckpointError(_first_failure(error)) from None
+    return loaded
+
+
+class StoredTensors:
+    """The tensors of a DCP folder, read one by one; what is there is read once."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._reader = _ReaderOfOne(folder)
+        self._stored = self._reader.read_metadata().state_dict_metadata
+
+    @property
+    def names(self) -> list[str]:
+        """Of tensors and other objects."""
+        return list(self._stored)
+
+    def shape(self, name: str) -> Size | None:
+        """None for what is no tensor, or not there."""
+        stored = self._stored.get(name)
+        return stored.size if isinstance(stored, TensorStorageMetadata) else None
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._stored[name].properties.dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """All of it. Takes the memory of the tensor and of one of the parts that it was saved in."""
+        full = torch.empty(self.shape(name), dtype=self.dtype(name))
+        read_tensors(self._folder, {name: Part(full)}, self._reader)
+        return full
+
+
+class _ReaderOfOne(FileSystemReader):
+    """`FileSystemReader` that reads what the folder holds once, and not for each tensor again."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata()
+        return self._metadata
+
+
+def _with_contents(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if not (isinstance(value, Part) and value.is_empty)}
+
+
+def _first_failure(error: CheckpointException) -> str:
+    rank, (cause, _) = next(iter(sorted(error.failures.items())))
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    also = f" (and on {len(error.failures) - 1} more of {world} ranks)" if len(error.failures) > 1 else ""
+    return f"rank {rank}{also}: {type(cause).__name__}: {cause}"

@@ -1,0 +1,273 @@
+"""Full tensors out of shards: the unsharded state dict and gradients, and ordinary checkpoints made of them."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..core import store
+from ..core.errors import CheckpointError
+from ..core.shard import ShardInfo, restore_shards, shard_info
+from ..core.slices import refuse_slices
+from ..core.store import Line, missing_peers
+from ..core.wrappers import unwrap
+from .deferred import DeferredTensor
+
+__all__ = [
+    "StateDict",
+    "export",
+    "full_gradients",
+    "full_state_dict",
+    "full_state_dict_of_main",
+    "leave_it",
+    "save_config",
+    "takes_state_dict",
+]
+
+T = TypeVar("T")
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The unsharded state dict under the original names, on the CPU. Collective over the tensor-parallel group.
+
+    Tied weights stay one tensor, as in `model.state_dict()`.
+
+    Args:
+        model: Bare model, or its DDP wrapper.
+    """
+    model = unwrap(model)
+    refuse_slices(model, "full_state_dict")
+    restore_shards(model)
+    gather = _Gather()
+    return {
+        name: gather(value, value, shard_info(value)) if isinstance(value, Tensor) else value
+        for name, value in model.state_dict(keep_vars=True).items()
+    }
+
+
+def full_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The unsharded gradient of each parameter that has one, by name, on the CPU. Collective as `full_state_dict`."""
+    model, gather = unwrap(model), _Gather()
+    restore_shards(model)
+    return {
+        name: gather(param, param.grad, shard_info(param))
+        for name, param in model.named_parameters()
+        if param.grad is not None
+    }
+
+
+class _Gather:
+    """Joins each tensor once, however many names it has."""
+
+    def __init__(self):
+        self._seen: dict[int, Tensor] = {}
+
+    def __call__(self, key: Tensor, local: Tensor, info: ShardInfo | None) -> Tensor:
+        if id(key) not in self._seen:
+            full = info.full_tensor(local) if info is not None else local.detach().clone()
+            self._seen[id(key)] = full.cpu()
+        return self._seen[id(key)]
+
+
+class StateDict:
+    """The unsharded state dict, tensor by tensor, to one rank of those that hold a part of it.
+
+    Args:
+        model: Bare model.
+        state: What of `model.state_dict(keep_vars=True)` is wanted; None: all of it.
+    """
+
+    def __init__(self, model: nn.Module, state: Mapping[str, Any] | None = None):
+        self.state = state if state is not None else model.state_dict(keep_vars=True)
+        tensors = {id(value): value for value in self.state.values() if isinstance(value, Tensor)}
+        infos = {key: shard_info(tensor) for key, tensor in tensors.items()}
+        self._tensors = tensors
+        self._sharded = [(tensors[key], info) for key, info in infos.items() if info is not None and info.is_sharded]
+        self._latest: Tensor | None = None
+
+    def deferred(self, ask: Callable[[str], None]) -> dict[str, Any]:
+        """The tensors, on the CPU or deferred: before a sharded one is joined, `ask` the other ranks to `send`.
+
+        Tied weights stay one tensor. The latest one is kept, as conversions may want its values more than once.
+        """
+
+        def join(number: int) -> Tensor:
+            self._latest = None  # before there is another
+            tensor, info = self._sharded[number]
+            self._latest = info.collect(tensor, partial(ask, str(number)))
+            return self._latest
+
+        made: dict[int, Tensor] = {
+            id(tensor): DeferredTensor.of(info.global_shape, tensor.dtype, partial(join, number))
+            for number, (tensor, info) in enumerate(self._sharded)
+        }
+        for key, tensor in self._tensors.items():
+            if key not in made and tensor.device.type == "cpu":
+                made[key] = tensor.detach()
+            elif key not in made:
+                made[key] = DeferredTensor.of(tensor.shape, tensor.dtype, partial(_on_cpu, tensor))
+        return {name: made.get(id(value), value) for name, value in self.state.items()}
+
+    def send(self, request: str) -> None:
+        """Give the rank that asks, the main process, this rank's part of a tensor."""
+        tensor, info = self._sharded[int(request)]
+        info.send_part(tensor, to=0)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu()
+
+
+def export(
+    model: nn.Module,
+    caller: str,
+    write: Callable[[dict[str, Any]], T],
+    place: str | os.PathLike | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> T | None:
+    """Let the main process `write` the unsharded state dict while its replica's other ranks send it their parts.
+
+    Collective over all ranks. Those of other replicas only wait for the end, and hold nothing. Ranks of the main
+    process's replica need no memory worth mentioning, and the main process what `write` holds of the deferred tensors
+    (see `DeferredTensor`), beside one more tensor.
+
+    Args:
+        model: Bare model, or its DDP wrapper.
+        caller: What the user called, for messages.
+        write: Called on the main process, with tensors on the CPU, deferred ones among them.
+        place: The folder, for messages.
+        state: See `StateDict`.
+
+    Returns:
+        What `write` returned, on the main process; elsewhere None.
+
+    Raises:
+        RuntimeError: On the main process, if it was called there alone.
+        CheckpointError: On every rank, if writing fails; ValueError or TypeError, where that is what `write` raised.
+    """
+    model = unwrap(model)
+    restore_shards(model)
+    meshes = {info.mesh for param in model.parameters() if (info := shard_info(param)) is not None and info.is_sharded}
+    if not meshes:
+        return write(StateDict(model, state).deferred(_nobody)) if _rank() == 0 else None
+    peers = sorted({tuple(sorted(mesh.mesh.flatten().tolist())) for mesh in meshes})
+    if len(peers) > 1:
+        raise ValueError(f"{caller}: this {type(model).__name__} is cut over several groups of ranks: {peers}.")
+    if 0 in peers[0]:
+        _meet_peers(meshes, caller)
+    # Ranks that know nothing of one another's groups know how large they are.
+    outcome = Line(f"{caller}/outcome/{len(peers[0])}")
+    if 0 not in peers[0]:
+        return _check(outcome.hear())
+    requests, tensors = Line(f"{caller}/{peers[0]}"), StateDict(model, state)
+    if _rank() != 0:
+        while (request := requests.hear()).isdecimal():
+            tensors.send(request)
+        return _check(request)
+    requests.forget_earlier()
+    try:
+        result = write(tensors.deferred(requests.say))
+    except BaseException as error:
+        message = _failure(error, caller, place)
+        for line in (requests, outcome):
+            line.say(message)
+        if isinstance(error, Exception):
+            raise _error_of(message) from error
+        raise
+    for line in (requests, outcome):
+        line.say(_DONE)
+    return result
+
+
+_DONE = "done"
+_ERRORS = {kind.__name__: kind for kind in (ValueError, TypeError, CheckpointError)}
+
+
+def _failure(error: BaseException, caller: str, place: str | os.PathLike | None) -> str:
+    for name in ("ValueError", "TypeError"):  # the user's
+        if isinstance(error, _ERRORS[name]):
+            return f"{name}: {error}"
+    files = f" {os.fspath(place)} may hold incomplete files." if place is not None else ""
+    return f"CheckpointError: {caller}: {type(error).__name__}: {error}.{files}"
+
+
+def _error_of(message: str) -> Exception:
+    name, _, text = message.partition(": ")
+    return _ERRORS[name](text)
+
+
+def _check(message: str) -> None:
+    if message != _DONE:
+        raise _error_of(message)
+
+
+def _nobody(request: str) -> None:
+    """Whom to ask where nothing is sharded."""
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def full_state_dict_of_main(model: nn.Module, caller: str) -> dict[str, Any]:
+    """`full_state_dict` on the main process, and an empty one elsewhere. Collective as `export`."""
+
+    def write(state: dict[str, Any]) -> dict[str, Any]:
+        seen: dict[int, Any] = {}
+        for value in state.values():
+            if id(value) not in seen:
+                wait = isinstance(value, DeferredTensor)
+                seen[id(value)] = (
+                    value.materialize() if wait else value.clone() if isinstance(value, Tensor) else value
+                )
+        return {name: seen[id(value)] for name, value in state.items()}
+
+    return export(model, caller, write) or {}
+
+
+def leave_it(state: dict[str, Any]) -> None:
+    """For a main process that has been told not to write."""
+
+
+def takes_state_dict(model: nn.Module) -> bool:
+    """Whether the model has a `save_pretrained` that writes the state dict it is given, as in transformers."""
+    method = getattr(type(model), "save_pretrained", None)
+    return method is not None and "state_dict" in inspect.signature(method).parameters
+
+
+def _meet_peers(meshes: Iterable[DeviceMesh], caller: str) -> None:
+    """Let the ranks of a replica meet, before what a script may have left to the main process alone.
+
+    Raises:
+        RuntimeError: On the main process, if the peers of its replica do not come; it says what to change.
+    """
+    groups = {mesh.get_group() for mesh in meshes}
+    for group in sorted(groups, key=lambda group: group.group_name):  # the same order on all ranks
+        _meet_main_process(group, caller)
+
+
+def _meet_main_process(group: dist.ProcessGroup, caller: str) -> None:
+    ranks = dist.get_process_group_ranks(group)
+    missing = missing_peers(f"{caller}/{group.group_name}", len(ranks) - 1) if 0 in ranks else 0
+    if missing:
+        raise RuntimeError(
+            f"`{caller}` was called on the main process, but {missing} of its {len(ranks) - 1} tensor-parallel peers "
+            f"did not come within {store.PEERS_TIMEOUT:.0f} s. Each of them holds a part of the weights, so every "
+            "rank has to call it: take it out of `if accelerator.is_main_process:`, and pass "
+            "`is_main_process=accelerator.is_main_process` where it takes that."
+        )
+
+
+def save_config(model: nn.Module, save_directory: str | os.PathLike) -> None:
+    """Write the configs that a checkpoint needs for `from_pretrained`, where the model has them."""
+    for name in ("config", "generation_config"):
+        config = getattr(model, name, None)
+        if hasattr(config, "save_pretrained"):
+            config.save_pretrained(save_directory)

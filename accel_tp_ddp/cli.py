@@ -1,0 +1,76 @@
+"""`accel-tp-ddp COMMAND ...`, or `python -m accel_tp_ddp.cli COMMAND ...`: what needs no run, on one machine's CPU.
+
+A command is a parser, the function that does it, and what is printed of the outcome without `--json`. Exit codes: 0 as
+it should be, 1 for a failed check (CheckpointError), 2 for input that has to be changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .checkpoint.merge import merge
+from .core.errors import BadInputError, CheckpointError, PlanError
+
+__all__ = ["BAD_INPUT", "CHECK_FAILED", "main"]
+
+CHECK_FAILED = 1
+BAD_INPUT = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadInputError(f"{message}. See {self.prog} --help.")
+
+
+def _add_merge(commands: Any) -> None:
+    text = "turn what accelerator.save_state has saved into an ordinary Hugging Face checkpoint, in one process"
+    parser = commands.add_parser("merge", help=text, description=text)
+    parser.add_argument("state", metavar="STATE_DIR", type=Path, help="folder that save_state has written")
+    parser.add_argument("out", metavar="OUT_DIR", type=Path, help="new folder for the checkpoint")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest file; memory goes with it (%(default)s)")
+    parser.add_argument("--model", type=int, metavar="N", help="which model, where the state holds several: 0, ...")
+    parser.add_argument("--config", type=Path, help="folder or config.json of the model, for states without one")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare checksums first")
+    parser.set_defaults(run=_merge, text="{out}: {kind}, {tensors} tensors, {bytes:,} bytes in {files} files".format)
+
+
+def _merge(args: argparse.Namespace) -> dict[str, Any]:
+    sizes = {"max_shard_size": args.max_shard_size, "model": args.model, "config": args.config}
+    return merge(args.state, args.out, **sizes, verify=not args.no_verify, progress=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; returns the exit code. `--json` puts errors on the output as well."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(prog="accel-tp-ddp", description="Tools for tensor parallelism inside plain DDP.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_merge(commands)
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
+    try:
+        args = parser.parse_args(argv)
+        result = args.run(args)
+    except (BadInputError, PlanError) as error:
+        return _failed(BAD_INPUT, error, "--json" in argv)
+    except CheckpointError as error:
+        return _failed(CHECK_FAILED, error, "--json" in argv)
+    counts = {name: len(value) if isinstance(value, list) else value for name, value in result.items()}
+    print(json.dumps(result) if args.json else args.text(**counts))
+    return 0
+
+
+def _failed(code: int, error: Exception, as_json: bool) -> int:
+    line = " ".join(str(error).split())
+    if as_json:
+        print(json.dumps({"error": line}))
+    print(f"accel-tp-ddp: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What everything else stands on, and what imports torch only: layouts, shards, collectives, agreement, overrides."""

@@ -1,0 +1,259 @@
+"""Every compute collective of the package, each named with its forward and its backward.
+
+| function         | forward                      | backward                             |
+| ---------------- | ---------------------------- | ------------------------------------ |
+| `copy_to_tp`     | identity                     | all-reduce (sum)                     |
+| `reduce_from_tp` | all-reduce (sum)             | identity                             |
+| `gather_from_tp` | all-gather along a dimension | keep this rank's slice               |
+| `split_to_tp`    | keep this rank's slice       | all-gather along a dimension         |
+| `add_share`      | divide by the ranks          | identity                             |
+
+The pairs are Megatron-LM's f/g functions (arXiv:1909.08053, section 3): `copy_to_tp` opens a tensor-parallel region,
+`reduce_from_tp` closes one. All take the one-dimensional tensor-parallel mesh and never change their input in place.
+Only `send_first_rank`, which is for set-up and between steps and has no backward, does that. `gather_replicas`, for
+metrics, has none either, and `on_any_rank`, a question before a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .layout import Shared
+
+__all__ = [
+    "add_share",
+    "copy_to_tp",
+    "gather_from_tp",
+    "gather_replicas",
+    "on_any_rank",
+    "reduce_from_tp",
+    "send_first_rank",
+    "split_to_tp",
+]
+
+
+def copy_to_tp(mesh: DeviceMesh, *tensors: Tensor, shared: Sequence[Shared | None] = ()) -> tuple[Tensor, ...]:
+    """Open a tensor-parallel region: forward identity, backward one all-reduce over all of `tensors` together.
+
+    The sum of the gradients is taken once, when every consumer of every copy has contributed, so modules that share
+    an input share the collective, and small parameters with partial gradients ride along for free.
+
+    Args:
+        mesh: One-dimensional tensor-parallel mesh.
+        tensors: Replicated tensors, any shapes. One that requires no gradient is returned as it is.
+        shared: For each tensor None, or which pieces of it other ranks hold too. Only their gradients are summed, each
+            over the ranks that hold it.
+    """
+    if not torch.is_grad_enabled():
+        return tensors
+    wanted = [tensor.requires_grad for tensor in tensors]
+    if not any(wanted):
+        return tensors
+    shared = tuple(pieces for pieces, want in zip(shared or [None] * len(tensors), wanted) if want)
+    copies = iter(_CopyToTP.apply(mesh, shared, *(tensor for tensor, want in zip(tensors, wanted) if want)))
+    return tuple(next(copies) if want else tensor for tensor, want in zip(tensors, wanted))
+
+
+def reduce_from_tp(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
+    """Close a tensor-parallel region: forward sums the ranks' partial `tensor`s, backward identity."""
+    return _ReduceFromTP.apply(mesh, tensor)
+
+
+def gather_from_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """Forward concatenates the ranks' slices along `dim`, backward keeps this rank's slice.
+
+    Right where what follows is computed alike on all ranks, so that the incoming gradient is replicated.
+
+    Args:
+        mesh: One-dimensional tensor-parallel mesh.
+        tensor: This rank's slice; every other dimension is equal on all ranks.
+        dim: Dimension that is sharded.
+        sizes: Length of each rank's slice along `dim`, in rank order; they may differ.
+    """
+    return _GatherFromTP.apply(mesh, tensor, dim, tuple(sizes))
+
+
+def split_to_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """Forward keeps this rank's slice of a replicated `tensor` along `dim`, backward joins the ranks' slices."""
+    return _SplitToTP.apply(mesh, tensor, dim, tuple(sizes))
+
+
+def add_share(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
+    """A replicated term of a sum over the ranks, to be counted once: forward divides by their number.
+
+    Backward identity: the sum's gradient is replicated, so each rank has the full gradient of `tensor` already.
+    """
+    return _Share.apply(mesh.size(), tensor)
+
+
+@torch.no_grad()
+def send_first_rank(mesh: DeviceMesh, tensor: Tensor) -> None:
+    """Overwrite `tensor` with its values on the first rank of `mesh`, on every rank; it may be on any device."""
+    group = mesh.get_group()
+    sent = tensor.detach().to(mesh.device_type).contiguous()  # a backend takes tensors of its own device only
+    dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
+    if sent.data_ptr() != tensor.data_ptr():
+        tensor.copy_(sent)
+
+
+@torch.no_grad()
+def on_any_rank(mesh: DeviceMesh, flags: Sequence[bool]) -> list[bool]:
+    """Which of `flags` are true on at least one rank of `mesh`; as many flags on each of them."""
+    found = torch.tensor(flags, dtype=torch.uint8, device=mesh.device_type)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.get_group())
+    return [bool(flag) for flag in found.tolist()]
+
+
+def gather_replicas(mesh: DeviceMesh, data: Any) -> Any:
+    """One copy of what each replica holds, in their order.
+
+    Args:
+        mesh: One-dimensional data-parallel mesh.
+        data: A tensor, of equal shape on all ranks, or an iterable of picklable objects.
+
+    Returns:
+        The tensors concatenated along their first dimension, scalars as a vector; or one list of all objects.
+    """
+    group, count = mesh.get_group(), mesh.size()
+    if not isinstance(data, Tensor):
+        gathered: list[Any] = [None] * count
+        dist.all_gather_object(gathered, data, group=group)
+        return [item for part in gathered for item in part]
+    data = data.detach().reshape(-1) if data.ndim == 0 else data.detach().contiguous()
+    parts = [torch.empty_like(data) for _ in range(count)]
+    dist.all_gather(parts, data, group=group)
+    return torch.cat(parts)
+
+
+class _CopyToTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mesh: DeviceMesh, shared: tuple[Shared | None, ...], *tensors: Tensor):
+        ctx.mesh, ctx.shared = mesh, shared
+        ctx.set_materialize_grads(False)  # a copy that nobody used adds nothing to the collective
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor | None):
+        sent = [laid_out(grad, shared) for grad, shared in zip(grads, ctx.shared)]
+        summed = _all_reduce_together(ctx.mesh, sent)
+        return None, None, *(put_back(*each) for each in zip(grads, summed, ctx.shared))
+
+
+class _ReduceFromTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mesh: DeviceMesh, tensor: Tensor):
+        return _all_reduce(mesh, tensor)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, grad
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ranks: int, tensor: Tensor):
+        return tensor / ranks
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, grad
+
+
+class _GatherFromTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]):
+        ctx.mesh, ctx.dim, ctx.sizes = mesh, dim, sizes
+        return _all_gather(mesh, tensor, dim, sizes)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, _own_slice(ctx.mesh, grad, ctx.dim, ctx.sizes), None, None
+
+
+class _SplitToTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]):
+        ctx.mesh, ctx.dim, ctx.sizes = mesh, dim, sizes
+        return _own_slice(mesh, tensor, dim, sizes)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, _all_gather(ctx.mesh, grad, ctx.dim, ctx.sizes), None, None
+
+
+def laid_out(tensor: Tensor | None, shared: Shared | None) -> Tensor | None:
+    """The pieces of `tensor` that other ranks hold too, among all such pieces.
+
+    Those that this rank does not hold stay zero, so one sum over all ranks is a sum for each piece.
+    """
+    if tensor is None or shared is None:
+        return tensor
+    shape = list(tensor.shape)
+    shape[shared.dim] = shared.total
+    everyone = tensor.new_zeros(shape)
+    for piece in shared.pieces:
+        own = tensor.narrow(shared.dim, piece.start, piece.length)
+        everyone.narrow(shared.dim, piece.offset, piece.length).copy_(own)
+    return everyone
+
+
+def put_back(tensor: Tensor | None, everyone: Tensor | None, shared: Shared | None) -> Tensor | None:
+    """A copy of `tensor` with its shared pieces taken from what `laid_out` has made and the ranks have summed."""
+    if tensor is None or shared is None:
+        return everyone
+    result = tensor.clone()
+    for piece in shared.pieces:
+        own = everyone.narrow(shared.dim, piece.offset, piece.length)
+        result.narrow(shared.dim, piece.start, piece.length).copy_(own)
+    return result
+
+
+def _all_reduce(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
+    # A copy, because an autograd engine may hand the same tensor to several consumers.
+    result = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(result, group=mesh.get_group())
+    return result
+
+
+def _all_reduce_together(mesh: DeviceMesh, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """One all-reduce per data type, whatever the number of tensors; `None` stays `None`."""
+    results: list[Tensor | None] = list(tensors)
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor is not None:
+            by_dtype.setdefault(tensor.dtype, []).append(index)
+    for indices in by_dtype.values():
+        if len(indices) == 1:
+            results[indices[0]] = _all_reduce(mesh, tensors[indices[0]])
+            continue
+        flat = torch.cat([tensors[index].reshape(-1) for index in indices])
+        dist.all_reduce(flat, group=mesh.get_group())
+        for index, part in zip(indices, flat.split([tensors[index].numel() for index in indices])):
+            results[index] = part.view(tensors[index].shape)
+    return results
+
+
+def _all_gather(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    # Collectives want equal shapes: pad to the longest slice, and cut the padding off again.
+    longest = max(sizes)
+    missing = longest - tensor.size(dim)
+    if missing:
+        padding = list(tensor.shape)
+        padding[dim] = missing
+        tensor = torch.cat([tensor, tensor.new_zeros(padding)], dim)
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in sizes]
+    dist.all_gather(parts, tensor, group=mesh.get_group())
+    return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes)], dim)
+
+
+def _own_slice(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    rank = mesh.get_local_rank()
+    return tensor.narrow(dim, sum(sizes[:rank]), sizes[rank]).contiguous()

@@ -1,0 +1,212 @@
+"""How one parameter is laid out over the tensor-parallel ranks, and the cutting and joining that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement, Shard
+
+from .layout import Layout, Shared
+
+__all__ = [
+    "ShardInfo",
+    "elements_elsewhere",
+    "mark_whole",
+    "remember_everywhere",
+    "remember_shards",
+    "remembered_shards",
+    "restore_shards",
+    "shard_info",
+]
+
+_REMEMBERED = "_tp_shards"
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What a localized parameter is a part of. Read it from `param.tp_shard`.
+
+    Attributes:
+        mesh: One-dimensional tensor-parallel mesh.
+        placements: The DTensor placements on `mesh`. A packed weight shows the dimension it is cut along; `layout`
+            has the exact ranges.
+        global_shape: Shape of the unsharded parameter.
+        layout: The dimension and index ranges of every rank; None where the parameter is replicated.
+    """
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    global_shape: torch.Size
+    layout: Layout | None
+
+    @classmethod
+    def sharded(cls, mesh: DeviceMesh, global_shape: torch.Size, layout: Layout) -> ShardInfo:
+        return cls(mesh, (Shard(layout.dim),), torch.Size(global_shape), layout)
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.layout is not None
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether some ranks hold the same, so that each of them has only a part of its gradient."""
+        return self.layout is not None and bool(self.layout.repeated)
+
+    @property
+    def shared(self) -> Shared:
+        """What other ranks hold too of this rank's part."""
+        total = sum(stop - start for start, stop in self.layout.repeated)
+        return Shared(self.layout.dim, total, self.layout.pieces(self.mesh.get_local_rank()))
+
+    def counted(self, local: Tensor) -> list[Tensor]:
+        """The slices of this rank's `local` part that it counts where all parts are counted together."""
+        if not self.layout.repeated:
+            return [local]
+        own = self.layout.counted(self.mesh.get_local_rank())
+        return [local.narrow(self.layout.dim, start, stop - start) for start, stop in own]
+
+    def local_part(self, full: Tensor) -> Tensor:
+        """This rank's part of `full` (shape `global_shape`), in storage of its own."""
+        if self.layout is None:
+            return full.detach().clone()
+        dim, own = self.layout.dim, self.layout.ranges[self.mesh.get_local_rank()]
+        return torch.cat([full.detach().narrow(dim, start, stop - start) for start, stop in own], dim)
+
+    def cut_if_full(self, value: Any) -> Any:
+        """This rank's part of a tensor of shape `global_shape`; anything else as it is."""
+        full = isinstance(value, Tensor) and self.is_sharded and value.shape == self.global_shape
+        return self.local_part(value) if full else value
+
+    def full_tensor(self, local: Tensor) -> Tensor:
+        """The unsharded tensor, from every rank's `local` part. Collective over the tensor-parallel group."""
+        local = local.detach()
+        if self.layout is None:
+            return local.clone()
+        dim, sizes = self.layout.dim, self.layout.sizes
+        longest = max(sizes)
+        padded_shape = list(local.shape)
+        padded_shape[dim] = longest
+        padded = local.new_zeros(padded_shape)
+        padded.narrow(dim, 0, local.size(dim)).copy_(local)
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=self.mesh.get_group())
+        full = local.new_empty(self.global_shape)
+        for rank, (part, ranges) in enumerate(zip(parts, self.layout.ranges)):
+            taken = 0
+            if not self.layout.holds_first(rank):
+                continue
+            for start, stop in ranges:
+                full.narrow(dim, start, stop - start).copy_(part.narrow(dim, taken, stop - start))
+                taken += stop - start
+        return full
+
+    def collect(self, local: Tensor, ask: Callable[[], None]) -> Tensor:
+        """The unsharded tensor on the CPU, on one rank; each other rank of the group calls `send_part` to it.
+
+        Takes the memory of the result and of one rank's part.
+
+        Args:
+            local: This rank's part.
+            ask: Called when there is room for all parts, to have them sent.
+        """
+        local, dim, own = local.detach(), self.layout.dim, self.mesh.get_local_rank()
+        full = torch.empty(self.global_shape, dtype=local.dtype)
+        shapes = [(*self.global_shape[:dim], size, *self.global_shape[dim + 1 :]) for size in self.layout.sizes]
+        sent = [rank for rank in range(len(shapes)) if self._is_sent(rank)]
+        room = local.new_empty(max((prod(shapes[rank]) for rank in sent if rank != own), default=0))
+        ask()
+        for rank in sent:
+            part = local if rank == own else room[: prod(shapes[rank])].view(shapes[rank])
+            if rank != own:
+                dist.recv(_as_bytes(part), src=self._global_rank(rank), group=self.mesh.get_group())
+            taken = 0
+            for start, stop in self.layout.ranges[rank]:
+                full.narrow(dim, start, stop - start).copy_(part.narrow(dim, taken, stop - start))
+                taken += stop - start
+        return full
+
+    def send_part(self, local: Tensor, to: int) -> None:
+        """Take part in `collect` on the rank `to` (its number in the whole world)."""
+        if self._is_sent(self.mesh.get_local_rank()):
+            dist.send(_as_bytes(local.detach().contiguous()), dst=to, group=self.mesh.get_group())
+
+    def _is_sent(self, rank: int) -> bool:
+        return self.layout.sizes[rank] > 0 and self.layout.holds_first(rank) and self.global_shape.numel() > 0
+
+    def _global_rank(self, rank: int) -> int:
+        return int(self.mesh.mesh.flatten()[rank])
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """So that every backend takes it, whatever its data type."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+def shard_info(param: nn.Parameter) -> ShardInfo | None:
+    """`param.tp_shard`, or None for a parameter that no plan has touched."""
+    return getattr(param, "tp_shard", None)
+
+
+def elements_elsewhere(param: nn.Parameter) -> int:
+    """How many elements of the unsharded parameter this rank does not hold."""
+    info = shard_info(param)
+    return info.global_shape.numel() - param.numel() if info is not None else 0
+
+
+def remember_shards(module: nn.Module, shards: dict[str, ShardInfo]) -> None:
+    """Keep the shards of a module's parameters on the module too: `copy.deepcopy` drops a parameter's attributes.
+
+    From then on `load_state_dict` takes full tensors as well as this rank's parts of them.
+    """
+    if not shards:
+        return
+    known = module.__dict__.setdefault(_REMEMBERED, {})
+    if not known:
+        module.register_load_state_dict_pre_hook(_cut_full_tensors)
+    known.update(shards)
+
+
+def remember_everywhere(model: nn.Module) -> None:
+    """Let every module that holds a sharded parameter remember it, not only the one that computes with it.
+
+    BERT's prediction head keeps a second name for the bias of the layer inside it, and loads it under that name too.
+    """
+    for module in model.modules():
+        known = remembered_shards(module)
+        held = {name: shard_info(param) for name, param in module._parameters.items() if param is not None}
+        remember_shards(module, {name: info for name, info in held.items() if info is not None and name not in known})
+
+
+def _cut_full_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Load-state-dict pre-hook. `state_dict` is torch's own shallow copy of what was passed."""
+    for name, info in remembered_shards(module).items():
+        if prefix + name in state_dict:
+            state_dict[prefix + name] = info.cut_if_full(state_dict[prefix + name])
+
+
+def remembered_shards(module: nn.Module) -> dict[str, ShardInfo]:
+    """The shards of the module's own parameters by name; empty for one that no plan has touched."""
+    return module.__dict__.get(_REMEMBERED, {})
+
+
+def restore_shards(model: nn.Module) -> None:
+    """Give the parameters of a copied model their `tp_shard` back."""
+    for module in model.modules():
+        for name, info in remembered_shards(module).items():
+            param = module._parameters.get(name)
+            if param is not None and shard_info(param) is None:
+                param.tp_shard = info
+
+
+def mark_whole(model: nn.Module) -> None:
+    """Let every parameter answer to `tp_shard`: None for those that no rank holds a mere part of."""
+    for param in model.parameters():
+        if shard_info(param) is None:
+            param.tp_shard = None

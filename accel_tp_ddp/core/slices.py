@@ -1,0 +1,170 @@
+"""Models that hold only this rank's slices of their weights, and are still to be parallelized.
+
+A model that was loaded in slices has plain parameters of the local sizes, and no style runs it yet: it may be wrapped
+in adapters first, as a whole model may. Each module remembers the slices that it holds. `parallelize` sees the model
+with whole parameters on the meta device in their place, resolves the plan and applies the styles on those, and puts
+the slices back: nothing there need know of slices. Until then a forward of such a module is an error, as would be
+anything else that takes a slice for the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .layout import Layout
+from .shard import ShardInfo
+
+__all__ = [
+    "check_slices_mesh",
+    "hold_slices",
+    "holds_slices",
+    "refuse_resizing",
+    "refuse_slices",
+    "restore_whole",
+    "settle_slices",
+    "whole_on_meta",
+]
+
+
+def refuse_resizing(model: nn.Module) -> None:
+    """Let `model.resize_token_embeddings`, which would build new embeddings out of this rank's rows, raise."""
+    if callable(getattr(type(model), "resize_token_embeddings", None)):
+        model.resize_token_embeddings = _refuse_resizing
+
+
+def _refuse_resizing(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        "resize_token_embeddings after the model has been sharded would work on this rank's part of the vocabulary. "
+        "Call it before `prepare` (or `parallelize`)."
+    )
+
+
+_SLICES = "_tp_slices"
+
+
+def hold_slices(model: nn.Module, slices: Iterable[tuple[nn.Parameter, ShardInfo]]) -> None:
+    """Mark parameters of `model` as slices, in every module that holds them."""
+    infos = {id(param): (param, info) for param, info in slices}
+    for module in model.modules():
+        held = {name: infos[id(param)][1] for name, param in module._parameters.items() if id(param) in infos}
+        if held:
+            module.__dict__[_SLICES] = held
+            module.register_forward_pre_hook(_NotYetParallel(), prepend=True)
+    refuse_resizing(model)
+    if callable(getattr(type(model), "save_pretrained", None)):
+        model.save_pretrained = _refuse_saving  # until the model is parallelized, which puts its own there
+
+
+def holds_slices(model: nn.Module) -> bool:
+    return any(_SLICES in module.__dict__ for module in model.modules())
+
+
+def refuse_slices(model: nn.Module, caller: str) -> None:
+    """Raise where `caller` would take slices for whole weights.
+
+    Raises:
+        RuntimeError: If `model` holds slices and has not been parallelized yet.
+    """
+    if holds_slices(model):
+        raise RuntimeError(f"{caller}: {_advice(type(model).__name__)}")
+
+
+@contextmanager
+def whole_on_meta(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+    """Put whole parameters on the meta device in the place of the slices; ties stay ties.
+
+    Yields:
+        The stand-in of each slice.
+    """
+    held = [(module, name, info) for module in model.modules() for name, info in _of(module).items()]
+    stand_ins: dict[nn.Parameter, nn.Parameter] = {}
+    for module, name, info in held:
+        own = module._parameters[name]
+        if own not in stand_ins:
+            full = torch.empty(info.global_shape, dtype=own.dtype, device="meta")
+            stand_ins[own] = nn.Parameter(full, requires_grad=own.requires_grad)
+    places = [(module, name, module._parameters[name]) for module, name, _ in held]
+    for module, name, own in places:
+        module._parameters[name] = stand_ins[own]
+    try:
+        yield stand_ins
+    finally:
+        for module, name, own in places:
+            module._parameters[name] = own
+
+
+def settle_slices(model: nn.Module, stand_ins: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Make the slices shards, after the styles have cut their stand-ins; the model is parallel then."""
+    for own, stand_in in stand_ins.items():
+        assert own.shape == stand_in.shape, "a slice that the plan cuts otherwise was to be restored before"
+        own.tp_shard = stand_in.tp_shard
+    for module in model.modules():
+        if module.__dict__.pop(_SLICES, None) is not None:
+            hooks = module._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _NotYetParallel)]:
+                del hooks[key]
+
+
+def restore_whole(model: nn.Module, layouts: Mapping[nn.Parameter, Layout]) -> None:
+    """Turn slices whose layout is not the one in `layouts` into whole parameters again, in place.
+
+    Collective over the tensor-parallel group. Ordinarily there are none: it happens where the model is parallelized by
+    another plan than it was loaded by, or has turned out to be tied otherwise than its config says.
+    """
+    done: set[nn.Parameter] = set()
+    for module in model.modules():
+        for name, info in list(_of(module).items()):
+            param = module._parameters[name]
+            if layouts.get(param) == info.layout:
+                continue
+            if param not in done:
+                param.data = info.full_tensor(param)
+                done.add(param)
+            del _of(module)[name]
+
+
+def check_slices_mesh(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Raise unless the slices of `model`, if it holds any, were cut for the ranks of `mesh`.
+
+    Raises:
+        ValueError: With both meshes' ranks.
+    """
+    own = next((info.mesh for module in model.modules() for info in _of(module).values()), None)
+    if own is None:
+        return
+    ranks, wanted = (dist.get_process_group_ranks(each.get_group()) for each in (own, mesh))
+    if ranks != wanted:
+        raise ValueError(
+            f"this {type(model).__name__} was loaded in slices for the {len(ranks)} ranks {ranks}, but tp_size="
+            f"{mesh.size()} and the `tp` mesh has the ranks {wanted} here. Prepare it with the accelerator whose "
+            "plugin loaded it, or load it again."
+        )
+
+
+class _NotYetParallel:
+    """Forward pre-hook of a module that holds slices. An object, so that it is copied and pickled with its module."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        raise RuntimeError(f"this {_advice(type(module).__name__)}")
+
+
+def _of(module: nn.Module) -> dict[str, ShardInfo]:
+    return module.__dict__.get(_SLICES, {})
+
+
+def _advice(name: str) -> str:
+    return (
+        f"{name} was loaded in slices (`sharded_loading`) and is not parallel yet. Pass it to `accelerator.prepare` "
+        "(or `parallelize`) first, on every rank."
+    )
+
+
+def _refuse_saving(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(f"save_pretrained: this {_advice('model')}")

@@ -1,0 +1,376 @@
+"""The hooked `Accelerator`: what `prepare` does under tensor parallelism, and which methods have to know of it.
+
+Only methods of one accelerator object are replaced, each by the method of the same name below; everything that is not
+about tensor parallelism is left to the accelerator's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.state import PartialState
+from accelerate.utils import DistributedDataParallelKwargs, recursively_apply
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from ..checkpoint.background import wait_for_save
+from ..checkpoint.deferred import materialized
+from ..checkpoint.export import export, full_state_dict_of_main, save_config
+from ..checkpoint.load import load_state
+from ..checkpoint.save import save_state
+from ..core.collectives import gather_replicas
+from ..core.randomness import agree_as_processes, draw_by_replica
+from ..core.shard import shard_info
+from ..core.wrappers import unwrap
+from ..model.parallelize import check_mesh, check_model, is_parallelized, parallelize_with_map
+from ..plans.peft import check_adapters
+from ..plans.plan import Plan
+from ..plans.rules import PlanLike
+from ..training.drift import ReplicaGuard, is_replicated
+from ..training.full_tensor_step import WholeStep, steps_whole
+from ..training.gradients import clip_grad_norm_, grad_scaler
+from ..training.optimizer import check_optimizer, check_step, follow_model, take_full_state
+from ..training.same_batch import watch_batches
+from .data_loader import serve_replicas
+from .ddp import _OverReplicas
+from .scheduler import _SchedulerOverReplicas
+
+__all__ = ["Settings", "hook_accelerator"]
+
+
+class Settings(Protocol):
+    """What the hooks need to know; the plugin has it."""
+
+    tp_size: int
+    dp_replicate_size: int
+    device_mesh: DeviceMesh
+    tp_plan: PlanLike
+    replica_check_steps: int
+    replica_drift: str
+    async_save: bool
+
+    def posing_as_plain(self) -> AbstractContextManager[None]: ...
+
+
+def hook_accelerator(accelerator: Accelerator, plugin: Settings) -> None:
+    """Replace the methods of `accelerator` that tensor parallelism concerns."""
+    hooks = _Hooks(accelerator, plugin)
+    for name in _Hooks.REPLACED:
+        setattr(accelerator, name, getattr(hooks, name))
+
+
+class _Hooks:
+    REPLACED = (
+        "prepare",
+        "prepare_model",
+        "prepare_data_loader",
+        "skip_first_batches",
+        "prepare_optimizer",
+        "prepare_scheduler",
+        "clip_grad_norm_",
+        "gather_for_metrics",
+        "reduce",
+        "split_between_processes",
+        "join_uneven_inputs",
+        "get_state_dict",
+        "save_model",
+        "save_state",
+        "load_state",
+        "end_training",
+    )
+
+    def __init__(self, accelerator: Accelerator, plugin: Settings):
+        self.accelerator = accelerator
+        self.plugin = plugin
+        self.tp_mesh = plugin.device_mesh["tp"]
+        self.dp_size = plugin.dp_replicate_size
+        self.dp_mesh = plugin.device_mesh["dp_replicate"]
+        self.dp_group = self.dp_mesh.get_group()
+        self.stock = {name: getattr(accelerator, name) for name in self.REPLACED}
+        self._sharded: list[nn.Module] = []  # by `prepare`, and about to reach `prepare_model`
+        self._guard = ReplicaGuard(self.tp_mesh, plugin.replica_check_steps, plugin.replica_drift)
+
+    # ---------------------------------------------------------------------------------------------------- prepare
+
+    def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
+        models = [arg for arg in args if isinstance(arg, nn.Module) and not _is_prepared(arg)]
+        optimizers = [arg for arg in args if isinstance(arg, Optimizer) and not _is_prepared(arg)]
+        self._shard(models, optimizers)
+        with self.plugin.posing_as_plain():
+            return self.stock["prepare"](*args, device_placement=device_placement)
+
+    def prepare_model(
+        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> nn.Module:
+        if not _is_prepared(model) and not any(model is sharded for sharded in self._sharded):
+            self._shard([model])
+        self._sharded = [sharded for sharded in self._sharded if sharded is not model]
+        # One replica needs no DDP; the evaluation mode does all the rest.
+        plainly = evaluation_mode or self.dp_size == 1
+        with self.plugin.posing_as_plain(), self._ddp_over_replicas():
+            return self.stock["prepare_model"](model, device_placement=device_placement, evaluation_mode=plainly)
+
+    def _shard(self, models: list[nn.Module], optimizers: Sequence[Optimizer] = ()) -> None:
+        """Plan -> check -> shard -> localize -> optimizers. Raises on every rank, before a weight is touched."""
+        plans = self._agree(models, lambda: self._check(models, optimizers))
+        mapping: dict[nn.Parameter, nn.Parameter] = {}
+        for model, plan in zip(models, plans):
+            if not is_parallelized(model):
+                mapping.update(parallelize_with_map(unwrap(model), self.tp_mesh, plan))
+            self._sharded.append(model)
+            self._look_after(unwrap(model))
+        for optimizer in [*optimizers, *(_bare(prepared) for prepared in self.accelerator._optimizers)]:
+            follow_model(optimizer, mapping)
+        if models:
+            agree_as_processes(self.plugin.device_mesh)
+
+    def _check(self, models: list[nn.Module], optimizers: Sequence[Optimizer]) -> list[Plan | None]:
+        plans = []
+        for model in models:
+            if self.accelerator.verify_device_map(model):
+                device_map = next(m.hf_device_map for m in model.modules() if len(getattr(m, "hf_device_map", ())) > 1)
+                raise ValueError(
+                    f"this {type(model).__name__} was loaded with a device_map over several devices "
+                    f"({device_map}), which cannot be combined with tp_size={self.plugin.tp_size}. Load it "
+                    "without device_map: the plugin spreads it over the devices itself."
+                )
+            check_adapters(unwrap(model))
+            by_hand = is_parallelized(model) and not isinstance(model, nn.parallel.DistributedDataParallel)
+            if by_hand:
+                check_mesh(model, self.tp_mesh)
+            plans.append(None if by_hand else check_model(model, self.tp_mesh, self.plugin.tp_plan))
+        known = [*models, *self.accelerator._models]
+        for optimizer in optimizers if known else []:
+            check_optimizer(optimizer, known)
+        return plans
+
+    def _agree(self, models: list[nn.Module], check: Callable[[], list[Plan | None]]) -> list[Plan | None]:
+        """Run `check` on every rank; raise on all of them if it fails on any, or if they would not do the same."""
+        plans, problem = [], None
+        try:
+            plans = check()
+        except Exception as error:  # whatever it is, the other ranks would wait for this one
+            problem = error
+        if not models:  # nothing that the other ranks would wait for
+            if problem is not None:
+                raise problem
+            return plans
+        signature = [plan.signature() if plan is not None else _describe(model) for model, plan in zip(models, plans)]
+        reports: list[Any] = [None] * self.accelerator.num_processes
+        dist.all_gather_object(reports, (None if problem is None else str(problem), signature))
+        if problem is not None:
+            raise problem
+        for rank, (message, other) in enumerate(reports):
+            if message is not None:
+                raise ValueError(f"rank {rank} cannot prepare: {message}")
+            if other != signature:
+                ours, theirs = _first_difference("\n".join(signature), "\n".join(other))
+                raise ValueError(
+                    f"rank {rank} would shard otherwise than rank {self.accelerator.process_index} "
+                    f"({theirs!r} against {ours!r}). Build the same model and give the same plan on every rank."
+                )
+        return plans
+
+    def _look_after(self, model: nn.Module) -> None:
+        if any(model is known for known in self._guard.models()):
+            return  # prepared once more, as Trainer does where it looks for a batch size
+        watch_batches(model, self.tp_mesh, self.plugin.replica_check_steps)
+        draw_by_replica(model, self.plugin.device_mesh.get_local_rank("dp_replicate"), self.tp_mesh.device_type)
+        self._guard.add(model)
+
+    def _agree_on_overflow(self) -> None:
+        """An overflow in one rank's gradients has to skip the step on all of them."""
+        scaler = self.accelerator.scaler
+        if scaler is not None and not isinstance(scaler, ShardedGradScaler):
+            handler = self.accelerator.scaler_handler
+            kwargs = handler.to_kwargs() if handler is not None else {}
+            self.accelerator.scaler = grad_scaler(self.tp_mesh, self.accelerator.device.type, **kwargs)
+
+    @contextmanager
+    def _ddp_over_replicas(self) -> Iterator[None]:
+        handler = self.accelerator.ddp_handler
+        self.accelerator.ddp_handler = _OverReplicas(handler or DistributedDataParallelKwargs(), self.dp_group)
+        try:
+            yield
+        finally:
+            self.accelerator.ddp_handler = handler
+
+    def prepare_data_loader(self, data_loader: DataLoader, *args: Any, **kwargs: Any) -> DataLoader:
+        fresh = not _is_prepared(data_loader)
+        prepared = self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
+        return serve_replicas(prepared, self.plugin.device_mesh) if fresh else prepared
+
+    def skip_first_batches(self, dataloader: DataLoader, num_batches: int = 0) -> DataLoader:
+        shortened = self.stock["skip_first_batches"](dataloader, num_batches)
+        return shortened if shortened is dataloader else serve_replicas(shortened, self.plugin.device_mesh)
+
+    def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Optimizer:
+        check_step(_bare(optimizer))  # again, for whoever calls this directly, or before there is a model
+        if self._guard.watch(_bare(optimizer)):
+            take_full_state(_bare(optimizer))
+            if steps_whole(_bare(optimizer)):
+                WholeStep(_bare(optimizer))  # after the guard, which agrees on the gradients
+        self._agree_on_overflow()  # Accelerate hands its scaler to each optimizer here
+        return self.stock["prepare_optimizer"](optimizer, device_placement=device_placement)
+
+    def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:
+        prepared = self.stock["prepare_scheduler"](scheduler)
+        if isinstance(prepared, _SchedulerOverReplicas):
+            return prepared
+        schedulers = self.accelerator._schedulers
+        schedulers[schedulers.index(prepared)] = ours = _SchedulerOverReplicas(prepared, self.dp_size)
+        return ours
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
+        self.accelerator.unscale_gradients()
+        return clip_grad_norm_(parameters, max_norm, norm_type)
+
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        state = self.accelerator.gradient_state
+        samples = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
+        if use_gather_object or not _holds_tensors_only(input_data):
+            return self._gather_objects(input_data, samples)
+        return recursively_apply(self._gather_samples, input_data, samples)
+
+    def _gather_objects(self, objects: Any, samples: int | None) -> Any:
+        if self.dp_size == 1:  # as a single process gets them: whatever they are
+            return objects[:samples] if isinstance(objects, (list, tuple, str)) else objects
+        return gather_replicas(self.dp_mesh, objects)[:samples]
+
+    def _gather_samples(self, tensor: Tensor, samples: int | None) -> Tensor:
+        """Each sample once: its rank's tensor-parallel peers hold copies. Scalars keep Accelerate's world-wide way."""
+        if tensor.ndim == 0:
+            tp_size = self.plugin.tp_size
+            return self.accelerator.gather(tensor)[: None if samples is None else samples * tp_size]
+        return gather_replicas(self.dp_mesh, tensor)[:samples]
+
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        if not isinstance(tensor, Tensor) or not self._is_shard(tensor):
+            return self.stock["reduce"](tensor, reduction=reduction, scale=scale)
+        # LocalSGD averages the parameters themselves, and another rank's shard is another part of the weight.
+        total = tensor.detach().clone()
+        dist.all_reduce(total, group=self.dp_group)
+        return total * (scale / self.dp_size if reduction == "mean" else scale)
+
+    def _is_shard(self, tensor: Tensor) -> bool:
+        shards = (param for model in self._guard.models() for param in model.parameters() if not is_replicated(param))
+        return any(param.data_ptr() == tensor.data_ptr() for param in shards)
+
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> AbstractContextManager[Any]:
+        # The ranks of one replica work together, so they get the same part.
+        replica = SimpleNamespace(
+            num_processes=self.dp_size,
+            process_index=self.plugin.device_mesh.get_local_rank("dp_replicate"),
+            device=self.accelerator.device,
+        )
+        return PartialState.split_between_processes(replica, inputs, apply_padding=apply_padding)
+
+    def join_uneven_inputs(
+        self, joinables: list[Any], even_batches: bool | None = None
+    ) -> AbstractContextManager[None]:
+        if self.dp_size == 1:  # a bare model cannot be joined, and there is nobody to join with
+            return nullcontext(joinables)
+        return self.stock["join_uneven_inputs"](joinables, even_batches)
+
+    # ----------------------------------------------------------------------------------------------------- saving
+
+    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
+        state = full_state_dict_of_main(model, "get_state_dict")
+        wrapped = isinstance(model, nn.parallel.DistributedDataParallel) and not unwrap
+        return {f"module.{name}": tensor for name, tensor in state.items()} if wrapped else state
+
+    def save_model(
+        self,
+        model: nn.Module,
+        save_directory: str,
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        def write(state: dict[str, Any]) -> None:
+            # A pickle is one file after another, too, but torch.save wants to know each storage.
+            weights = state if safe_serialization else {name: materialized(value) for name, value in state.items()}
+            with _answering(self.accelerator, get_state_dict=lambda model: weights):
+                self.stock["save_model"](model, save_directory, max_shard_size, safe_serialization)
+            save_config(bare, save_directory)
+
+        bare = unwrap(model)
+        export(model, "save_model", write, save_directory)
+
+    def save_state(
+        self,
+        output_dir: str | None = None,
+        safe_serialization: bool = True,
+        async_save: bool | None = None,
+        **save_model_func_kwargs: Any,
+    ) -> Path:
+        behind = self.plugin.async_save if async_save is None else async_save
+        return save_state(self.accelerator, output_dir, self.plugin.tp_size, behind)
+
+    def load_state(
+        self, input_dir: str | None = None, load_kwargs: dict | None = None, **load_model_func_kwargs: Any
+    ) -> None:
+        load_state(self.accelerator, input_dir, load_kwargs, **load_model_func_kwargs)
+
+    def end_training(self) -> None:
+        try:
+            wait_for_save()
+        finally:
+            # A rank that takes its groups down while others still talk makes them abort at exit.
+            self.accelerator.wait_for_everyone()
+            self.stock["end_training"]()
+
+
+@contextmanager
+def _answering(accelerator: Accelerator, **methods: Callable) -> Iterator[None]:
+    """Let `accelerator` have these methods in the place of its own."""
+    before = {name: getattr(accelerator, name) for name in methods}
+    vars(accelerator).update(methods)
+    try:
+        yield
+    finally:
+        vars(accelerator).update(before)
+
+
+def _is_prepared(obj: Any) -> bool:
+    return bool(getattr(obj, "_is_accelerate_prepared", False))
+
+
+def _bare(optimizer: Optimizer) -> Optimizer:
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _holds_tensors_only(data: Any) -> bool:
+    try:
+        recursively_apply(lambda tensor: tensor, data, error_on_other_type=True)
+    except TypeError:
+        return False
+    return True
+
+
+def _describe(model: nn.Module) -> str:
+    """What has to be the same on all ranks about a model that is sharded already."""
+    rows = []
+    for name, param in model.named_parameters():
+        info = shard_info(param)
+        rows.append(f"{name} {tuple(info.global_shape if info else param.shape)} {param.dtype}")
+    return "\n".join(["parallelized", *rows])
+
+
+def _first_difference(ours: str, theirs: str) -> tuple[str, str]:
+    pairs = zip(ours.split("\n"), theirs.split("\n"))
+    return next(((a, b) for a, b in pairs if a != b), (f"{len(ours)} characters", f"{len(theirs)} characters"))

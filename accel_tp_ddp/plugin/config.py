@@ -1,0 +1,238 @@
+"""`TensorParallelDDPPlugin`: the sizes and options, and the place where Accelerate lets them in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from accelerate import ParallelismConfig
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..checkpoint.from_pretrained import load_in_slices
+from ..checkpoint.load import hook_load_state
+from ..checkpoint.save import hook_saving
+from ..plans.rules import PlanLike
+from .accelerator import hook_accelerator
+from .ddp import _adopt_timeout, outlive
+from .trainer import mend_trainer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["TensorParallelDDPPlugin"]
+
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+_OTHER_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
+
+
+@dataclass(repr=False)
+class TensorParallelDDPPlugin(ParallelismConfig):
+    """Tensor parallelism inside plain DDP, as a `ParallelismConfig`.
+
+    Pass it as `Accelerator(parallelism_config=...)` or `TrainingArguments(parallelism_config=...)`. A field that is
+    not given comes from the environment that `accelerate launch` sets from its YAML, then from the default.
+
+    Args:
+        tp_size: Ranks that share one model replica, neighbours in rank order. Env `PARALLELISM_CONFIG_TP_SIZE`,
+            default 1, which is plain DDP.
+        dp_replicate_size: Number of replicas. Env `PARALLELISM_CONFIG_DP_REPLICATE_SIZE`, default: world size divided
+            by `tp_size`, known once an `Accelerator` has been made.
+        tp_plan: `"auto"`, a mapping of names to styles, or the path of a YAML or JSON file with one; see
+            `resolve_plan`. Env `ACCEL_TP_DDP_PLAN`, default `"auto"`.
+        loss_parallel: Vocab-parallel cross-entropy. Env `ACCEL_TP_DDP_LOSS_PARALLEL`. Not available yet.
+        sequence_parallel: Norms and residuals sharded over the sequence. Env `ACCEL_TP_DDP_SEQUENCE_PARALLEL`. Not
+            available yet.
+        replica_check_steps: How often replicated parameters and the batch are compared over the ranks of a replica;
+            0: never. Env `ACCEL_TP_DDP_REPLICA_CHECK_STEPS`, default 100.
+        replica_drift: What happens if replicated parameters differ: `"heal"` sends the first rank's values to the
+            others and logs their names, `"raise"` raises. Env `ACCEL_TP_DDP_REPLICA_DRIFT`, default `"heal"`.
+        async_save: Whether `accelerator.save_state` writes in the background while training goes on; its argument
+            `async_save` beats this. Env `ACCEL_TP_DDP_ASYNC_SAVE`, default False.
+
+    Raises:
+        ValueError: If a value is out of range or not available; it says what is allowed.
+    """
+
+    tp_plan: PlanLike | None = field(default=None, kw_only=True)
+    loss_parallel: bool | None = field(default=None, kw_only=True)
+    sequence_parallel: bool | None = field(default=None, kw_only=True)
+    replica_check_steps: int | None = field(default=None, kw_only=True)
+    replica_drift: str | None = field(default=None, kw_only=True)
+    async_save: bool | None = field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        self._posing_as_plain = False
+        self._dp_is_open = False
+        self.tp_size = _whole("tp_size", self.tp_size, "PARALLELISM_CONFIG_TP_SIZE", 1, least=1)
+        for name in ("dp_shard_size", "cp_size", "sp_size"):
+            size = _whole(name, getattr(self, name), f"PARALLELISM_CONFIG_{name.upper()}", 1, least=1)
+            if size != 1:
+                raise ValueError(
+                    f"{name}={size}: this plugin combines tensor parallelism with plain DDP only. Set {name}=1, or "
+                    "use accelerate.ParallelismConfig for that."
+                )
+        dp_size = self.dp_replicate_size
+        if dp_size is None:
+            # The launcher writes 1 also where its YAML says nothing.
+            dp_size = _whole("dp_replicate_size", None, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE", 1, least=1)
+            self._dp_is_open = dp_size == 1
+        else:
+            dp_size = _whole("dp_replicate_size", dp_size, None, 1, least=1)
+        if self.tp_plan is None:
+            self.tp_plan = os.environ.get("ACCEL_TP_DDP_PLAN", "auto")
+        for name in ("loss_parallel", "sequence_parallel"):
+            setattr(self, name, _flag(name, getattr(self, name), f"ACCEL_TP_DDP_{name.upper()}"))
+            if getattr(self, name):
+                raise ValueError(f"{name}=True is not available yet: it comes with the speed work. Leave it False.")
+        self.replica_check_steps = _whole(
+            "replica_check_steps", self.replica_check_steps, "ACCEL_TP_DDP_REPLICA_CHECK_STEPS", 100, least=0
+        )
+        if self.replica_drift is None:
+            self.replica_drift = os.environ.get("ACCEL_TP_DDP_REPLICA_DRIFT", "heal")
+        if self.replica_drift not in ("heal", "raise"):
+            raise ValueError(f'replica_drift is {self.replica_drift!r}; it has to be "heal" or "raise".')
+        self.async_save = _flag("async_save", self.async_save, "ACCEL_TP_DDP_ASYNC_SAVE")
+        # The base class refuses tensor parallelism with replicas, which is what this plugin is for.
+        self.dp_replicate_size = 1
+        super().__post_init__()
+        self._set_size("dp_replicate", dp_size)
+
+    def __repr__(self) -> str:
+        dp_size = "world size / tp_size" if self._dp_is_open else self.dp_replicate_size
+        return (
+            f"TensorParallelDDPPlugin(tp_size={self.tp_size}, dp_replicate_size={dp_size}, tp_plan={self.tp_plan!r})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer saves its arguments; a mesh holds process groups, which stay behind.
+        return {**self.__dict__, "device_mesh": None}
+
+    @property
+    def tp_enabled(self) -> bool:
+        """Whether tensor parallelism is on. False while Accelerate's own code prepares the model for plain DDP."""
+        return self.tp_size > 1 and not self._posing_as_plain
+
+    @property
+    def dp_replicate_enabled(self) -> bool:
+        """Whether the mesh has the dimension `dp_replicate`; with tensor parallelism it always does."""
+        return self.dp_replicate_size > 1 or self.tp_size > 1
+
+    @contextmanager
+    def posing_as_plain(self) -> Iterator[None]:
+        """Let Accelerate take its plain DDP path: the model is sharded, and each rank's part is an ordinary one."""
+        before, self._posing_as_plain = self._posing_as_plain, True
+        try:
+            yield
+        finally:
+            self._posing_as_plain = before
+
+    @contextmanager
+    def sharded_loading(self) -> Iterator[None]:
+        """Let `from_pretrained` in the block read no more of a checkpoint than this rank will hold.
+
+        ```python
+        accelerator = Accelerator(parallelism_config=plugin)
+        with plugin.sharded_loading():
+            model = AutoModelForCausalLM.from_pretrained(folder)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        ```
+
+        The model's parameters are then plain parameters of this rank's sizes, cut by `tp_plan`; everything else
+        (dtype, ties, missing and unexpected weights, the loading report) is transformers' own. It can be wrapped in
+        adapters, and runs once `prepare` or `parallelize` has had it. Collective: every rank runs the block, with the
+        same models in the same order; an error on one rank is an error on all. With tp_size=1, or outside of a
+        distributed launch, loading is as it always is.
+
+        Raises:
+            ValueError: Without an accelerator; for a quantized checkpoint, a `device_map` over several devices, or a
+                model that the plan cannot shard.
+            CheckpointError: If a file cannot be read, or the ranks read different ones.
+        """
+        with load_in_slices(self):
+            yield
+
+    def get_device_mesh(self, device_type: str | None = None) -> DeviceMesh | None:
+        """The mesh `("dp_replicate", "tp")`; None in a single process.
+
+        Raises:
+            ValueError: If the world size is not `tp_size` times `dp_replicate_size`.
+        """
+        if self.device_mesh is None:
+            self._settle_sizes(dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
+        return super().get_device_mesh(device_type)
+
+    def _settle_sizes(self, world_size: int) -> None:
+        if world_size % self.tp_size:
+            raise ValueError(
+                f"tp_size={self.tp_size} does not divide the {world_size} processes that were launched. Launch a "
+                f"multiple of {self.tp_size} (`accelerate launch --num_processes`), or set tp_size to one of "
+                f"{_divisors(world_size)}."
+            )
+        if self._dp_is_open:
+            self._set_size("dp_replicate", world_size // self.tp_size)
+        if self.tp_size * self.dp_replicate_size != world_size:
+            raise ValueError(
+                f"tp_size={self.tp_size} x dp_replicate_size={self.dp_replicate_size} are "
+                f"{self.tp_size * self.dp_replicate_size} processes, but {world_size} were launched. Set "
+                f"dp_replicate_size={world_size // self.tp_size}, or leave it out."
+            )
+
+    def _validate_accelerator(self, accelerator: Accelerator) -> None:
+        """Called by `Accelerator.__init__`: the one place where this plugin takes hold of an accelerator."""
+        engine = accelerator.distributed_type.value
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # which Accelerate passes over on the CPU
+            engine = "FSDP"
+        if engine in _OTHER_ENGINES:
+            raise ValueError(
+                f"TensorParallelDDPPlugin(tp_size={self.tp_size}) works with plain DDP, but the accelerator runs "
+                f"{engine}. Leave out the FSDP, DeepSpeed, Megatron-LM or TPU settings "
+                "(plugins, `accelerate config`, ACCELERATE_USE_* variables), or this plugin."
+            )
+        if accelerator.num_processes != self.tp_size * self.dp_replicate_size:
+            # Without a GPU and without this switch Accelerate starts the ranks' group, and then forgets about it.
+            raise ValueError(
+                f"{self.tp_size * self.dp_replicate_size} processes were launched, but the accelerator knows of "
+                f"{accelerator.num_processes} ({accelerator.distributed_type.value}). On CPU ranks set "
+                "ACCELERATE_USE_CPU=true, or pass Accelerator(cpu=True)."
+            )
+        if accelerator.num_processes > 1:
+            outlive(self.device_mesh["dp_replicate"].get_group() if self.tp_size > 1 else dist.group.WORLD)
+        if self.tp_size > 1:
+            _adopt_timeout(accelerator, self.device_mesh)
+            hook_accelerator(accelerator, self)
+            mend_trainer(TensorParallelDDPPlugin)
+        else:
+            hook_load_state(accelerator)  # for states that were saved with tp_size > 1
+            hook_saving(accelerator, self.async_save)
+
+
+def _whole(name: str, value: Any, variable: str | None, default: int, least: int) -> int:
+    source = name
+    if value is None and variable is not None and variable in os.environ:
+        source, value = f"{name} (from the environment variable {variable})", os.environ[variable]
+        value = int(value) if value.strip().removeprefix("-").isdecimal() else value
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{source} is {value!r}; it has to be a whole number of at least {least}.")
+    return value
+
+
+def _flag(name: str, value: Any, variable: str) -> bool:
+    if value is None:
+        value = os.environ.get(variable, "")
+    if isinstance(value, str) and value.lower() in _TRUE + _FALSE:
+        return value.lower() in _TRUE
+    if not isinstance(value, bool):
+        raise ValueError(
+            f"{name} is {value!r} (or so says the environment variable {variable}); it has to be true or false."
+        )
+    return value
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

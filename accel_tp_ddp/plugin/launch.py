@@ -1,0 +1,108 @@
+"""Run a script that knows nothing of tensor parallelism under it: only the launch line changes.
+
+    accelerate launch --config_file tp2_dp2.yaml -m accel_tp_ddp.launch script.py ARGS
+    accelerate launch --config_file tp2_dp2.yaml -m accel_tp_ddp.launch -m package.module ARGS
+    accelerate launch --num_processes 4 --multi_gpu -m accel_tp_ddp.launch --tp_size 2 script.py ARGS
+
+Every `Accelerator` that the script makes, also inside `Trainer`, then has a `TensorParallelDDPPlugin`. The sizes come
+from the launcher's YAML (its `parallelism_config` keys), or from the options here, which beat it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import accelerate.accelerator
+import torch.distributed as dist
+
+from ..checkpoint.background import wait_for_save
+from .config import TensorParallelDDPPlugin
+
+__all__ = ["activate", "main"]
+
+# option: (environment variable that the plugin reads, help)
+_OPTIONS = {
+    "tp_size": ("PARALLELISM_CONFIG_TP_SIZE", "ranks that share one model replica"),
+    "dp_replicate_size": ("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "replicas; default: processes / tp_size"),
+    "tp_plan": ("ACCEL_TP_DDP_PLAN", '"auto", or a YAML or JSON file'),
+    "replica_check_steps": ("ACCEL_TP_DDP_REPLICA_CHECK_STEPS", "how often replicas are compared; 0: never"),
+    "replica_drift": ("ACCEL_TP_DDP_REPLICA_DRIFT", "heal or raise"),
+    "async_save": ("ACCEL_TP_DDP_ASYNC_SAVE", "true or false: whether save_state writes in the background"),
+}
+_SWITCH = "ACCELERATE_USE_PARALLELISM_CONFIG"
+
+
+def activate() -> TensorParallelDDPPlugin | None:
+    """Give every `Accelerator` made from now on that names no `parallelism_config` this plugin.
+
+    Its values come from the environment, as `accelerate launch` sets it. Returns what the accelerators will get, or
+    None, and changes nothing, if the environment asks for no tensor parallelism.
+
+    Raises:
+        ValueError: If the environment holds a value that the plugin does not take.
+    """
+    if os.environ.get(_SWITCH, "false").lower() != "true":
+        return None
+    plugin = TensorParallelDDPPlugin()
+    if plugin.tp_size == 1:
+        return None
+    # What Accelerate itself instantiates, where the launcher's YAML has a `parallelism_config`.
+    accelerate.accelerator.ParallelismConfig = TensorParallelDDPPlugin
+    return plugin
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a script or module as `__main__`, with its own arguments, after `activate`."""
+    options, module, script, args = _parse(sys.argv[1:] if argv is None else argv)
+    for name, value in options.items():
+        os.environ[_OPTIONS[name][0]] = value
+    if "tp_size" in options:
+        os.environ[_SWITCH] = "true"
+    try:
+        plugin = activate()
+    except ValueError as error:
+        raise SystemExit(f"accel_tp_ddp.launch: {error}") from None
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(
+            f"accel_tp_ddp.launch: {plugin or 'no tensor parallelism asked for; the script runs as it is'}", flush=True
+        )
+    if module:
+        sys.argv = [script, *args]
+        sys.path[0:1] = [os.getcwd()]
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [script, *args]
+        sys.path[0:1] = [str(Path(script).resolve().parent)]
+        runpy.run_path(script, run_name="__main__")
+    if plugin is not None and dist.is_available() and dist.is_initialized():
+        wait_for_save()
+        dist.barrier()  # a rank that leaves while others still talk makes them abort at exit
+        dist.destroy_process_group()
+
+
+def _parse(argv: Sequence[str]) -> tuple[dict[str, str], bool, str, list[str]]:
+    """Own options, whether a module is meant, its or the script's name, and the script's arguments, untouched."""
+    parser = argparse.ArgumentParser(
+        "python -m accel_tp_ddp.launch",
+        description="Run a script under tensor parallelism inside DDP. Start it with accelerate launch or torchrun.",
+        allow_abbrev=False,
+    )
+    for name, (variable, text) in _OPTIONS.items():
+        parser.add_argument(f"--{name}", help=f"{text} (environment: {variable})")
+    parser.add_argument("-m", dest="module", action="store_true", help="what follows is a module, not a file")
+    parser.add_argument("script", help="the script, or the module, to run")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="its arguments")
+    parsed = parser.parse_args(argv)
+    if not parsed.module and not Path(parsed.script).is_file():
+        parser.error(f"there is no file {parsed.script!r}. Give the path of a script, or `-m` and a module.")
+    options = {name: value for name in _OPTIONS if (value := getattr(parsed, name)) is not None}
+    return options, parsed.module, parsed.script, parsed.args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The two kinds of linear layers: torch's, and transformers' `Conv1D`, whose weight is transposed."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .forward import ParallelForward
+
+__all__ = [
+    "LINEAR",
+    "TransposedLinear",
+    "in_features",
+    "input_dim",
+    "is_linear",
+    "out_features",
+    "output_dim",
+    "show_local_outputs",
+    "without_bias",
+]
+
+
+class TransposedLinear(ABC):
+    """What `transformers.pytorch_utils.Conv1D` is an instance of: a linear layer with a weight `[inputs, outputs]`.
+
+    A model can hold one only if that module has been imported already, so nothing here imports it for others.
+    """
+
+    spelled = "transformers.pytorch_utils.Conv1D"
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        known = sys.modules.get("transformers.pytorch_utils")
+        return known is not None and issubclass(other, known.Conv1D)
+
+
+#: Module types that column-parallel and row-parallel styles take.
+LINEAR = (nn.Linear, TransposedLinear)
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, LINEAR)
+
+
+def output_dim(module: nn.Module) -> int:
+    """The dimension of the outputs in the weight of a linear layer."""
+    return int(isinstance(module, TransposedLinear))
+
+
+def input_dim(module: nn.Module) -> int:
+    return 1 - output_dim(module)
+
+
+def out_features(module: nn.Module) -> int:
+    """Number of outputs of a linear layer that has not been sharded."""
+    return module.nf if isinstance(module, TransposedLinear) else module.out_features
+
+
+def in_features(module: nn.Module) -> int:
+    return module.nx if isinstance(module, TransposedLinear) else module.in_features
+
+
+def show_local_outputs(module: nn.Module, features: int) -> None:
+    """Let the layer know how many outputs are left, where its forward shapes by their number."""
+    if isinstance(module, TransposedLinear):
+        module.nf = features
+
+
+@contextmanager
+def without_bias(call: ParallelForward) -> Iterator[None]:
+    """Let a linear layer compute without its bias; one whose forward cannot do without gets a bias of zeros."""
+    bias = call.module._parameters["bias"]
+    with call.replacing(bias=torch.zeros_like(bias) if isinstance(call.module, TransposedLinear) else None):
+        yield

@@ -1,0 +1,56 @@
+"""Weights that other code reads directly: `model.get_output_embeddings().weight` within the model's forward.
+
+Fused losses (TRL's, Liger's) and models with an output layer of their own multiply with a weight instead of calling
+its module. A shard there gives a wrong loss and no error. So, while the model's forward runs, such a read gives the
+whole weight, gathered once a forward; the module's own forward and all code outside see this rank's shard.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core.collectives import gather_from_tp
+from .forward import ParallelForward
+
+__all__ = ["read_whole"]
+
+
+def read_whole(module: nn.Module, call: ParallelForward) -> None:
+    """Let direct reads of the sharded parameters of `module` give whole ones, where `call.region.running`."""
+    names = tuple(name for name, info in call.shards.items() if info.layout.contiguous)
+    if names:
+        module.__class__ = _type_that_reads_whole(type(module), names)
+
+
+@functools.cache
+def _type_that_reads_whole(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """`base` with a property in the place of each parameter; the parameter itself stays in `_parameters`."""
+    body: dict[str, Any] = {name: property(functools.partial(_read, name=name)) for name in names}
+    body["__reduce_ex__"] = functools.partialmethod(_reduce, base=base, names=names)
+    body["__module__"], body["__qualname__"], body["__doc__"] = base.__module__, base.__qualname__, base.__doc__
+    return type(base.__name__, (base,), body)
+
+
+def _read(module: nn.Module, name: str) -> Tensor | None:
+    param = module._parameters[name]
+    call = module.__dict__.get("forward")
+    if not isinstance(call, ParallelForward) or not call.region.running or call.computing or call.idle:
+        return param
+    whole, key = call.region.whole, (id(param), param._version)
+    if key not in whole:
+        layout = call.shards[name].layout
+        whole[key] = gather_from_tp(call.mesh, param, layout.dim, layout.sizes)
+    return whole[key]
+
+
+def _reduce(module: nn.Module, protocol: int, base: type[nn.Module], names: tuple[str, ...]) -> tuple:
+    """Such a type has no name to be pickled by."""
+    return _rebuild, (base, names), module.__dict__
+
+
+def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    kind = _type_that_reads_whole(base, names)
+    return kind.__new__(kind)

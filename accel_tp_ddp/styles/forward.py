@@ -1,0 +1,163 @@
+"""What stands in the place of a module's forward and runs it under a style."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..core.collectives import copy_to_tp
+from ..core.layout import Shared
+from ..core.shard import ShardInfo, restore_shards, shard_info
+from .region import Region
+
+__all__ = ["ParallelForward"]
+
+
+class Runner(Protocol):
+    """The part of a style that runs."""
+
+    enters: bool
+    shares_input: bool
+    partial_gradients: bool
+
+    def forward(self, call: ParallelForward, *args, **kwargs): ...
+
+
+class ParallelForward:
+    """Stands in for `module.forward` and runs it under a style.
+
+    It sits inside the module's hooks, so a user's hooks see what they would see without tensor parallelism,
+    and it survives `copy.deepcopy` and pickling together with its module.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        style: Runner,
+        region: Region,
+        shards: dict[str, ShardInfo],
+        facts: dict[str, Any] | None = None,
+    ):
+        self.module = module
+        self.facts = facts or {}
+        self.style = style
+        self.region = region
+        self.shards = shards
+        self.partners: tuple[ParallelForward, ...] = ()
+        self.offered: dict[str, Tensor] = {}
+        self._inner: Callable | None = module.__dict__.get("forward")
+        self._entered = False
+        self.computing = False  # whether the module's own forward runs
+        self.idle = False  # while a module around this one runs it under the style
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        return self.region.mesh
+
+    def __call__(self, *args, **kwargs):
+        if self.idle:
+            return self.inner(*args, **kwargs)
+        params = self.module._parameters  # without those that PEFT has put a parametrization in the place of
+        if any(name in params and shard_info(params[name]) is None for name in self.shards):
+            restore_shards(self.module)
+        return self.style.forward(self, *args, **kwargs)
+
+    def install_on(self, module: nn.Module) -> None:
+        """Become the forward of `module`."""
+        module.forward = self
+        if self.style.enters:
+            module.register_forward_pre_hook(self.enter_hook, prepend=True, with_kwargs=True)
+            module.register_forward_hook(self.exit_hook, always_call=True)
+
+    def inner(self, *args, **kwargs):
+        """The module's own forward."""
+        self.computing = True
+        try:
+            if self._inner is not None:
+                return self._inner(*args, **kwargs)
+            return type(self.module).forward(self.module, *args, **kwargs)
+        finally:
+            self.computing = False
+
+    def enter_hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Forward pre-hook: open the region on the module's first argument.
+
+        A hook, because torch gives every module a tensor of its own after the pre-hooks if it has backward hooks.
+        """
+        if self.idle:
+            return args, kwargs
+        if args:
+            args = (self.enter(args[0]), *args[1:])
+        else:
+            name = next(iter(kwargs))
+            kwargs = {**kwargs, name: self.enter(kwargs[name])}
+        self._entered = True
+        return args, kwargs
+
+    def entered(self, tensor: Tensor) -> Tensor:
+        """`tensor`, inside the region; also where somebody calls `module.forward` and so passes by the hook."""
+        return tensor if self._entered else self.enter(tensor)
+
+    def exit_hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook, also after an exception: the next call enters the region by itself."""
+        self._entered = False
+
+    def enter(self, tensor: Tensor) -> Tensor:
+        return self.region.enter(tensor, self.partners, self.style.shares_input, self.module.training)
+
+    def partial_names(self) -> list[str]:
+        """Own parameters whose gradients are partial and wanted."""
+        if not self.partial_gradients:
+            return []
+        params = self.module._parameters.items()
+        return [name for name, param in params if param is not None and param.requires_grad and self.is_partial(name)]
+
+    @property
+    def partial_gradients(self) -> bool:
+        """Whether there may be parameters whose gradient is the sum over several ranks."""
+        return self.style.partial_gradients or any(info.is_repeated for info in self.shards.values())
+
+    def is_partial(self, name: str) -> bool:
+        return self.shards[name].is_repeated if name in self.shards else self.style.partial_gradients
+
+    def shared(self, name: str) -> Shared | None:
+        """See `copy_to_tp`."""
+        return self.shards[name].shared if name in self.shards else None
+
+    def summed_parameters(self) -> dict[str, Tensor]:
+        """Own parameters, their gradients summed over the ranks: as offered by `Region.enter`, or by themselves."""
+        names = self.partial_names() if torch.is_grad_enabled() else []
+        offered, self.offered = self.offered, {}
+        missing = [name for name in names if name not in offered]
+        own = copy_to_tp(
+            self.mesh,
+            *(self.module._parameters[name] for name in missing),
+            shared=[self.shared(name) for name in missing],
+        )
+        return {**{name: offered[name] for name in names if name in offered}, **dict(zip(missing, own))}
+
+    def inner_with_sums(self, *args, **kwargs):
+        """The module's own forward, on parameters whose partial gradients are summed in the backward."""
+        if not self.partial_gradients:
+            return self.inner(*args, **kwargs)
+        with self.replacing(**self.summed_parameters()):
+            return self.inner(*args, **kwargs)
+
+    @contextmanager
+    def replacing(self, **params: Tensor | None) -> Iterator[None]:
+        """Let the module compute with other tensors in place of some of its parameters."""
+        saved = {name: self.module._parameters[name] for name in params}
+        self.module._parameters.update(params)
+        try:
+            yield
+        finally:
+            self.module._parameters.update(saved)
+
+    def __getstate__(self) -> dict[str, Any]:
+        idle = {"offered": {}, "_entered": False, "computing": False, "idle": False}
+        return {**self.__dict__, **idle}

@@ -1,0 +1,1 @@
+"""How PEFT's adapters follow the module that they are put around."""

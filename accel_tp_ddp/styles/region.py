@@ -1,0 +1,103 @@
+"""The tensor-parallel region of a model: what its parallelized modules share while they run."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..core.collectives import copy_to_tp
+from ..core.layout import Shared
+from ..core.randomness import RandomStream
+
+__all__ = ["Region"]
+
+
+class Partner(Protocol):
+    """A module that has replicated parameters whose gradients are partial, as its `ParallelForward` knows them."""
+
+    module: nn.Module
+    offered: dict[str, Tensor]
+
+    def partial_names(self) -> list[str]: ...
+
+    def shared(self, name: str) -> Shared | None: ...
+
+
+class Region:
+    """Remembers the last tensor that entered, so that modules with one input (q/k/v, gate/up) share one copy node.
+
+    One copy node means one all-reduce in the backward, of the sum of all their gradients.
+    """
+
+    def __init__(self, mesh: DeviceMesh, draws_dropout: bool = False):
+        self.mesh = mesh
+        self.stream = RandomStream(mesh.get_local_rank(), mesh.device_type) if draws_dropout else None
+        self._source: weakref.ref[Tensor] | None = None
+        self._version = -1
+        # Held strongly only until the region is left: torch does not keep the Python object alive by itself.
+        self._copy: Tensor | None = None
+        self.running = 0  # forwards of the whole model under way
+        self.whole: dict[tuple[int, int], Tensor] = {}  # what `direct_reads` has gathered in this forward
+
+    def enter(
+        self, tensor: Tensor, partners: tuple[Partner, ...] = (), keep: bool = True, training: bool = True
+    ) -> Tensor:
+        """`copy_to_tp` of `tensor`, or the copy that another module has just made of the same tensor.
+
+        Args:
+            tensor: Replicated input of a column-parallel module.
+            partners: Modules whose replicated parameters get partial gradients inside this region; their gradients
+                are summed in the same collective.
+            keep: Whether a later module is expected to want this copy, until `leave` is called.
+            training: Whether the module is in training mode, and what follows may drop out sharded activations.
+        """
+        if keep:
+            self.open(training)
+        if not torch.is_grad_enabled():
+            return tensor
+        if self._copy is not None and self._source() is tensor and self._version == tensor._version:
+            return self._copy
+        partial = [(partner, name) for partner in partners for name in partner.partial_names()]
+        copy, *params = copy_to_tp(
+            self.mesh,
+            tensor,
+            *(partner.module._parameters[name] for partner, name in partial),
+            shared=[None, *(partner.shared(name) for partner, name in partial)],
+        )
+        for (partner, name), param in zip(partial, params):
+            partner.offered[name] = param
+        if keep:
+            self._source, self._version, self._copy = weakref.ref(tensor), tensor._version, copy
+        return copy
+
+    def open(self, training: bool = True) -> None:
+        """Go over to this rank's random stream; in training mode, and where anything drops out at all."""
+        if training and self.stream is not None:
+            self.stream.enter()
+
+    def leave(self) -> None:
+        """Close the region: forget its input, so that it is freed as early as without tensor parallelism."""
+        self._source, self._copy = None, None
+        if self.stream is not None:
+            self.stream.leave()
+
+    def attach(self, model: nn.Module) -> None:
+        """Follow the forwards of the whole model, so that nothing outlives one, also where an exception ends it."""
+        model.register_forward_pre_hook(self._begin_hook, prepend=True)
+        model.register_forward_hook(self._end_hook, always_call=True)
+
+    def _begin_hook(self, model: nn.Module, args: Any) -> None:
+        self.running += 1
+
+    def _end_hook(self, model: nn.Module, args: Any, output: Any) -> None:
+        self.running = max(0, self.running - 1)
+        self.whole.clear()
+        self.leave()
+
+    def __getstate__(self) -> dict[str, Any]:
+        idle = {"_source": None, "_version": -1, "_copy": None, "running": 0, "whole": {}}
+        return {"mesh": self.mesh, "stream": self.stream, **idle}

@@ -1,0 +1,168 @@
+"""Optimizers that were built before their model was sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from ..core.shard import ShardInfo, shard_info
+from .full_tensor_step import steps_whole
+
+__all__ = [
+    "check_optimizer",
+    "check_step",
+    "follow_model",
+    "full_optimizer_state",
+    "take_full_state",
+]
+
+
+#: Optimizers whose step looks at a whole matrix, or at a norm or a dot product over many elements: on a shard each
+#: would do something else. Those that `steps_whole` knows are right nevertheless.
+LOOKS_AT_MATRICES = frozenset(
+    "AdaLomo Adafactor AdamMini APOLLO CAME DAdaptAdaGrad DAdaptAdam DAdaptLion DAdaptSGD Dion DistributedShampoo "
+    "GaLoreAdafactor GaLoreAdamW GaLoreAdamW8bit LAMB LARS LBFGS Lamb Lars Muon MuonWithAuxAdam NovoGrad Prodigy SAM "
+    "SOAP Shampoo SingleDeviceMuon SingleDeviceMuonWithAuxAdam".split()
+)
+
+
+def check_optimizer(optimizer: Optimizer, models: Iterable[nn.Module]) -> None:
+    """Raise unless `optimizer` is right on shards, and every parameter that it trains belongs to one of `models`.
+
+    Raises:
+        ValueError: With the optimizer's name, or the position and size of the first parameter that does not.
+    """
+    models = list(models)
+    check_step(optimizer)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            _check_state(optimizer, param)
+    known = {id(param) for model in models for param in model.parameters()}
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, param in enumerate(group["params"]):
+            if id(param) in known:
+                continue
+            same_size = [
+                name for model in models for name, own in model.named_parameters() if own.shape == param.shape
+            ]
+            hint = f" Parameters of that size in the model: {', '.join(same_size[:3])}." if same_size else ""
+            raise ValueError(
+                f"the optimizer {type(optimizer).__name__} trains a parameter that is in no model given to `prepare`: "
+                f"number {index} of group {group_index}, of size {tuple(param.shape)}.{hint} Build the optimizer from "
+                "`model.parameters()` of the model that you prepare, after anything that replaces its parameters, and "
+                "prepare the model before the optimizer or together with it."
+            )
+
+
+def check_step(optimizer: Optimizer) -> None:
+    """Raise if the step of `optimizer` looks at more of a parameter than one element, and cannot step on whole ones.
+
+    Raises:
+        ValueError: With the optimizer's name.
+    """
+    if steps_whole(optimizer):
+        return
+    for kind in type(optimizer).__mro__:
+        if kind.__name__ in LOOKS_AT_MATRICES:
+            raise ValueError(
+                f"the optimizer {kind.__name__} works on whole matrices (factored moments, orthogonalisation, norms), "
+                "and a tensor-parallel rank holds parts of them: its steps would differ from those without tensor "
+                "parallelism. Use one that works element by element, such as AdamW, SGD or Lion, or Adafactor, or set "
+                "tp_size=1. If its update of a parameter depends on no other parameter, "
+                f"`accel_tp_ddp.register_whole_step({kind.__name__})` lets it step on whole tensors."
+            )
+
+
+def follow_model(optimizer: Optimizer, mapping: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Let `optimizer` train the sharded parameters: put new objects for old ones, and cut its state to the shards.
+
+    Groups, hyper-parameters and their order stay. Does nothing to what has been done already.
+    """
+    for group in optimizer.param_groups:
+        group["params"] = [mapping.get(param, param) for param in group["params"]]
+    for old, new in mapping.items():
+        if old in optimizer.state:
+            optimizer.state[new] = optimizer.state.pop(old)
+    for param, state in optimizer.state.items():
+        info = shard_info(param) if isinstance(param, Tensor) else None
+        if info is None:
+            continue
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                state[key] = _whole_state(value) if steps_whole(optimizer) else _local_state(value, param, info)
+
+
+def take_full_state(optimizer: Optimizer) -> None:
+    """Let `optimizer.load_state_dict` take unsharded state, as plain DDP writes it, as well as this rank's."""
+    optimizer.register_load_state_dict_pre_hook(_cut_full_state)
+
+
+def full_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, Any]:
+    """`optimizer.state_dict()` as it would be without tensor parallelism, on the CPU.
+
+    Collective over the tensor-parallel group, tensor by tensor.
+
+    Args:
+        optimizer: One over localized parameters.
+        keep: Whether this rank wants the result; others take part, and get an empty state.
+    """
+    state_dict, whole = optimizer.state_dict(), steps_whole(optimizer)
+    full: dict[Any, dict[str, Any]] = {}
+    for index, param in _with_state(optimizer, state_dict):
+        info, states = shard_info(param), {}
+        for key, value in state_dict["state"][index].items():
+            if isinstance(value, Tensor):
+                sharded = info is not None and info.is_sharded and value.shape == param.shape and not whole
+                value = info.full_tensor(value) if sharded else value.detach()
+                value = value.cpu() if keep else None
+            states[key] = value
+        full[index] = states
+    return {**state_dict, "state": full if keep else {}}
+
+
+def _cut_full_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    if steps_whole(optimizer):
+        return None
+    state = dict(state_dict["state"])
+    for index, param in _with_state(optimizer, state_dict):
+        if (info := shard_info(param)) is not None:
+            state[index] = {key: info.cut_if_full(value) for key, value in state[index].items()}
+    return {**state_dict, "state": state}
+
+
+def _with_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator[tuple[Any, nn.Parameter]]:
+    """Each parameter that has state in `state_dict`, with the number that it has there."""
+    for group, own in zip(state_dict["param_groups"], optimizer.param_groups):
+        for index, param in zip(group["params"], own["params"]):
+            if index in state_dict["state"]:
+                yield index, param
+
+
+def _check_state(optimizer: Optimizer, param: nn.Parameter) -> None:
+    """A state tensor is a number, or has its parameter's shape, so that it can be cut as the parameter is."""
+    if steps_whole(optimizer):
+        return
+    info = shard_info(param)
+    full = info.global_shape if info is not None else param.shape
+    for key, value in optimizer.state.get(param, {}).items():
+        if isinstance(value, Tensor) and value.numel() != 1 and value.shape not in (full, param.shape):
+            raise ValueError(
+                f"the optimizer {type(optimizer).__name__} holds a state `{key}` of size {tuple(value.shape)} for a "
+                f"parameter of size {tuple(full)}; it cannot be cut likewise. Prepare the model before the first "
+                "optimizer step, or use an optimizer whose state has its parameter's shape."
+            )
+
+
+def _whole_state(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _local_state(value: Tensor, param: nn.Parameter, info: ShardInfo) -> Tensor:
+    if isinstance(value, DTensor):
+        value = value.redistribute(placements=info.placements).to_local()
+    whole = not info.is_sharded or value.numel() == 1 or value.shape == param.shape
+    return value if whole else info.local_part(value)
