@@ -22,7 +22,7 @@ class Runner(Protocol):
     """The part of a style that runs."""
 
     enters: bool
-    shares_input: bool
+    local_output: bool
     partial_gradients: bool
 
     def forward(self, call: ParallelForward, *args, **kwargs): ...
@@ -50,7 +50,7 @@ class ParallelForward:
         self.shards = shards
         self.partners: tuple[ParallelForward, ...] = ()
         self.offered: dict[str, Tensor] = {}
-        self._inner: Callable | None = module.__dict__.get("forward")
+        self.wrapped: Callable | None = module.__dict__.get("forward")
         self._entered = False
         self.computing = False  # whether the module's own forward runs
         self.idle = False  # while a module around this one runs it under the style
@@ -78,8 +78,8 @@ class ParallelForward:
         """The module's own forward."""
         self.computing = True
         try:
-            if self._inner is not None:
-                return self._inner(*args, **kwargs)
+            if self.wrapped is not None:
+                return self.wrapped(*args, **kwargs)
             return type(self.module).forward(self.module, *args, **kwargs)
         finally:
             self.computing = False
@@ -108,7 +108,7 @@ class ParallelForward:
         self._entered = False
 
     def enter(self, tensor: Tensor) -> Tensor:
-        return self.region.enter(tensor, self.partners, self.style.shares_input, self.module.training)
+        return self.region.enter(tensor, self.partners, self.style.local_output, self.module.training)
 
     def partial_names(self) -> list[str]:
         """Own parameters whose gradients are partial and wanted."""

@@ -41,7 +41,7 @@ class Region:
         # Held strongly only until the region is left: torch does not keep the Python object alive by itself.
         self._copy: Tensor | None = None
         self.running = 0  # forwards of the whole model under way
-        self.whole: dict[tuple[int, int], Tensor] = {}  # what `direct_reads` has gathered in this forward
+        self.full: dict[tuple[int, int], Tensor] = {}  # what `direct_reads` has gathered in this forward
 
     def enter(
         self, tensor: Tensor, partners: tuple[Partner, ...] = (), keep: bool = True, training: bool = True
@@ -95,9 +95,9 @@ class Region:
 
     def _end_hook(self, model: nn.Module, args: Any, output: Any) -> None:
         self.running = max(0, self.running - 1)
-        self.whole.clear()
+        self.full.clear()
         self.leave()
 
     def __getstate__(self) -> dict[str, Any]:
-        idle = {"_source": None, "_version": -1, "_copy": None, "running": 0, "whole": {}}
+        idle = {"_source": None, "_version": -1, "_copy": None, "running": 0, "full": {}}
         return {"mesh": self.mesh, "stream": self.stream, **idle}
