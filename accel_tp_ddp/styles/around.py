@@ -23,15 +23,7 @@ from .base import Site, Style
 from .forward import ParallelForward
 from .region import Region
 
-__all__ = [
-    "LocalHeads",
-    "LocalModules",
-    "LocalSizes",
-    "Requires",
-    "Together",
-    "set_local_size",
-    "full_size",
-]
+__all__ = ["LocalHeads", "LocalModules", "LocalSizes", "Requires", "Together", "full_size", "set_local_size"]
 
 _FULL = "_tp_full_sizes"
 

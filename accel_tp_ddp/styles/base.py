@@ -207,8 +207,10 @@ class Style:
         shards = {}
         for name, layout in self.layouts(site).items():
             param = site.module._parameters[name]
-            shards[name] = info = _existing(param, layout) or ShardInfo.sharded(region.mesh, param.shape, layout)
-            shard_in_place(param, info)
+            tied = getattr(param, "tp_shard", None)  # another module has cut it already
+            assert tied is None or tied.layout == layout, "the plan was to verify that tied weights agree"
+            shards[name] = tied or ShardInfo.sharded(region.mesh, param.shape, layout)
+            shard_in_place(param, shards[name])
         self.install(site.module, region, shards, self.facts(site))
 
     def calls(self, site: Site) -> list[ParallelForward]:
@@ -236,13 +238,6 @@ class Style:
 
 def _spelled(kind: type) -> str:
     return getattr(kind, "spelled", f"{kind.__module__.partition('.modules.')[0]}.{kind.__name__}")
-
-
-def _existing(param: nn.Parameter, layout: Layout) -> ShardInfo | None:
-    """The shard of a tied parameter that another module has already cut."""
-    info = getattr(param, "tp_shard", None)
-    assert info is None or info.layout == layout, "the plan was to verify that tied weights agree"
-    return info
 
 
 def shard_in_place(param: nn.Parameter, info: ShardInfo) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,10 @@ from ..core.layout import Shared
 from ..core.shard import ShardInfo, restore_shards, shard_info
 from .region import Region
 
+if TYPE_CHECKING:
+    from .base import Style
+
 __all__ = ["ParallelForward"]
-
-
-class Runner(Protocol):
-    """The part of a style that runs."""
-
-    enters: bool
-    local_output: bool
-    partial_gradients: bool
-
-    def forward(self, call: ParallelForward, *args, **kwargs): ...
 
 
 class ParallelForward:
@@ -38,7 +31,7 @@ class ParallelForward:
     def __init__(
         self,
         module: nn.Module,
-        style: Runner,
+        style: Style,
         region: Region,
         shards: dict[str, ShardInfo],
         facts: dict[str, Any] | None = None,

@@ -76,17 +76,15 @@ class GroupedQKVColwise(Colwise):
         Style.verify(self, site)
 
     def _verify_heads(self, site: Site) -> None:
-        queries, keys = self._counts(site)
-        features, tp_size = out_features(site.module), site.tp_size
+        queries, keys, width = self._heads(site)
         what = f"`{site.parameter('weight')}` of size {tuple(site.module.weight.shape)}"
-        if keys < 1 or queries % keys or features % (queries + 2 * keys):
+        if keys < 1 or queries % keys or out_features(site.module) % (queries + 2 * keys):
             raise site.error(
                 f"{what} does not hold {queries} queries ({self.heads}) with {keys} keys and values "
                 f"({self.key_value_heads}), all of one width.",
                 "Name the attributes of the attention module that hold these numbers.",
             )
-        width = features // (queries + 2 * keys)
-        if ranks_that_share(queries, keys, width, tp_size) is None:
+        if ranks_that_share(queries, keys, width, site.tp_size) is None:
             raise site.error(
                 f"{what} holds {keys} groups of {queries // keys} queries, a key and a value of width {width}, which "
                 "the ranks cannot share out evenly.",
@@ -94,7 +92,8 @@ class GroupedQKVColwise(Colwise):
                 "projections of this attention to `replicate`.",
             )
 
-    def _counts(self, site: Site) -> tuple[int, int]:
+    def _heads(self, site: Site) -> tuple[int, int, int]:
+        """Number of queries and of keys, and the features of each."""
         counts = []
         for name in (self.heads, self.key_value_heads):
             count = full_size(site.parent, name)
@@ -104,19 +103,22 @@ class GroupedQKVColwise(Colwise):
                     f"Write `{self.usage}`.",
                 )
             counts.append(count)
-        return counts[0], counts[1]
+        queries, keys = counts
+        return queries, keys, out_features(site.module) // max(queries + 2 * keys, 1)
+
+    def sections(self, site: Site) -> list[int]:
+        queries, keys, width = self._heads(site)
+        return [queries * width, keys * width, keys * width]
 
     def output_layout(self, site: Site) -> Layout:
-        queries, keys = self._counts(site)
-        features, tp_size = out_features(site.module), site.tp_size
+        (queries, keys, width), tp_size = self._heads(site), site.tp_size
         if keys % tp_size == 0:
-            return Layout(0, chunk_ranges(features, tp_size))
-        sharing, group = tp_size // keys, features // keys
-        width = features // (queries + 2 * keys)
+            return Layout(0, chunk_ranges(out_features(site.module), tp_size))
+        sharing, group = tp_size // keys, queries // keys + 2
         sizes = (queries // keys * width, width, width)  # of a group's queries, its key, its value
         ranges = []
         for rank in range(tp_size):
-            start, part = rank // sharing * group, rank % sharing
+            start, part = rank // sharing * group * width, rank % sharing
             own = []
             for size in sizes:
                 own.append((start + part * size // sharing, start + (part + 1) * size // sharing))
@@ -124,20 +126,14 @@ class GroupedQKVColwise(Colwise):
             ranges.append(tuple(own))
         return Layout(0, tuple(ranges))
 
-    def sections(self, site: Site) -> list[int]:
-        queries, keys = self._counts(site)
-        width = out_features(site.module) // (queries + 2 * keys)
-        return [queries * width, keys * width, keys * width]
-
     def apply(self, site: Site, region: Region) -> None:
         super().apply(site, region)
-        queries, keys = self._counts(site)
+        queries, keys, _ = self._heads(site)
         set_local_size(site.parent, self.heads, queries // site.tp_size)
         set_local_size(site.parent, self.key_value_heads, max(keys // site.tp_size, 1))
 
     def facts(self, site: Site) -> dict[str, Any]:
-        queries, keys = self._counts(site)
-        width = out_features(site.module) // (queries + 2 * keys)
+        queries, keys, width = self._heads(site)
         return {"width": width, "sharing": ranks_that_share(queries, keys, width, site.tp_size)}
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:

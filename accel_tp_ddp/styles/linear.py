@@ -14,25 +14,12 @@ from torch import Tensor, nn
 from ..core.collectives import gather_from_tp, reduce_from_tp, split_to_tp
 from ..core.layout import Layout, Ranges, chunk_ranges
 from .base import Site, Style, even_layout
-from .conv1d import (
-    LINEAR,
-    in_features,
-    input_dim,
-    is_linear,
-    out_features,
-    output_dim,
-    show_local_outputs,
-    without_bias,
-)
+from .conv1d import LINEAR, in_features, input_dim, out_features, output_dim, show_local_outputs, without_bias
 from .forward import ParallelForward
 from .heads import meets_a_neighbour, show_local_heads, verify_whole_heads
 from .region import Region
 
 __all__ = ["Colwise", "ColwiseGatherOutput", "Rowwise", "RowwiseSplitInput"]
-
-
-def has_bias(module: nn.Module) -> bool:
-    return module._parameters.get("bias") is not None
 
 
 def bare_output_dim(param: nn.Parameter) -> int:
@@ -57,7 +44,7 @@ class Colwise(Style):
     def layouts(self, site: Site) -> dict[str, Layout]:
         layout = self.output_layout(site)
         weight = {"weight": replace(layout, dim=output_dim(site.module))}
-        return {**weight, "bias": layout} if has_bias(site.module) else weight
+        return weight if site.module._parameters.get("bias") is None else {**weight, "bias": layout}
 
     def output_layout(self, site: Site) -> Layout:
         """How the outputs are dealt out, along the only dimension of the bias."""
@@ -80,7 +67,7 @@ class Colwise(Style):
         return self.uneven or meets_a_neighbour(site, out_features(site.module), in_features)
 
     def verify(self, site: Site) -> None:
-        if is_linear(site.module) and self.local_output:
+        if isinstance(site.module, self.accepts) and self.local_output:
             verify_whole_heads(site, out_features(site.module), "output")
         super().verify(site)
 
@@ -145,7 +132,7 @@ class Rowwise(Style):
         return self.uneven or meets_a_neighbour(site, in_features(site.module), out_features)
 
     def verify(self, site: Site) -> None:
-        if is_linear(site.module) and self.local_input:
+        if isinstance(site.module, self.accepts) and self.local_input:
             verify_whole_heads(site, in_features(site.module), "input")
         super().verify(site)
 

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..core.collectives import copy_to_tp
-from ..core.layout import Shared
 from ..core.randomness import RandomStream
 
+if TYPE_CHECKING:
+    from .forward import ParallelForward
+
 __all__ = ["Region"]
-
-
-class Partner(Protocol):
-    """A module that has replicated parameters whose gradients are partial, as its `ParallelForward` knows them."""
-
-    module: nn.Module
-    offered: dict[str, Tensor]
-
-    def partial_names(self) -> list[str]: ...
-
-    def shared(self, name: str) -> Shared | None: ...
 
 
 class Region:
@@ -44,7 +35,7 @@ class Region:
         self.full: dict[tuple[int, int], Tensor] = {}  # what `direct_reads` has gathered in this forward
 
     def enter(
-        self, tensor: Tensor, partners: tuple[Partner, ...] = (), keep: bool = True, training: bool = True
+        self, tensor: Tensor, partners: tuple[ParallelForward, ...] = (), keep: bool = True, training: bool = True
     ) -> Tensor:
         """`copy_to_tp` of `tensor`, or the copy that another module has just made of the same tensor.
 

@@ -9,13 +9,7 @@ from .base import Site, Style
 from .forward import ParallelForward
 from .region import Region
 
-__all__ = [
-    "AllReduce",
-    "LocalDropout",
-    "Replicate",
-    "ReplicatedDropout",
-    "ReplicatedWithGradAllReduce",
-]
+__all__ = ["AllReduce", "LocalDropout", "Replicate", "ReplicatedDropout", "ReplicatedWithGradAllReduce"]
 
 
 class Replicate(Style):

@@ -10,6 +10,7 @@ from typing import Any
 
 __all__ = ["Spelled", "build", "parse"]
 
+_NO_ARGUMENT = "is no name, number or name=value"
 _WORDS = {"true": True, "True": True, "false": False, "False": False}
 
 
@@ -35,18 +36,22 @@ def parse(value: str) -> list[Spelled]:
 def _part(text: str) -> Spelled:
     if text.isidentifier():
         return Spelled(text)
+    refused = f"`{text}` is no style's name, with or without arguments in parentheses"
     try:
         call = ast.parse(text, mode="eval").body
     except SyntaxError as error:
-        raise ValueError(_reason(text, error)) from error
+        start, stop = (error.offset or 0) - 1, (error.end_offset or 0) - 1
+        if "follows keyword argument" in error.msg:
+            refused = f"an argument of `{text}` stands behind a name=value"
+        elif text.endswith(")") and 0 < text.find("(") < start < stop:
+            refused = f"`{text[start:stop]}` {_NO_ARGUMENT}"
+        raise ValueError(refused) from error
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-        raise ValueError(_no_style(text))
+        raise ValueError(refused)
     kwargs: dict[str, Any] = {}
     for keyword in call.keywords:
-        if keyword.arg is None:
-            raise ValueError(_no_argument("**"))
-        if keyword.arg in kwargs:
-            raise ValueError(f"`{keyword.arg}` is given twice")
+        if keyword.arg is None or keyword.arg in kwargs:
+            raise ValueError(f"`{keyword.arg}` is given twice" if keyword.arg else f"`**` {_NO_ARGUMENT}")
         kwargs[keyword.arg] = _value(text, keyword.value)
     return Spelled(call.func.id, True, tuple(_value(text, node) for node in call.args), kwargs)
 
@@ -56,24 +61,8 @@ def _value(text: str, node: ast.expr) -> int | str | bool:
     if word.removeprefix("-").isdigit():
         return int(word)
     if not word.isidentifier():
-        raise ValueError(_no_argument(word))
+        raise ValueError(f"`{word}` {_NO_ARGUMENT}")
     return _WORDS.get(word, word)
-
-
-def _reason(text: str, error: SyntaxError) -> str:
-    if "follows keyword argument" in error.msg:
-        return f"an argument of `{text}` stands behind a name=value"
-    start, stop = (error.offset or 0) - 1, (error.end_offset or 0) - 1
-    inside = text.endswith(")") and 0 < text.find("(") < start < stop
-    return _no_argument(text[start:stop]) if inside else _no_style(text)
-
-
-def _no_argument(word: str) -> str:
-    return f"`{word}` is no name, number or name=value"
-
-
-def _no_style(text: str) -> str:
-    return f"`{text}` is no style's name, with or without arguments in parentheses"
 
 
 def build(style: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:

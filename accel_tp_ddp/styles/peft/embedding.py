@@ -6,6 +6,7 @@ Ids and vectors are replicated, so the adapters are replicated too, and have the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -43,32 +44,22 @@ class EmbeddingLora(Style):
     """LoRA of an embedding of which each rank holds a part. Forward and backward: nothing."""
 
     def apply(self, site: Site, region: Region) -> None:
-        site.module.get_delta_weight = DeltaOfShard(site.module)
-        site.module.unmerge = UnmergeShard(site.module)
+        layer = site.module
+        layer.get_delta_weight, layer.unmerge = partial(delta_of_shard, layer), partial(unmerge_shard, layer)
 
 
-class DeltaOfShard:
-    """`get_delta_weight` for merging: this rank's part. An object, so that it is copied with its layer."""
-
-    def __init__(self, layer: nn.Module):
-        self.layer = layer
-
-    def __call__(self, adapter: str) -> Tensor:
-        delta = type(self.layer).get_delta_weight(self.layer, adapter)
-        info = shard_info(self.layer.get_base_layer()._parameters["weight"])
-        return delta if info is None else info.local_part(delta)
+def delta_of_shard(layer: nn.Module, adapter: str) -> Tensor:
+    """`get_delta_weight` for merging: this rank's part."""
+    delta = type(layer).get_delta_weight(layer, adapter)
+    info = shard_info(layer.get_base_layer()._parameters["weight"])
+    return delta if info is None else info.local_part(delta)
 
 
-class UnmergeShard:
+def unmerge_shard(layer: nn.Module) -> None:
     """`unmerge`, which may come within a forward, where reading the weight of the module inside gives the full one."""
-
-    def __init__(self, layer: nn.Module):
-        self.layer = layer
-
-    def __call__(self) -> None:
-        call = self.layer.get_base_layer().__dict__["forward"]
-        call.idle = True
-        try:
-            type(self.layer).unmerge(self.layer)
-        finally:
-            call.idle = False
+    call = layer.get_base_layer().__dict__["forward"]
+    call.idle = True
+    try:
+        type(layer).unmerge(layer)
+    finally:
+        call.idle = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -45,20 +46,8 @@ class TrainedTokens(Style):
     """
 
     def apply(self, site: Site, region: Region) -> None:
-        layer = site.module
-        for name in ("forward_adapters", "merge", "unmerge", "get_merged_weights"):
-            setattr(layer, name, OnShards(layer, name))
-
-
-class OnShards:
-    """A method of PEFT's layer of trained tokens, on this rank's part of the weight."""
-
-    def __init__(self, layer: nn.Module, name: str):
-        self.layer = layer
-        self.name = name
-
-    def __call__(self, *args, **kwargs):
-        return _ON_SHARDS[self.name](self.layer, *args, **kwargs)
+        for name, method in _ON_SHARDS.items():
+            setattr(site.module, name, partial(method, site.module))
 
 
 def _forward_tokens(layer: nn.Module, x: Tensor, active_adapters: list[str], *args, **kwargs) -> Tensor:
@@ -124,6 +113,7 @@ def _merged_weights(layer: nn.Module, active_adapters: list[str]) -> Tensor:
     return _merged(layer, layer.trainable_tokens_delta, active_adapters, layer.base_layer.weight)
 
 
+# Methods of PEFT's layer of trained tokens, on this rank's part of the weight.
 _ON_SHARDS: dict[str, Callable] = {
     "forward_adapters": _forward_tokens,
     "merge": _merge_tokens,
