@@ -12,7 +12,6 @@ from ..core.collectives import gather_from_tp
 from ..core.layout import Ranges
 from ..core.wrappers import unwrap
 from ..plans.plan import Plan
-from ..styles.linear import Colwise, Rowwise
 from ..styles.region import Region
 
 __all__ = ["return_all_heads"]
@@ -23,13 +22,11 @@ def return_all_heads(model: nn.Module, plan: Plan, region: Region) -> None:
 
     Only then: they are gathered when the forward ends, and their gradient goes back to the ranks that hold the heads.
     """
-    asked, outputs = _Asked(region), {}
-    for entry in plan.entries:
-        if isinstance(entry.style, Rowwise) and "weight" in entry.layouts:
-            outputs[entry.site.parent] = entry.layouts["weight"].ranges
-    for entry in plan.entries:
-        parent = entry.site.parent
-        if parent is not None and isinstance(entry.style, Colwise) and entry.style.whole_heads:
+    asked = _Asked(region)
+    taken = [(entry.site.parent, entry.style.input_ranges(entry.layouts)) for entry in plan.entries]
+    outputs = {parent: ranges for parent, ranges in taken if ranges is not None}
+    for parent in {entry.site.parent: None for entry in plan.entries if entry.style.local_output}:
+        if parent is not None:
             parent.register_forward_hook(_Note(asked, outputs.get(parent)))
     model.register_forward_pre_hook(asked.begin, with_kwargs=True)
     model.register_forward_hook(asked.end, always_call=True)

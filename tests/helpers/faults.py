@@ -309,7 +309,7 @@ _STYLE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "identity expert on every rank": [
         (experts.IdentityExpert, "forward", lambda self, call, *args: call.inner(*args)),
     ],
-    "cached head counts left as they were": [(linear, "show_local_heads", lambda site: None)],
+    "cached head counts left as they were": [(linear, "show_local_heads", _nothing)],
 }
 STYLE_FAULTS = tuple(_STYLE_FAULTS)
 

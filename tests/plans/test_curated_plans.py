@@ -353,9 +353,9 @@ def test_weights_that_a_module_reads_by_itself_are_refused():
 
 def test_an_attribute_is_divided_once_whoever_comes_first():
     attention = Attention()
-    styles.around.show_local_size(attention, "num_heads", 4)
-    styles.around.show_local_size(attention, "num_heads", 2)
-    assert attention.num_heads == 4 and styles.around.whole_size(attention, "num_heads") == 8
+    styles.around.set_local_size(attention, "num_heads", 4)
+    styles.around.set_local_size(attention, "num_heads", 2)
+    assert attention.num_heads == 4 and styles.around.full_size(attention, "num_heads") == 8
 
 
 def test_a_transposed_layer_is_cut_along_the_dimension_of_its_outputs():
