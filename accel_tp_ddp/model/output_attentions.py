@@ -33,7 +33,7 @@ def return_all_heads(model: nn.Module, plan: Plan, region: Region) -> None:
 
 
 class _Asked:
-    """One forward of the whole model. Attention weights are known by their object: layers may stay whole."""
+    """One forward of the whole model. Attention weights are known by their object: layers may stay replicated."""
 
     def __init__(self, region: Region):
         self.region = region
@@ -48,22 +48,22 @@ class _Asked:
 
     def end(self, model: nn.Module, args: Any, output: Any) -> Any:
         try:
-            return self._whole(output) if self.local and output is not None else None
+            return self._all_heads(output) if self.local and output is not None else None
         finally:
             self.active = False
             self.local.clear()
 
-    def _whole(self, value: Any) -> Any:
+    def _all_heads(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             if id(value) not in self.local:
                 return value
-            whole = gather_from_tp(self.region.mesh, value, 1, [value.size(1)] * self.region.mesh.size())
-            return _in_order(whole, self.local[id(value)][1])
+            heads = gather_from_tp(self.region.mesh, value, 1, [value.size(1)] * self.region.mesh.size())
+            return _in_order(heads, self.local[id(value)][1])
         if isinstance(value, Mapping):
             for name in [name for name in value if "attentions" in name]:
-                value[name] = self._whole(value[name])
+                value[name] = self._all_heads(value[name])
             return value
-        return type(value)(map(self._whole, value)) if type(value) in (tuple, list) else value
+        return type(value)(map(self._all_heads, value)) if type(value) in (tuple, list) else value
 
     def __getstate__(self) -> dict[str, Any]:
         return {"region": self.region, "active": False, "local": {}}

@@ -121,7 +121,7 @@ class Style:
     uneven: bool = False
     #: Whether the module opens a tensor-parallel region on its input; its forward takes `call.entered(input)`.
     enters: bool = False
-    #: Whether the output stays this rank's part, of whole attention heads where there are any, and the region open.
+    #: Whether it leaves that region open: its output is this rank's part, of its attention heads where there are any.
     local_output: bool = False
     #: Whether the module's replicated parameters get only a part of their gradient on each rank.
     partial_gradients: bool = False
@@ -133,7 +133,7 @@ class Style:
     leaves_alone: bool = False
     #: Whether the module computes on DTensors, and cuts its parameters by itself.
     runs_on_dtensors: bool = False
-    #: Kinds of PEFT's layers around the module that can follow it where it is sharded, see `styles/peft`.
+    #: Which of `styles/peft` can follow the module where it is sharded: "linear", "embedding", "experts", "tokens".
     adapters: frozenset[str] = frozenset()
 
     def layouts(self, site: Site) -> dict[str, Layout]:
