@@ -59,6 +59,13 @@ def test_collectives_are_counted(swept):
     assert (swept["causal: mixtral"]["tp 2"]["forward"], swept["causal: mixtral"]["tp 2"]["backward"]) == (6, 5)
 
 
+def test_there_are_saved_results_of_the_pinned_transformers():
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pinned = max(table.versions(), key=lambda path: f"\ntransformers=={path.name} " in pins)
+    assert f"\ntransformers=={pinned.name} " in pins
+    assert all(table.load(name, pinned) for name in groups())
+
+
 def test_the_saved_results_are_of_cases_that_exist():
     for name, module in groups().items():
         assert table.load(name).keys() <= {case.name for case in module.cases()}, name
