@@ -15,8 +15,9 @@ from ..styles.peft.follow import adapter_style
 from ..styles.registry import get_style, is_known, style_label, tied_partner
 from ..styles.replicated import Replicate
 from ..styles.torch_style import TorchStyle
-from .names import Names, wildcards
-from .rules import PlanLike, load_plan, own_plan, shipped_plans
+from .names import Names, unmarked, wildcards
+from .rules import PlanLike, load_plan, own_plan
+from .shipped import check_shipped, shipped_plans
 
 __all__ = ["Plan", "PlanEntry", "resolve_plan"]
 
@@ -122,9 +123,10 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
     """
     user = load_plan(plan)
     names = Names(model)
+    shipped = shipped_plans(names.wrappings.base)
     sources = [
         ("user", user),
-        *(("package", rules) for rules in shipped_plans(names.wrappings.base)),
+        *(("package", part.rules) for part in shipped),
         ("model", own_plan(names.wrappings.base)),
     ]
     if not any(rules for _, rules in sources):
@@ -140,7 +142,7 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
         for rule, value in ranked:
             targets = names.match(rule)
             if not targets:
-                if source == "user":
+                if source == "user" and not ("?" in rule and names.may_be_missing(rule)):
                     raise PlanError(
                         f"tensor-parallel plan: the rule `{rule}: {style_label(value)}` (tp_size={tp_size}) matches "
                         f"no module or parameter of {type(model).__name__}.{names.nearest(rule)} "
@@ -155,8 +157,9 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
                 own.update(targets)
             for target in targets:
                 if target not in chosen or claimed.get(target) == rule.count("*"):
-                    chosen[target] = (value, rule, source)
+                    chosen[target] = (value, unmarked(rule), source)
                     claimed[target] = rule.count("*")
+    check_shipped(names, shipped, user, tp_size)
     _check_supported(model, chosen, tp_size)
     bare = _bare_styles(names, chosen, own, tp_size)
     entries = [
