@@ -108,7 +108,7 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
 
     A name is a full module or parameter name, or one relative to the base model; `*` stands for exactly one dotted
     part. An exact name beats a pattern, fewer `*` beat more, the user's entry beats this package's, which beats the
-    model's own.
+    model's own. A rule with a mark, as `encoder?.layers.*.fc1`, may match nothing where there is no `encoder`.
 
     Args:
         model: The unsharded model.
@@ -117,9 +117,9 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
             YAML or JSON file that holds such a mapping.
 
     Raises:
-        PlanError: (a ValueError) with the full name, the size and the nearest names, if a rule of the user matches
-            nothing, a style is unknown or cannot be applied, sizes or head counts do not divide by `tp_size`, tied
-            weights disagree, or nothing would be sharded.
+        PlanError: (a ValueError) with the full name, the size and the nearest names, if a rule of the user or of
+            this package matches nothing, a style is unknown or cannot be applied, sizes or head counts do not divide
+            by `tp_size`, tied weights disagree, or nothing would be sharded.
     """
     user = load_plan(plan)
     names = Names(model)

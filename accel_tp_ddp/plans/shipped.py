@@ -74,18 +74,16 @@ def _model_types(part: nn.Module, config: Any) -> list[str]:
 def check_shipped(names: Names, plans: list[ShippedPlan], given: Iterable[str], tp_size: int) -> None:
     """Raise for rules of this package that match nothing, though the data does not say that this may be.
 
-    A model and the one inside it that it puts a head on have the same rules, which have to match in either. A rule that
-    the user gives, by the same name, stands in for this package's.
+    A model and the one inside it that it puts a head on have the same rules, which have to match in either. A rule of
+    the user by the same name stands in for this package's.
     """
     given = {unmarked(rule) for rule in given}
     for plan, parts in _by_outermost(plans):
         missing = {}
         for rule, style in plan.own.items():
             spellings = [f"{part}.{rule}" if part else rule for part in parts]
-            if (
-                not any(names.match(spelling) or unmarked(spelling) in given for spelling in spellings)
-                and not all(names.may_be_missing(spelling) for spelling in spellings)
-            ):
+            found = any(names.match(spelling) or unmarked(spelling) in given for spelling in spellings)
+            if not found and not all(names.may_be_missing(spelling) for spelling in spellings):
                 missing[unmarked(spellings[0])] = style
         if missing:
             raise _misfit(names, plan, missing, tp_size)
