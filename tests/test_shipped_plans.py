@@ -152,6 +152,12 @@ def test_a_model_type_of_two_families_is_refused(data):
         shipped.model_types()
 
 
+def test_a_family_that_is_no_list_is_refused(data):
+    data(families="pair: one")
+    with pytest.raises(PlanError, match="families.yaml, a file of this package, is malformed: pair: 'one' is no list"):
+        shipped.model_types()
+
+
 # --- rules that match nothing ----------------------------------------------------------------------------------------
 
 

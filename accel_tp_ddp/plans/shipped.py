@@ -109,7 +109,7 @@ def _misfit(names: Names, plan: ShippedPlan, missing: Mapping[str, Any], tp_size
         f"tensor-parallel plan: this package's plan for the model type `{plan.model_type}` does not fit "
         f"{plan.kind.__name__}{f' of {library} {version}' if version else ''} (tp_size={tp_size}): "
         f"{rules} {'matches' if len(missing) == 1 else 'match'} no module or parameter.{names.nearest(first)} "
-        "What is meant by it would be left unsharded, perhaps wrongly: an error of this package. Install a version "
+        "That leaves layers unsharded, perhaps with wrong gradients: an error of this package. Install a version "
         f"of {library} that the plan was written for, or say in tp_plan what holds instead: rules for the names that "
         f'there are, and a marked one for each that there is not, as `tp_plan={{"{first}?": "replicate"}}`.'
     )
@@ -122,6 +122,8 @@ def model_types() -> dict[str, str]:
     named = {path.stem for path in _DATA.glob("*.yaml")} - {"families"} - families.keys()
     result = {name: name for name in sorted(named)}
     for family, types in families.items():
+        if not isinstance(types, list):
+            raise _malformed("families", f"{family}: {types!r} is no list of model types")
         for model_type in types:
             if model_type in result:
                 raise _malformed("families", f"{model_type} is in {family} and in {result[model_type]}")
@@ -146,8 +148,10 @@ def _read_family(family: str, within: tuple[str, ...] = ()) -> dict[str, Any]:
         raise _malformed(family, "it extends itself")
     rules = _read_family(base, (family, *within))
     own = _flat(family, data)
-    conditions = [name for name, value in own.items() if isinstance(value, Mapping)]
-    return _with(rules, {**own, **{name: {**rules.get(name, {}), **own[name]} for name in conditions}})
+    for condition, further in own.items():
+        if isinstance(further, Mapping):
+            own[condition] = _with(rules.get(condition, {}), further)
+    return _with(rules, own)
 
 
 def _flat(family: str, block: Mapping[str, Any], before: str = "") -> dict[str, Any]:
