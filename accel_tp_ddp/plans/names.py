@@ -10,7 +10,7 @@ from ..core.errors import PlanError, nearest
 from ..styles.conv1d import LINEAR
 from .peft import Wrappings
 
-__all__ = ["Names", "wildcards"]
+__all__ = ["Names", "unmarked", "wildcards"]
 
 
 class Names:
@@ -35,12 +35,26 @@ class Names:
         """Names of the modules that `rule` means, in full or relative to the base model.
 
         The weight of a layer, or the only parameter of a module without submodules, means the module; another
-        parameter means itself.
+        parameter means itself. Marks (`?`) make no difference.
         """
+        rule = unmarked(rule)
         targets = self._match_full(rule)
         if not targets and self.prefix:
             targets = self._match_full(f"{self.prefix}.{rule}")
         return list(dict.fromkeys(self._module_of(name) for name in targets))
+
+    def may_be_missing(self, rule: str) -> bool:
+        """Whether `rule` may match nothing: the part of it up to a mark names nothing here, or the list that `*` goes
+        through is empty."""
+        parts = rule.split(".")
+        heads = [".".join(parts[: end + 1]) for end in range(len(parts))]
+        if any(head.endswith("?") and not self.match(head) for head in heads):
+            return True
+        lists = [self.match(head) for head, following in zip(heads, parts[1:]) if following == "*"]
+        return any(found and not any(self._has_members(name) for name in found) for found in lists)
+
+    def _has_members(self, name: str) -> bool:
+        return name not in self.modules or len(self.modules[name]._modules) > 0
 
     def _match_full(self, rule: str) -> list[str]:
         parts = rule.split(".")
@@ -101,6 +115,11 @@ class Names:
         known = dict.fromkeys(wildcards(name) if "*" in rule else name for name in spelled)
         relative = [name.removeprefix(f"{self.prefix}.") for name in known] if self.prefix else []
         return nearest(rule, [*known, *relative])
+
+
+def unmarked(rule: str) -> str:
+    """A rule's name without marks: `a.b?.c` may match nothing where there is no `a.b`."""
+    return rule.replace("?", "")
 
 
 def wildcards(name: str) -> str:

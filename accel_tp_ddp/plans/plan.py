@@ -14,8 +14,9 @@ from ..styles.base import Site, Style
 from ..styles.peft import adapter_style
 from ..styles.registry import get_style, is_known, style_label, tied_partner
 from ..styles.replicated import Replicate
-from .names import Names, wildcards
-from .rules import PlanLike, load_plan, own_plan, shipped_plans
+from .names import Names, unmarked, wildcards
+from .rules import PlanLike, load_plan, own_plan
+from .shipped import check_shipped, shipped_plans
 
 __all__ = ["Plan", "PlanEntry", "resolve_plan"]
 
@@ -106,7 +107,7 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
 
     A name is a full module or parameter name, or one relative to the base model; `*` stands for exactly one dotted
     part. An exact name beats a pattern, fewer `*` beat more, the user's entry beats this package's, which beats the
-    model's own.
+    model's own. A rule with a mark, as `encoder?.layers.*.fc1`, may match nothing where there is no `encoder`.
 
     Args:
         model: The unsharded model.
@@ -115,15 +116,16 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
             YAML or JSON file that holds such a mapping.
 
     Raises:
-        PlanError: (a ValueError) with the full name, the size and the nearest names, if a rule of the user matches
-            nothing, a style is unknown or cannot be applied, sizes or head counts do not divide by `tp_size`, tied
-            weights disagree, or nothing would be sharded.
+        PlanError: (a ValueError) with the full name, the size and the nearest names, if a rule of the user or of
+            this package matches nothing, a style is unknown or cannot be applied, sizes or head counts do not divide
+            by `tp_size`, tied weights disagree, or nothing would be sharded.
     """
     user = load_plan(plan)
     names = Names(model)
+    shipped = shipped_plans(names.wrappings.base)
     sources = [
         ("user", user),
-        *(("package", rules) for rules in shipped_plans(names.wrappings.base)),
+        *(("package", part.rules) for part in shipped),
         ("model", own_plan(names.wrappings.base)),
     ]
     if not any(rules for _, rules in sources):
@@ -139,7 +141,7 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
         for rule, value in ranked:
             targets = names.match(rule)
             if not targets:
-                if source == "user":
+                if source == "user" and not ("?" in rule and names.may_be_missing(rule)):
                     raise PlanError(
                         f"tensor-parallel plan: the rule `{rule}: {style_label(value)}` (tp_size={tp_size}) matches "
                         f"no module or parameter of {type(model).__name__}.{names.nearest(rule)} "
@@ -154,8 +156,9 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
                 own.update(targets)
             for target in targets:
                 if target not in chosen or claimed.get(target) == rule.count("*"):
-                    chosen[target] = (value, rule, source)
+                    chosen[target] = (value, unmarked(rule), source)
                     claimed[target] = rule.count("*")
+    check_shipped(names, shipped, user, tp_size)
     _check_supported(model, chosen, tp_size)
     bare = _bare_styles(names, chosen, own, tp_size)
     entries = [

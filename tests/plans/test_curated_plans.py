@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,7 +18,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from accel_tp_ddp import PlanError, full_gradients, full_state_dict, parallelize, resolve_plan, styles
-from accel_tp_ddp.plans.rules import _SHIPPED
+from accel_tp_ddp.plans.shipped import model_types, read_shipped
 from accel_tp_ddp.styles.region import Region
 
 from ..helpers.compare import assert_tensors_close, relative_errors
@@ -433,9 +432,9 @@ def rules_in(plan):
         yield from rules_in(value) if isinstance(value, dict) else [(rule, value)]
 
 
-@pytest.mark.parametrize("path", sorted(_SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_shipped_plan_names_no_unknown_style(path):
-    rules = list(rules_in(yaml.safe_load(path.read_text(encoding="utf-8"))))
+@pytest.mark.parametrize("model_type", model_types())
+def test_a_shipped_plan_names_no_unknown_style(model_type):
+    rules = list(rules_in(read_shipped(model_type)))
     assert rules
     for rule, value in rules:
         styles.get_style(value, rule)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from accel_tp_ddp import PlanError, full_gradients, parallelize, resolve_plan
-from accel_tp_ddp.plans import names, rules
+from accel_tp_ddp.plans import names, shipped
 from benchmarks.sweep import planned, vision
 from benchmarks.sweep.cases import build, inputs, loss_of
 from benchmarks.sweep.compare import gradient_errors
@@ -255,8 +255,9 @@ def test_heads_of_a_tower_that_the_ranks_do_not_divide_are_refused():
 
 
 def test_rules_under_a_condition_hold_where_the_config_says_so(monkeypatch):
-    shipped = {"a": "colwise", "b": "rowwise", "if special": {"a": "replicate", "c": "colwise"}}
-    monkeypatch.setattr(rules, "_read_shipped", lambda model_type: shipped if model_type == "mine" else {})
+    data = {"a": "colwise", "b": "rowwise", "if special": {"a": "replicate", "c": "colwise"}}
+    data["if not special"] = {"b?": "replicate"}
+    monkeypatch.setattr(shipped, "read_shipped", lambda model_type: data if model_type == "mine" else {})
 
     class Config:
         model_type = "mine"
@@ -265,12 +266,12 @@ def test_rules_under_a_condition_hold_where_the_config_says_so(monkeypatch):
             self.special = special
 
     for special, expected in [
-        (False, {"a": "colwise", "b": "rowwise"}),
+        (False, {"a": "colwise", "b?": "replicate"}),
         (True, {"a": "replicate", "b": "rowwise", "c": "colwise"}),
     ]:
         model = nn.Module()
         model.config = Config(special)
-        assert rules.shipped_plans(model) == [expected]
+        assert [plan.rules for plan in shipped.shipped_plans(model)] == [expected]
 
 
 def test_each_rule_of_these_plans_means_something_in_a_swept_model():
@@ -279,9 +280,10 @@ def test_each_rule_of_these_plans_means_something_in_a_swept_model():
         model = case.build()
         found = names.Names(model)
         for part in model.modules():
-            model_type = getattr(getattr(part, "config", None), "model_type", None)
-            for rule in rules.shipped_plans(part)[0] if model_type else ():
-                inside = f"{found.first_name[id(part)]}.{rule}".lstrip(".")
-                missing[model_type, rule] = missing.get((model_type, rule), True) and not found.match(inside)
+            for plan in shipped.shipped_plans(part)[:1] if hasattr(part, "config") else ():
+                for rule in plan.rules if not plan.part else ():
+                    inside = f"{found.first_name[id(part)]}.{rule}".lstrip(".")
+                    key = plan.model_type, shipped.unmarked(rule)
+                    missing[key] = missing.get(key, True) and not found.match(inside)
     assert len(missing) > 100
     assert not [rule for rule, without in missing.items() if without]
