@@ -275,7 +275,8 @@ class Together(Style):
         for style in self.styles:
             style.verify(site)
         sharding = [style for style in self.styles if style.enters or style.layouts(site)]
-        if len(sharding) > 1:
+        cut = [name for style in sharding for name in style.layouts(site)]
+        if sum(style.enters for style in sharding) > 1 or len(cut) > len(set(cut)):
             kinds = " and ".join(type(style).__name__ for style in sharding)
             raise site.error(f"{kinds} would both shard the module.", "Keep one of them.")
 

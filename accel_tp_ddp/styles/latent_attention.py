@@ -19,9 +19,14 @@ class LocalParameters(Style):
     """Lets a module compute with this rank's part of its bare parameters, such as one attention sink for each head.
 
     How each is cut, its own rule says. Forward and backward: nothing, as the module's activations are cut likewise.
+    Beside a style of the module's weight: `colwise_gather_output + local_params`, for an output layer that scales its
+    logits by a parameter.
     """
 
     takes_parameters = True
+
+    def allows_uneven(self, site: Site) -> bool:
+        return bool(site.bare) and all(style.uneven for style in site.bare.values())
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         return bare_layouts(site)

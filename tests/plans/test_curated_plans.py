@@ -10,7 +10,9 @@ import yaml
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
     LlamaForSequenceClassification,
 )
 from transformers.pytorch_utils import Conv1D
@@ -363,6 +365,53 @@ def test_a_transposed_layer_is_cut_along_the_dimension_of_its_outputs():
     assert layouts[f"{attention}.c_attn.weight"].ranges[1] == ((32, 64), (96, 128), (160, 192))
     assert layouts[f"{attention}.c_proj.weight"].dim == 0 and layouts[f"{mlp}.c_fc.weight"].dim == 1
     assert f"{attention}.c_proj.bias" not in layouts
+
+
+class Renamed(GPT2Config):
+    model_type = "renamed"
+
+
+def test_a_model_type_without_a_plan_has_that_of_the_type_its_class_was_written_for():
+    entries = resolve_plan(GPT2LMHeadModel(Renamed(n_embd=32, n_head=4, n_layer=1)), 2).entries
+    assert {(entry.site.name, entry.label, entry.source) for entry in entries} >= {
+        ("transformer.h.0.attn.c_attn", "packed_colwise(3)", "package")
+    }
+
+
+class ScaledHead(nn.Linear):
+    """An output layer of 7 tokens that scales the logit of each."""
+
+    def __init__(self):
+        super().__init__(4, 7, bias=False)
+        self.scale = nn.Parameter(torch.linspace(0.5, 2, 7))
+
+    def forward(self, hidden):
+        return super().forward(hidden) * self.scale
+
+
+def scaled_head():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"head": ScaledHead()})
+
+
+def scaled(model):
+    logits = model["head"](torch.linspace(-1, 1, 12).view(3, 4))
+    logits.square().sum().backward()
+    return {"logits": logits.detach(), **full_gradients(model)}
+
+
+def scaled_on_ranks():
+    rules = {"head": "colwise_gather_output + local_params", "head.scale": "colwise_gather_output"}
+    model = parallelize(scaled_head(), tp_mesh(), rules)
+    return scaled(model), model["head"].scale.numel(), full_state_dict(model)
+
+
+def test_an_output_layer_computes_with_this_ranks_part_of_a_parameter_of_its_own():
+    expected = scaled(scaled_head())
+    for rank, (actual, held, state) in enumerate(run_on_ranks(scaled_on_ranks, 2)):
+        assert_tensors_close(actual, expected, TOLERANCE)
+        assert held == (4, 3)[rank]
+        assert_tensors_close(state, scaled_head().state_dict(), 0.0)
 
 
 def rules_in(plan):

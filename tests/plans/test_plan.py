@@ -14,6 +14,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput, RowwiseParallel
 
 from accel_tp_ddp import PlanError, Style, parallelize, register_style, resolve_plan
+from accel_tp_ddp.plans.rules import own_plan
 from accel_tp_ddp.styles import registry
 from accel_tp_ddp.styles.packed import PackedColwise
 
@@ -301,7 +302,10 @@ def test_only_a_style_can_be_registered_under_a_name(name, style):
 
 
 def test_an_embedding_without_a_rule_follows_the_head_that_it_is_tied_to(monkeypatch):
-    monkeypatch.setattr("accel_tp_ddp.plans.plan.shipped_plans", lambda model: [])  # transformers' own has none for it
+    rules = {rule: style for rule, style in own_plan(build_model("gpt_neox")).items() if "embed_in" not in rule}
+    monkeypatch.setattr("accel_tp_ddp.plans.plan.shipped_plans", lambda model: [])
+    # transformers' own plan has one since 5.24
+    monkeypatch.setattr("accel_tp_ddp.plans.plan.own_plan", lambda model: rules)
     untied, tied = (resolve_plan(build_model("gpt_neox", tied=tie), 2) for tie in (False, True))
     assert "gpt_neox.embed_in" not in chosen(untied)
     assert chosen(tied)["gpt_neox.embed_in"] == ("embedding_rowwise", "tied")

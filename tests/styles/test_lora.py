@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils import check_peft_version
 
 from accel_tp_ddp import TensorParallelDDPPlugin, full_gradients, full_state_dict, parallelize, resolve_plan
 from accel_tp_ddp.core.shard import shard_info
@@ -41,6 +44,16 @@ STEPS = 6
 TOLERANCE = 2e-5  # relative, of losses and gradient norms
 WEIGHT_TOLERANCE = 1e-3  # relative, of each adapter weight
 LAYOUTS = [(2, 2), (4, 1), (2, 1)]
+
+
+def missing_peft() -> str:
+    """Why transformers' own `add_adapter` refuses the installed PEFT: it may want one that is not released yet."""
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError:
+        versions = f"transformers {version('transformers')} wants peft >= {MIN_PEFT_VERSION}"
+        return f"{versions} for add_adapter, and {version('peft')} is installed"
+    return ""
 
 
 def lora(**options: Any) -> LoraConfig:
@@ -591,6 +604,7 @@ def save_both_with_adapters_by_transformers(folder: str) -> None:
         reference.save_pretrained(f"{folder}/plain")
 
 
+@pytest.mark.skipif(bool(missing_peft()), reason=missing_peft())
 def test_adapters_that_transformers_has_added_are_right_too(tmp_path):
     run_on_ranks(save_both_with_adapters_by_transformers, 2, str(tmp_path))
     ours, plain = (tmp_path / folder / "adapter_model.safetensors" for folder in ("ours", "plain"))
