@@ -14,7 +14,7 @@ import pytest
 import transformers
 
 from ..helpers.ranks import run_on_ranks
-from .test_trainer import WORST_AT_THE_END, Case, _run, assert_same, assert_same_checkpoint, make_trainer
+from ..helpers.trainer import WORST_AT_THE_END, Case, assert_same, assert_same_checkpoint, make_trainer, train_and_save
 
 STOPPED_AT, STEPS = 4, 8
 SAVING = {
@@ -56,7 +56,7 @@ def train(tp, folder, case, stop=False, resume=None):
     trainer = make_trainer(tp, folder, case)
     if stop:
         trainer.add_callback(Stop())
-    result = _run(trainer, folder, case, resume)
+    result = train_and_save(trainer, folder, case, resume)
     best = Path(trainer.state.best_model_checkpoint).name
     return {**result, "best": best, "kept": sorted(path.name for path in Path(folder).glob("checkpoint-*"))}
 

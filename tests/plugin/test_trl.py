@@ -8,7 +8,7 @@ from accel_tp_ddp import TensorParallelDDPPlugin
 from ..helpers.compare import assert_tensors_close
 from ..helpers.models import VOCABULARY, build_model
 from ..helpers.ranks import RanksError, run_on_ranks
-from .test_trainer import _untimed, assert_same
+from ..helpers.trainer import assert_same, untimed
 
 pytest.importorskip("trl")
 
@@ -107,7 +107,7 @@ def run(kind, tp, folder):
     if not kind.startswith("GRPO"):
         trainer.evaluate()
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return [_untimed(row) for row in trainer.state.log_history], {name: w.clone() for name, w in weights.items()}
+    return [untimed(row) for row in trainer.state.log_history], {name: w.clone() for name, w in weights.items()}
 
 
 KINDS = ["SFT", "SFT packed", "SFT completions", "SFT LoRA", "DPO", "reward", "GRPO", "GRPO, a group over replicas"]
@@ -150,7 +150,7 @@ def run_without(mends, tp, folder):
     stock = trl.GRPOTrainer._accel_tp_ddp_stock
     with mock.patch.multiple(trl.GRPOTrainer, **{name: stock[name] for name in mends}):
         trainer.train()
-    return [_untimed(row) for row in trainer.state.log_history]
+    return [untimed(row) for row in trainer.state.log_history]
 
 
 @pytest.mark.parametrize(
