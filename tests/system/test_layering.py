@@ -172,7 +172,7 @@ def test_no_test_imports_a_test():
 
 
 @pytest.mark.parametrize(
-    "source", ["from . import test_plan", "def f():\n    from ..plans.test_plan import x", "import tests.plans.test_plan"]
+    "source", ["from . import test_plan", "def f():\n    from .test_plan import x", "import tests.plans.test_plan"]
 )
 def test_an_import_of_a_test_is_found(source):
     assert imported_tests(source) == {"test_plan"}
