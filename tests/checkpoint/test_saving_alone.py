@@ -10,7 +10,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from accel_tp_ddp.core import store
-from accel_tp_ddp.core.store import Line
+from accel_tp_ddp.core.store import Channel
 
 from ..helpers.compare import assert_tensors_close
 from ..helpers.models import build_model
@@ -51,29 +51,29 @@ def test_saving_on_the_main_process_alone_is_an_error_that_says_what_to_change(h
     assert_tensors_close(loaded.state_dict(), build_model("llama").state_dict(), 1e-7)
 
 
-def hear(silent: bool):
-    """What the other ranks hear of three messages, the last of which comes late or never."""
-    line, heard = Line("news"), []
+def receive(silent: bool):
+    """What the other ranks receive of three messages, the last of which comes late or never."""
+    channel, received = Channel("news"), []
     with mock.patch.object(store, "SILENCE", 1.0):
         if dist.get_rank() == 0:
             for message in ("first", "second, of several words"):
-                line.say(message)
+                channel.send(message)
             if not silent:
-                for sign in range(4):  # another rank hears nothing of these, but that there is somebody
+                for sign in range(4):  # another rank receives none of these, but that there is somebody
                     time.sleep(0.5)
-                    dist.distributed_c10d._get_default_store().add("accel_tp_ddp/line/news/signs", 1)
-                line.say("third")
-            return heard
+                    dist.distributed_c10d._get_default_store().add("accel_tp_ddp/channel/news/signs", 1)
+                channel.send("third")
+            return received
         try:
-            while len(heard) < 3:
-                heard.append(line.hear())
+            while len(received) < 3:
+                received.append(channel.receive())
         except RuntimeError as error:
-            heard.append(str(error))
-        return heard
+            received.append(str(error))
+        return received
 
 
 @pytest.mark.parametrize("silent", [False, True])
 def test_a_main_process_that_is_slow_is_waited_for_and_one_that_is_gone_is_not(silent):
-    main, *others = run_on_ranks(hear, 3, silent)
+    main, *others = run_on_ranks(receive, 3, silent)
     expected = "the main process has been silent for 1 s: it has ended, or hangs." if silent else "third"
     assert main == [] and others == [["first", "second, of several words", expected]] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -353,9 +354,21 @@ def test_weights_that_a_module_reads_by_itself_are_refused():
 
 def test_an_attribute_is_divided_once_whoever_comes_first():
     attention = Attention()
-    styles.around.show_local_size(attention, "num_heads", 4)
-    styles.around.show_local_size(attention, "num_heads", 2)
-    assert attention.num_heads == 4 and styles.around.whole_size(attention, "num_heads") == 8
+    styles.around.set_local_size(attention, "num_heads", 4)
+    styles.around.set_local_size(attention, "num_heads", 2)
+    assert attention.num_heads == 4 and styles.around.full_size(attention, "num_heads") == 8
+
+
+def test_a_projection_changes_the_counts_of_its_own_heads_only():
+    attention = Attention()
+    attention.head_dim, attention.num_kv_heads, attention.n_heads, attention.experts = 3, 4, 4, 8
+    config = SimpleNamespace(num_attention_heads=8, num_key_value_heads=4)
+    counts = []
+    for features in (24, 12):  # queries, then keys
+        projection = styles.Site("attention.proj", nn.Linear(24, features), attention, config, 2, "colwise")
+        styles.heads.show_local_heads(projection, [features])
+        counts.append((attention.num_heads, attention.num_kv_heads, attention.n_heads, attention.experts))
+    assert counts == [(4, 4, 4, 8), (4, 2, 4, 8)], "`n_heads` is no number of queries, `experts` none of heads"
 
 
 def test_a_transposed_layer_is_cut_along_the_dimension_of_its_outputs():

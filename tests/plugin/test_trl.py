@@ -130,7 +130,7 @@ def run_without_whole_reads(kind, tp, folder):
 
     from accel_tp_ddp.styles import base
 
-    with mock.patch.object(base, "read_whole", lambda module, call: None):
+    with mock.patch.object(base, "read_full", lambda module, call: None):
         return run(kind, tp, folder)
 
 

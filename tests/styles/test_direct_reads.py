@@ -78,7 +78,7 @@ def gathered_reads():
         model(IDS)
     handle.remove()
     region = head.forward.region
-    after = (region.running, len(region.whole), head.weight.shape[0])
+    after = (region.running, len(region.full), head.weight.shape[0])
     copied = copy.deepcopy(model)
     loss, other = model(IDS).item(), copied(IDS).item()
     types = type(copied.model.lm_head) is type(head), type(head) is not nn.Linear

@@ -32,14 +32,13 @@ KNOW_PEFT = {  # for models that hold adapters already
 CALL_COLLECTIVES = {
     "core/collectives.py": "compute; set-up: the first rank's values",
     "training/same_batch.py": "the comparison of inputs",
-    "core/agreement.py": "saving and loading: one outcome on all ranks",
+    "core/agreement.py": "set-up, saving and loading: one outcome on all ranks",
     "plugin/launch.py": "the end of the script",
     "training/gradients.py": "the norm of the full gradient",
-    "plugin/accelerator.py": "set-up: agreement; metrics",
+    "plugin/accelerator.py": "between steps: the replicas' mean of a shard",
     "core/randomness.py": "set-up: agreement",
     "training/drift.py": "between steps: what is replicated stays equal",
     "core/shard.py": "saving: full tensors",
-    "checkpoint/from_pretrained.py": "loading: agreement, and one outcome on all ranks",
 }
 COLLECTIVES = {
     *("all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce"),
