@@ -165,7 +165,7 @@ def test_a_missing_manifest_and_one_of_a_later_version_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["a file", "a folder below a file"])
-def test_a_place_that_cannot_be_a_folder_is_named(tmp_path, what):
+def test_a_path_through_a_file_is_refused_as_a_state_folder_by_name(tmp_path, what):
     (tmp_path / "file").write_text("mine")
     place = tmp_path / "file" if what == "a file" else tmp_path / "file" / "state"
     with pytest.raises(ValueError, match=f"{tmp_path}/file is a file, so {place} cannot be a folder"):

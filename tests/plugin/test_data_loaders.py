@@ -119,7 +119,7 @@ def stateful(tp):
 
 
 @REPLICAS
-def test_a_stateful_loader_goes_on_where_it_was(dp):
+def test_a_stateful_loader_resumes_where_it_was(dp):
     pytest.importorskip("torchdata.stateful_dataloader")
     plain, sharded = plain_and_sharded(stateful, dp)
     assert_equal_per_replica(plain, sharded)

@@ -11,7 +11,7 @@ from ..helpers.sharded import MLP_PLAN, accelerator_for, build_mlp
 @pytest.mark.parametrize("steps_before", [0, 2])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_an_optimizer_built_before_prepare_goes_on_as_in_one_process(kind, steps_before, ranks):
+def test_an_optimizer_built_before_prepare_continues_as_in_one_process(kind, steps_before, ranks):
     run_on_ranks(check_continues, ranks, kind, steps_before)
 
 

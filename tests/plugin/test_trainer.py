@@ -57,7 +57,7 @@ class Augmented(torch.utils.data.Dataset):
 def run(tp, folder, case, resume=None, without=None):
     """Train, evaluate, predict and save; what the trainer has logged and counted, on every rank.
 
-    Without the mend of that name, if one is given.
+    Without the override of that name, if one is given.
     """
     multiprocessing.current_process()._config["daemon"] = False  # or a rank could not start data workers
     trainer = make_trainer(tp, folder, case)
@@ -141,11 +141,11 @@ SLOW = {"compiled"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
-def test_a_run_is_that_of_plain_ddp(name, tmp_path):
+def test_a_trainer_run_is_that_of_plain_ddp(name, tmp_path):
     assert_invisible(name, tmp_path)
 
 
-def test_one_replica_is_a_single_process(tmp_path):
+def test_a_trainer_run_with_one_replica_is_that_of_a_single_process(tmp_path):
     assert_invisible("base", tmp_path, dp=1)
 
 
@@ -181,13 +181,13 @@ def assert_resumes(before, after, folder, **options):
 @pytest.mark.parametrize(
     "before, after", [("tp2 x dp2", "tp2 x dp2"), ("plain DDP", "tp2 x dp2"), ("tp2 x dp2", "plain DDP")]
 )
-def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(before, after, tmp_path):
+def test_a_stopped_trainer_run_resumes_as_if_it_had_not_been_stopped(before, after, tmp_path):
     assert_resumes(before, after, tmp_path)
 
 
 # --- teeth -----------------------------------------------------------------------------------------------------------
 
-# What shows that a mend is needed: the case that is off without it.
+# What shows that an override is needed: the case that is off without it.
 NEEDED_BY = {
     "_get_dataloader": "two workers",
     "_get_num_items_in_batch": "tokens counted on each device",
@@ -200,15 +200,15 @@ NEEDED_BY = {
 }
 
 
-def test_each_mend_is_tried():
+def test_each_override_of_trainer_has_a_run_that_needs_it():
     others = {"_load_rng_state", "hyperparameter_search", "evaluation_loop"}  # seen further down
     assert NEEDED_BY.keys() | others == trainer._MENDS["transformers.trainer", "Trainer"].keys()
 
 
-@pytest.mark.parametrize("mend", NEEDED_BY)
-def test_without_a_mend_the_run_is_another(mend, tmp_path):
+@pytest.mark.parametrize("override", NEEDED_BY)
+def test_without_the_override_a_trainer_run_is_not_that_of_plain_ddp(override, tmp_path):
     with pytest.raises((AssertionError, RanksError)):
-        assert_invisible(NEEDED_BY[mend], tmp_path, without=mend)
+        assert_invisible(NEEDED_BY[override], tmp_path, without=override)
 
 
 def test_without_the_replicas_random_state_a_resumed_run_is_another(tmp_path):

@@ -83,7 +83,7 @@ def parameters(cases):
 
 
 @parameters(SAME_REPLICAS)
-def test_it_goes_on_as_if_it_had_never_been_stopped(runs, name, saved_at, resumed_at):
+def test_a_trainer_run_resumes_at_another_layout_as_if_never_stopped(runs, name, saved_at, resumed_at):
     expected = runs(name, (None, resumed_at[1]))
     assert_same_run(runs(name, resumed_at, after=saved_at), expected)
     if resumed_at[1] == 1:  # so the best is not just the last; on two replicas it is
@@ -92,7 +92,7 @@ def test_it_goes_on_as_if_it_had_never_been_stopped(runs, name, saved_at, resume
 
 
 @parameters(OTHER_REPLICAS)
-def test_at_another_number_of_replicas_it_goes_on_as_plain_ddp_does(runs, name, saved_at, resumed_at):
+def test_a_trainer_run_resumes_at_other_replicas_as_plain_ddp_does(runs, name, saved_at, resumed_at):
     expected = runs(name, (None, resumed_at[1]), after=(None, saved_at[1]))
     assert_same_run(runs(name, resumed_at, after=saved_at), expected)
     assert_was_stopped(runs(name, saved_at, stop=True))

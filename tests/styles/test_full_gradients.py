@@ -216,7 +216,7 @@ def bert_loss(model, seed):
 
 @TP
 @pytest.mark.parametrize("kind, tied", [(BertModel, False), (BertForMaskedLM, False), (BertForMaskedLM, True)])
-def test_an_encoder_by_a_plan_of_the_user(kind, tied, tp):
+def test_an_encoder_under_a_plan_of_the_user_has_the_unsharded_gradients(kind, tied, tp):
     build = partial(build_bert, kind, tied)
     reference = unsharded(build, bert_loss)
     # Softmax takes a constant added to all keys away again, so the gradient of a key's bias is nothing but rounding.
@@ -269,7 +269,7 @@ def grouped_loss(model, seed):
     ids=["opt without a mask", "opt", "grouped"],
 )
 @TP
-def test_an_attention_that_keeps_its_head_counts(tp, build, loss, plan):
+def test_an_attention_that_keeps_its_head_counts_has_the_unsharded_gradients(tp, build, loss, plan):
     reference = unsharded(build, loss)
     floor = 1e-3 * max(gradient.norm().item() for gradient in reference[0].values())  # a key's bias has none
     assert_gradients(run_on_ranks(sharded, tp, build, loss, plan), reference, floor)
@@ -300,7 +300,7 @@ def sharded_toy(padding_idx=None, frozen=(), passes=PASSES):
 
 
 @TP
-def test_every_style(tp):
+def test_every_style_has_the_unsharded_gradients_and_shards_its_weights(tp):
     results = run_on_ranks(sharded_toy, tp)
     whole = {name: tuple(param.shape) for name, param in toy()().named_parameters()}
     for _, held in results:

@@ -287,10 +287,10 @@ def saved_alone():
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
-IN_A_RUN = "system.test_invisible.test_a_fault_is_caught"
+IN_A_RUN = "system.test_invisible.test_a_fault_of_a_run_is_caught"
 OF_A_STYLE = "styles.test_full_gradients.test_a_fault_of_a_style_shows_in_the_gradients"
 IN_GRADIENTS = "styles.test_full_gradients.test_a_fault_shows_in_the_gradients"
-DROPOUT_GOES_ON = "checkpoint.test_checkpoint.test_dropout_goes_on_as_in_the_uninterrupted_run"
+DROPOUT_RESUMES = "checkpoint.test_checkpoint.test_dropout_resumes_as_in_the_uninterrupted_run"
 
 TRAPS = {
     1: Trap(
@@ -395,7 +395,7 @@ TRAPS = {
             ("head counts of the whole model", Check(same_gradients, 2, (causal("phi3", False), causal_loss))),
             (
                 "cached head counts left as they were",
-                "styles.test_shared_heads.test_with_the_counts_of_the_whole_it_goes_wrong",
+                "styles.test_shared_heads.test_head_counts_of_the_full_model_give_an_error_or_wrong_gradients",
             ),
         ),
     ),
@@ -449,8 +449,8 @@ TRAPS = {
                 Check(masks, 2, (False, True), masks_are_drawn_again_alike),
             ),
             ("generation draws by itself", "model.test_generation.test_without_an_agreement_the_tokens_would_differ"),
-            ("random states not loaded", DROPOUT_GOES_ON),
-            ("random states of the first rank", DROPOUT_GOES_ON),
+            ("random states not loaded", DROPOUT_RESUMES),
+            ("random states of the first rank", DROPOUT_RESUMES),
         ),
     ),
     21: Trap(

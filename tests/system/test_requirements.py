@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PYTHONS = ("3.10.13", "3.11.7", "3.12.1", "3.13.0")
 #: Where nothing is installed, other than by what is declared here.
 OUR_OWN = {"accel_tp_ddp", "benchmarks", "recipes", "tests"}
