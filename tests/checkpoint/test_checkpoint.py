@@ -29,6 +29,7 @@ from accel_tp_ddp.core import store
 
 from ..helpers.compare import assert_tensors_close
 from ..helpers.faults import RESUME_FAULTS, injected
+from ..helpers.files import flip
 from ..helpers.models import build_model
 from ..helpers.ranks import run_on_ranks
 from ..helpers.resuming import (
@@ -362,12 +363,6 @@ def automatic(folder):
     accelerator.wait_for_everyone()
     none = message_of(accelerator.load_state)
     return names, newest, exists, damaged, second, none
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def test_automatic_naming_keeps_total_limit_and_takes_the_newest_intact_checkpoint(tmp_path):

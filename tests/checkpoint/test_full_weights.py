@@ -5,6 +5,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ..helpers.compare import relative_error
+from ..helpers.files import contents
 from ..helpers.models import build_model
 from ..helpers.ranks import run_on_ranks
 from ..helpers.sharded import SOURCES, TOLERANCE, accelerator_for, shard, token_batch
@@ -61,9 +62,7 @@ def test_a_saved_model_is_plain_ddps_byte_for_byte_and_loads(way, tied, shard_si
 
     run_on_ranks(saved, 2, None, way, tied, str(tmp_path / "plain"), shard_size)
     logits = run_on_ranks(saved, 4, 2, way, tied, str(tmp_path / "sharded"), shard_size)
-    plain, sharded = (
-        {path.name: path.read_bytes() for path in (tmp_path / which).iterdir()} for which in ("plain", "sharded")
-    )
+    plain, sharded = contents(tmp_path / "plain"), contents(tmp_path / "sharded")
     configs = {"config.json", "generation_config.json"} if way == "save_model" else set()
     assert sharded.keys() - configs == plain.keys()
     assert {name for name in plain if sharded[name] != plain[name]} == set()

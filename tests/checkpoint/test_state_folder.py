@@ -15,6 +15,8 @@ from accel_tp_ddp.checkpoint import folder as folders
 from accel_tp_ddp.checkpoint.folder import MANIFEST, Manifest, SavedFolder, newest_first, put_back, write_whole
 from accel_tp_ddp.core.agreement import Ranks
 
+from ..helpers.files import flip
+
 RANKS = Ranks("save_state")  # of one process
 
 
@@ -114,12 +116,6 @@ def test_a_failure_leaves_the_old_state(tmp_path):
         write_whole(tmp_path / "state", RANKS, fill)
     assert content_of(tmp_path / "state") == "o"
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 DAMAGES = {
