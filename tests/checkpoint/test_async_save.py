@@ -77,7 +77,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("tp, dp", [(2, 2), (1, 1)])
-def test_training_goes_on_while_it_writes_and_the_moment_of_the_call_is_saved(saved, tp, dp):
+def test_training_continues_during_a_save_and_the_moment_of_the_call_is_saved(saved, tp, dp):
     folder, (first, *_) = saved
     for (record,) in run_on_ranks(go_on_from, tp * dp, Run(tp), [str(folder)]):
         assert record.same_objects and record.step == first.step
@@ -185,7 +185,7 @@ KILLS = {"tensors": (dcp._Writer, "write_data"), "checksums": (folders, "_checks
 
 
 @pytest.mark.parametrize("at", KILLS)
-def test_a_rank_killed_meanwhile_leaves_the_old_state_and_the_others_raise(tmp_path, at):
+def test_a_rank_killed_during_a_save_leaves_the_old_state_and_the_others_raise(tmp_path, at):
     place, started = tmp_path / "state", time.monotonic()
     survivor, dead = run_on_ranks(killed, 2, str(place), at, expect_raise=True)
     assert time.monotonic() - started < 60
@@ -205,7 +205,7 @@ def main_process_alone(folder):
     return told
 
 
-def test_the_main_process_alone_cannot_wait(tmp_path):
+def test_wait_for_save_on_the_main_process_alone_is_an_error(tmp_path):
     results = run_on_ranks(main_process_alone, 2, str(tmp_path / "state"))
     assert "`wait_for_save` was called on the main process" in results[0] and results[1] is None
 
@@ -233,7 +233,7 @@ def ends_at_once(number, port, folder, how):
 
 
 @pytest.mark.parametrize("how", ["by end_training", "without a word"])
-def test_a_run_that_ends_waits_for_it(tmp_path, how):
+def test_a_run_that_ends_waits_for_a_save_in_the_background(tmp_path, how):
     folder = tmp_path / "state"
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("forkserver")
@@ -273,11 +273,11 @@ def plain(folder):
 
 
 @pytest.mark.parametrize("dp", [1, 2])
-def test_it_works_at_tp_size_1_too(tmp_path, dp):
+def test_saving_in_the_background_works_at_tp_size_1_too(tmp_path, dp):
     run_on_ranks(plain, dp, str(tmp_path / "state"))
 
 
-def test_the_option_is_off_unless_it_is_set(monkeypatch):
+def test_async_save_is_off_unless_an_argument_or_the_environment_sets_it(monkeypatch):
     assert TensorParallelDDPPlugin(tp_size=2).async_save is False
     monkeypatch.setenv("ACCEL_TP_DDP_ASYNC_SAVE", "true")
     assert TensorParallelDDPPlugin(tp_size=2).async_save is True

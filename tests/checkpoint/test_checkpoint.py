@@ -29,6 +29,7 @@ from accel_tp_ddp.core import store
 
 from ..helpers.compare import assert_tensors_close
 from ..helpers.faults import RESUME_FAULTS, injected
+from ..helpers.files import flip
 from ..helpers.models import build_model
 from ..helpers.ranks import run_on_ranks
 from ..helpers.resuming import (
@@ -95,7 +96,7 @@ def test_the_manifest_lists_every_file(saved):
 # --- going on --------------------------------------------------------------------------------------------------------
 
 
-def test_dropout_goes_on_as_in_the_uninterrupted_run(saved):
+def test_dropout_resumes_as_in_the_uninterrupted_run(saved):
     run = Run(2, "gpt_neox", options=DROPOUT)
     folder, uninterrupted = saved(run, 2)
     for fault in (None, "random states not loaded", "random states of the first rank"):
@@ -147,7 +148,7 @@ def without_the_plugin(folder):
 
 
 @pytest.mark.parametrize("dp", [1, 2])
-def test_an_accelerator_without_the_plugin_goes_on_from_a_sharded_state(saved, dp):
+def test_an_accelerator_without_the_plugin_resumes_from_a_sharded_state(saved, dp):
     folder, (first, *_) = saved(Run(2), 2)
     for record in run_on_ranks(without_the_plugin, dp, str(folder)):
         assert_tensors_close(record.weights, first.weights, 1e-6)
@@ -364,12 +365,6 @@ def automatic(folder):
     return names, newest, exists, damaged, second, none
 
 
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
 def test_automatic_naming_keeps_total_limit_and_takes_the_newest_intact_checkpoint(tmp_path):
     checkpoints = tmp_path / "checkpoints"
     for names, newest, exists, damaged, second, none in run_on_ranks(automatic, 2, str(tmp_path)):
@@ -554,7 +549,7 @@ def alone(folder, which):
 
 
 @pytest.mark.parametrize("which", ["save_state", "load_state"])
-def test_the_main_process_alone_is_told_that_every_rank_has_to_call_it(tmp_path, which):
+def test_saving_or_loading_a_state_on_the_main_process_alone_is_an_error(tmp_path, which):
     (told, seconds), other = run_on_ranks(alone, 2, str(tmp_path / "state"), which)
     assert f"`{which}` was called on the main process" in told and "every rank has to call it" in told
     assert 1.0 <= seconds < 10.0 and other == (None, 0.0)
@@ -609,7 +604,7 @@ def assert_goes_on_from(place, saved):
 
 
 @pytest.mark.parametrize("number", [pytest.param(n, marks=pytest.mark.slow) if n >= 3 else n for n in range(20)])
-def test_a_rank_killed_at_a_random_moment_leaves_a_whole_state(saved, tmp_path, number):
+def test_a_rank_killed_at_a_random_moment_leaves_a_complete_state(saved, tmp_path, number):
     place = tmp_path / "state"
     shutil.copytree(saved(Run(2))[0], place)
     delay = torch.rand(1, generator=torch.Generator().manual_seed(number)).item()

@@ -21,6 +21,7 @@ from accel_tp_ddp.checkpoint.deferred import DeferredTensor
 from accel_tp_ddp.core.shard import ShardInfo
 
 from ..helpers.faults import injected
+from ..helpers.files import contents
 from ..helpers.models import build_model
 from ..helpers.ranks import run_on_ranks
 from ..helpers.sharded import accelerator_for, tp_mesh
@@ -65,10 +66,6 @@ def export_all(folder: str, kinds: tuple[str, ...], fault: str | None = None) ->
         for name in (kind, f"{kind} by Accelerate"):  # the files are there as soon as the call returns, on any rank
             assert (Path(folder) / name / "model.safetensors.index.json").exists()
     accelerator.wait_for_everyone()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")

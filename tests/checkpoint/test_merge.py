@@ -19,6 +19,7 @@ from accel_tp_ddp.checkpoint import merge as merging
 from accel_tp_ddp.checkpoint.folder import MANIFEST, Manifest
 from accel_tp_ddp.cli import main
 
+from ..helpers.files import contents
 from ..helpers.models import build_config, build_model
 from ..helpers.ranks import run_on_ranks
 from ..helpers.sharded import MLP_PLAN, accelerator_for, build_mlp, token_batch
@@ -56,10 +57,6 @@ def states(tmp_path_factory) -> Path:
     build_model("mixtral").save_pretrained(folder / "source")
     run_on_ranks(run, 4, str(folder), tuple(RUNS))
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize(("name", "index"), [("loaded experts", 0), ("tied in bfloat16", 0), ("three", 1)])

@@ -48,7 +48,7 @@ def loaded(saved):
 @pytest.mark.parametrize("there", LAYOUTS)
 @pytest.mark.parametrize("here", LAYOUTS)
 @pytest.mark.parametrize("which", RUNS)
-def test_a_run_goes_on_at_any_other_layout(saved, loaded, which, here, there):
+def test_a_run_resumes_at_any_other_layout(saved, loaded, which, here, there):
     number = list(LAYOUTS).index(here)
     assert_goes_on(saved(which, here)[1], [records[number] for records in loaded(which, there)], here, there)
 
@@ -60,7 +60,7 @@ def test_a_run_goes_on_at_any_other_layout(saved, loaded, which, here, there):
         for run in ((which, here, there) for which in WHOLE for here in LAYOUTS for there in LAYOUTS)
     ],
 )
-def test_a_run_whose_optimizer_keeps_rows_and_columns_goes_on_at_any_other_layout(saved, which, here, there):
+def test_a_run_with_factored_optimizer_state_resumes_at_any_other_layout(saved, which, here, there):
     folder, records = saved(which, here)
     (tp, dp), run = LAYOUTS[there], WHOLE[which].with_tp(LAYOUTS[there][0])
     resumed = run_on_ranks(go_on_from, tp * dp, run, [str(folder)])

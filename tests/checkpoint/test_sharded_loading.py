@@ -188,7 +188,7 @@ def loaded() -> list[dict[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_rank_holds_what_cutting_the_whole_model_gives_it(case):
+def test_each_rank_holds_what_sharding_the_full_model_gives_it(case):
     for result in loaded():
         assert result[case]["parts"], "nothing was sharded"
         assert not result[case]["different"]
@@ -234,7 +234,7 @@ SHAPES = {  # of each operand, and what a conversion might do to them
 
 
 @pytest.mark.parametrize("case", SHAPES)
-def test_a_part_of_what_is_converted_is_that_part_of_the_conversion(case):
+def test_a_slice_of_a_converted_tensor_is_that_slice_of_the_full_conversion(case):
     shapes, convert = SHAPES[case]
     stored = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
     results, expected = convert(*map(from_pretrained._lazy, stored)), convert(*stored)
@@ -257,7 +257,7 @@ def test_a_part_of_what_is_converted_is_that_part_of_the_conversion(case):
 def test_pieces_are_read_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(lazy, "_PIECE", 64)
     for case in ("interleave", "heads", "flatten", "stack, concatenate"):
-        test_a_part_of_what_is_converted_is_that_part_of_the_conversion(case)
+        test_a_slice_of_a_converted_tensor_is_that_slice_of_the_full_conversion(case)
 
 
 def test_operands_that_do_not_fit_are_an_error_of_torch():
@@ -368,13 +368,13 @@ def variants() -> list[dict[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_transformers_does_is_done_to_the_slices_too(variant):
+def test_sliced_loading_does_what_transformers_does_to_full_weights(variant):
     for result in variants():
         assert not result[variant]["different"]
         assert result[variant]["reports"][0] == result[variant]["reports"][1]
 
 
-def test_the_variants_are_what_they_are_called():
+def test_each_variant_of_loading_has_the_keys_and_dtypes_of_its_name():
     (result, _) = variants()
     assert result["given dtype"]["dtypes"] == {torch.bfloat16}
     assert result["new head"]["reports"][0]["missing_keys"] == ["score.weight"]
@@ -386,7 +386,7 @@ def test_the_variants_are_what_they_are_called():
     assert result["tied, and its head stored too"]["tied"] and not result["tied by its config only"]["tied"]
 
 
-def test_ties_count_in_the_plan_before_they_are_made():
+def test_weights_that_will_be_tied_are_tied_for_the_plan():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(build_config("llama", tied=True))
     model.lm_head.weight = untied = nn.Parameter(
@@ -608,14 +608,14 @@ def refused() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_an_error_is_an_error_on_every_rank(case):
+def test_an_error_in_sliced_loading_is_raised_on_every_rank(case):
     for rank, result in enumerate(refused()):
         assert result[case] is not None, f"rank {rank} noticed nothing"
         for word in REFUSED[case][1]:
             assert word.lower() in result[case].message.lower(), result[case].message
 
 
-def test_loading_works_after_all_these_errors():
+def test_loading_works_after_refused_loads():
     for result in refused():
         assert result["afterwards"] == []
         assert "active already" in result["nested"].message
@@ -658,7 +658,7 @@ def use_too_early(folder: Path) -> dict[str, str]:
     return messages
 
 
-def test_slices_are_not_taken_for_the_whole_before_the_model_is_parallel():
+def test_using_a_model_in_slices_before_prepare_is_an_error():
     for messages in run_on_ranks(use_too_early, 2, checkpoints() / "llama"):
         assert "part of the vocabulary" in messages.pop("resize")
         assert len(messages) == 5
@@ -675,12 +675,12 @@ def load_without_an_accelerator(folder: Path) -> str:
     return "nothing"
 
 
-def test_without_an_accelerator_it_says_what_is_missing():
+def test_sliced_loading_without_an_accelerator_is_an_error_that_says_so():
     for message in run_on_ranks(load_without_an_accelerator, 2, checkpoints() / "llama"):
         assert "Make the Accelerator first" in message
 
 
-def test_with_nothing_to_share_loading_is_what_it_always_is():
+def test_in_one_process_sharded_loading_is_plain_loading():
     plain = _load(checkpoints() / "llama")
     for plugin in (TensorParallelDDPPlugin(tp_size=1), TensorParallelDDPPlugin(tp_size=2)):
         with plugin.sharded_loading():
@@ -689,7 +689,7 @@ def test_with_nothing_to_share_loading_is_what_it_always_is():
         model(**token_batch())
 
 
-def test_a_transformers_without_these_seams_is_refused(monkeypatch):
+def test_a_transformers_without_the_methods_that_loading_overrides_is_refused(monkeypatch):
     from transformers import core_model_loading
 
     monkeypatch.delattr(core_model_loading, "set_param_for_module")

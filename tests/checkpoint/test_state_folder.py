@@ -15,6 +15,8 @@ from accel_tp_ddp.checkpoint import folder as folders
 from accel_tp_ddp.checkpoint.folder import MANIFEST, Manifest, SavedFolder, newest_first, put_back, write_whole
 from accel_tp_ddp.core.agreement import Ranks
 
+from ..helpers.files import flip
+
 RANKS = Ranks("save_state")  # of one process
 
 
@@ -116,12 +118,6 @@ def test_a_failure_leaves_the_old_state(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
 DAMAGES = {
     "a flipped byte": (flip, "is damaged: its SHA-256 is"),
     "a file cut short": (lambda path: os.truncate(path, 1), "has 1 bytes, and 2 were written"),
@@ -165,7 +161,7 @@ def test_a_missing_manifest_and_one_of_a_later_version_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["a file", "a folder below a file"])
-def test_a_place_that_cannot_be_a_folder_is_named(tmp_path, what):
+def test_a_path_through_a_file_is_refused_as_a_state_folder_by_name(tmp_path, what):
     (tmp_path / "file").write_text("mine")
     place = tmp_path / "file" if what == "a file" else tmp_path / "file" / "state"
     with pytest.raises(ValueError, match=f"{tmp_path}/file is a file, so {place} cannot be a folder"):

@@ -87,7 +87,7 @@ def test_a_wrong_run_exceeds_the_tolerances(plain, wrong, optimizer):
 
 
 @pytest.mark.parametrize("checkpointing", ["reentrant", "non_reentrant"])
-def test_checkpointing_changes_nothing(plain, checkpointing):
+def test_activation_checkpointing_changes_nothing_in_a_run_of_the_script(plain, checkpointing):
     assert_same_run(plain(Spec("llama", checkpointing=checkpointing), 2), plain(Spec("llama"), 2), 1e-5, 1e-5)
 
 

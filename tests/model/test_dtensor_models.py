@@ -244,7 +244,7 @@ def assert_same_run(runs: list[Run], expected: Run) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_trains_as_the_unsharded_model_does(plain, kind, architecture):
+def test_a_model_that_was_on_dtensors_trains_as_the_unsharded_one(plain, kind, architecture):
     assert_same_run(run_on_ranks(train, 4, kind, architecture), plain(architecture))
 
 
@@ -545,7 +545,7 @@ def carry_an_optimizer_over(kind, architecture):
 
 
 @pytest.mark.parametrize("kind, architecture", [("torch", "qwen3"), ("plan", "qwen3"), ("transformers", "llama")])
-def test_an_optimizer_built_and_stepped_before_goes_on_as_it_was(kind, architecture):
+def test_an_optimizer_that_has_stepped_on_dtensors_continues_on_local_parameters(kind, architecture):
     run_on_ranks(carry_an_optimizer_over, 4, kind, architecture)
 
 
@@ -633,7 +633,7 @@ def test_a_model_localized_by_hand_has_the_right_gradients(tmp_path):
         assert max(errors.values()) < GRADIENTS, max(errors, key=errors.get)
 
 
-def test_a_model_localized_by_hand_is_saved_whole(tmp_path):
+def test_a_model_localized_by_hand_is_saved_with_its_full_weights(tmp_path):
     run_on_ranks(localize_and_prepare, 4, "llama", str(tmp_path))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_tensors_close(loaded.state_dict(), tiny("llama").state_dict(), 1e-7)

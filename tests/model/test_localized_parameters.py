@@ -249,7 +249,7 @@ def check_exception(kind, place, when):
     ],
     ids=str,
 )
-def test_training_goes_on_rightly_after_an_exception_in_a_forward(kind, place, when):
+def test_training_is_right_after_an_exception_in_a_forward(kind, place, when):
     run_on_ranks(check_exception, 2, kind, place, when)
 
 
@@ -355,7 +355,7 @@ def check_without_gradients(kind, context):
 
 @KINDS
 @pytest.mark.parametrize("context", ["no_grad", "inference_mode"])
-def test_evaluation_is_the_unsharded_models_and_training_goes_on(kind, context):
+def test_evaluation_is_the_unsharded_models_and_training_continues_after_it(kind, context):
     run_on_ranks(check_without_gradients, 2, kind, context)
 
 

@@ -78,7 +78,7 @@ def asked_by_the_config_or_not_at_all(tp):
     return len(none), {key: part.shape[1] for key, part in by_config.items()}, [part.shape[1] for part in as_tuple[-1]]
 
 
-def test_the_config_may_ask_for_them_and_outputs_may_be_tuples():
+def test_the_config_may_ask_for_attention_weights_and_outputs_may_be_tuples():
     for none, by_config, as_tuple in run_on_ranks(asked_by_the_config_or_not_at_all, 2, 2):
         assert none == 0
         assert by_config == {"attentions.0": 4, "attentions.1": 4}

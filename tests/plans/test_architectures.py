@@ -51,7 +51,7 @@ def test_loss_gradients_steps_and_export_of_each_are_those_of_the_unsharded_mode
     assert {name: own["tp 2"]["reason"] for name, own in swept.items() if own["tp 2"]["result"] != "pass"} == {}
 
 
-def test_every_style_occurs(swept):
+def test_the_sweep_uses_every_registered_style(swept):
     occurring = {style for own in swept.values() for style in own["tp 2"]["styles"]}
     assert set(without_arguments()) - occurring == ELSEWHERE
 
@@ -63,7 +63,7 @@ def without_arguments():
             yield type(get_style(name, name)).__name__
 
 
-def test_collectives_are_counted(swept):
+def test_the_sweep_counts_collectives(swept):
     assert (swept["causal: mixtral"]["tp 2"]["forward"], swept["causal: mixtral"]["tp 2"]["backward"]) == (6, 5)
 
 

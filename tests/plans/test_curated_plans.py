@@ -93,12 +93,12 @@ SHOWN_BY = {  # a model, and the end of a parameter's name whose gradient is wro
 }
 
 
-def test_each_fault_is_tried():
+def test_each_fault_of_curated_plans_is_tried():
     assert SHOWN_BY.keys() == set(CURATED_FAULTS)
 
 
 @pytest.mark.parametrize("fault", SHOWN_BY)
-def test_a_fault_shows_in_the_gradients(fault):
+def test_a_fault_of_a_curated_plans_style_shows_in_the_gradients(fault):
     name, signs = SHOWN_BY[fault]
     worst = 0.0
     for rank in run_on_ranks(on_ranks, 4, [name], None, fault):
@@ -115,7 +115,7 @@ def with_its_attention_left_whole():
     return reads(parallelize(model, tp_mesh(), LEFT_WHOLE))
 
 
-def test_a_model_whose_heads_do_not_divide_trains_with_its_attention_left_whole():
+def test_a_model_whose_heads_do_not_divide_trains_with_replicated_attention():
     model = build_model("falcon_one_key", num_attention_heads=7, hidden_size=56)
     with pytest.raises(PlanError, match="7, is not divisible by tp_size"):
         resolve_plan(model, 2)
@@ -155,7 +155,7 @@ def initialized_again():
     return full_state_dict(model)
 
 
-def test_a_layer_that_is_initialized_with_the_block_around_it_is_drawn_whole():
+def test_a_layer_that_its_block_initializes_is_drawn_in_full():
     reference = build_model("gpt2")
     torch.manual_seed(9)
     for block in reference.transformer.h:
@@ -174,7 +174,7 @@ def test_gpt2_trains_as_under_plain_ddp():
     assert_same_run(run_on_ranks(train, 4, Spec("gpt2", tied=True, tp=2, steps=4)), reference)
 
 
-def test_gpt2_goes_on_from_a_state_that_was_saved_at_another_layout(tmp_path):
+def test_gpt2_resumes_from_a_state_that_was_saved_at_another_layout(tmp_path):
     first, *_ = run_on_ranks(save_and_go_on, 2, Run(2, "gpt2"), str(tmp_path / "state"))
     assert len(first.losses) == SAVED_AFTER + MORE
     for (record,) in run_on_ranks(go_on_from, 4, Run(4, "gpt2"), [str(tmp_path / "state")]):

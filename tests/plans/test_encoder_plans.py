@@ -176,7 +176,7 @@ def test_what_all_heads_share_is_dropped_out_alike(model_type, checkpointing):
     assert run_on_ranks(differing_over_ranks, 2, model_type, checkpointing=checkpointing) == [[], []]
 
 
-def test_a_mask_a_rank_for_what_all_heads_share_shows():
+def test_another_dropout_mask_on_each_rank_for_what_all_heads_share_shows():
     fault = "a dropout mask a rank for what is replicated"
     for differing in run_on_ranks(differing_over_ranks, 2, "deberta", fault):
         assert differing == ["deberta.encoder.rel_embeddings.weight"]
@@ -263,7 +263,7 @@ def swept():
     return models
 
 
-def test_each_rule_of_these_plans_means_something_in_a_swept_model():
+def test_each_rule_of_the_encoder_plans_matches_in_a_swept_model():
     for model_type, models in swept().items():
         plans = [shipped_plans(model) for model in models]
         assert all(plans), f"{model_type} has no plan"

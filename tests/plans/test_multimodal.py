@@ -104,7 +104,7 @@ def plain(build_model):
 
 
 @pytest.mark.parametrize(("build_model", "at_least"), [(vit, 20), (gemma3, 35)])
-def test_it_trains_and_saves_as_under_plain_ddp(build_model, at_least):
+def test_a_multimodal_model_trains_and_saves_as_under_plain_ddp(build_model, at_least):
     with tempfile.TemporaryDirectory() as folder:
         run = run_on_ranks(train, 4, build_model, 2, folder)
     assert all(rank.reloaded and rank.sharded >= at_least for rank in run)
@@ -140,7 +140,7 @@ def worst_errors(plans):
     return worst
 
 
-def test_gradients_are_those_of_the_unsharded_model():
+def test_the_gradients_of_a_multimodal_model_are_the_unsharded_models():
     for rank in run_on_ranks(worst_errors, 2, dict.fromkeys(BESIDE, "auto")):
         assert rank.keys() == set(BESIDE)
         assert {name: error for name, error in rank.items() if not error[0] < 1e-4} == {}
@@ -152,7 +152,7 @@ WRONG = {
 }
 
 
-def test_plans_without_what_was_mended_show():
+def test_plans_without_their_corrections_give_wrong_gradients():
     for rank in run_on_ranks(worst_errors, 2, WRONG):
         assert all(error > 1e-2 for error, _ in rank.values())
 
@@ -234,13 +234,13 @@ def test_models_in_a_module_of_the_users_own_bring_their_plans():
     assert not any(name.startswith("score") for name in found)
 
 
-def test_a_plan_set_on_the_whole_is_not_added_to_by_its_parts():
+def test_a_plan_set_on_a_model_is_not_added_to_by_its_parts():
     model = LlamaModel(LlamaConfig(**TEXT))
     model.tp_plan = {"layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
     assert {name.split(".", 2)[2] for name in sources(model)} == {"mlp.up_proj", "mlp.down_proj"}
 
 
-def test_sizes_are_those_of_the_part():
+def test_sizes_come_from_the_config_of_the_part():
     """The merger holds no config itself, and that of the whole states no sizes."""
     model = CASES["qwen2_5_vl"].build()
     configs = {entry.site.name: entry.site.config for entry in resolve_plan(model, 2).entries}
@@ -274,7 +274,7 @@ def test_rules_under_a_condition_hold_where_the_config_says_so(monkeypatch):
         assert [plan.rules for plan in shipped.shipped_plans(model)] == [expected]
 
 
-def test_each_rule_of_these_plans_means_something_in_a_swept_model():
+def test_each_rule_of_the_multimodal_plans_matches_in_a_swept_model():
     missing = {}
     for case in CASES.values():
         model = case.build()

@@ -59,7 +59,7 @@ def outlives(tp):
     return model.process_group in ddp._outliving
 
 
-def test_the_groups_of_prepared_modules_do():
+def test_the_groups_of_prepared_modules_outlive_them():
     assert run_on_ranks(outlives, 4, 2) == [True] * 4
     assert run_on_ranks(outlives, 2, 1) == [True] * 2
     assert run_on_ranks(outlives, 2, None) == [False] * 2

@@ -205,7 +205,7 @@ def refuse(name: str, order: str):
         ("Shampoo", "by prepare_optimizer"),
     ],
 )
-def test_optimizers_that_look_at_whole_matrices_are_refused_by_name(name, order):
+def test_optimizers_that_need_full_matrices_are_refused_by_name(name, order):
     for error in run_on_ranks(refuse, 2, name, order, expect_raise=True):
         assert error.type_name == "ValueError"
         assert f"the optimizer {name} works on whole matrices" in error.message and "AdamW" in error.message

@@ -1,54 +1,35 @@
 """`transformers.Trainer` under the plugin does what it does under plain DDP: logs, counts, checkpoints, resuming."""
 
 import atexit
-import json
 import multiprocessing
 import shutil
 import tempfile
-from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 from accel_tp_ddp import TensorParallelDDPPlugin
 from accel_tp_ddp.core import store
 from accel_tp_ddp.plugin import trainer
 
-from ..helpers.compare import assert_tensors_close
 from ..helpers.models import VOCABULARY, build_model
 from ..helpers.ranks import RanksError, run_on_ranks
-
-PAD = 0
-TIMES = ("runtime", "per_second", "preparation_time", "step_time")
-
-
-def rows(count, seed=0, uneven=True):
-    """Token ids of uneven length, each with its labels; the first third of each row is a prompt, not to be learned."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(1, VOCABULARY, (count, 16), generator=generator)
-    lengths = torch.randint(6, 17, (count,), generator=generator) if uneven else torch.full((count,), 16)
-    samples = [row[:length] for row, length in zip(tokens, lengths)]
-    return [
-        {"input_ids": ids.tolist(), "labels": [-100] * (len(ids) // 3) + ids[len(ids) // 3 :].tolist()}
-        for ids in samples
-    ]
-
-
-def collate(samples, most=None):
-    if most is not None and len(samples) > most:
-        raise RuntimeError("CUDA out of memory.")  # what Trainer takes for a sign to try less
-    longest = max(len(sample["input_ids"]) for sample in samples)
-
-    def padded(key, value):
-        return torch.tensor([sample[key] + [value] * (longest - len(sample[key])) for sample in samples])
-
-    mask = padded("input_ids", PAD) != PAD
-    return {"input_ids": padded("input_ids", PAD), "labels": padded("labels", -100), "attention_mask": mask.long()}
+from ..helpers.trainer import (
+    PAD,
+    WORST_AT_THE_END,
+    Case,
+    assert_same,
+    assert_same_checkpoint,
+    collate,
+    make_trainer,
+    rows,
+    train_and_save,
+)
 
 
 class Streamed(torch.utils.data.IterableDataset):
@@ -73,130 +54,18 @@ class Augmented(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def accuracy(prediction):
-    logits, labels = prediction.predictions, prediction.label_ids
-    counted = labels[:, 1:] != -100
-    hits = (logits.argmax(-1)[:, :-1] == labels[:, 1:]) & counted
-    return {"accuracy": hits.sum() / counted.sum(), "rows": len(labels), "labels": int(labels[labels != -100].sum())}
-
-
-def smooth_loss(outputs, labels, num_items_in_batch=None):
-    logits = outputs["logits"][:, :-1].flatten(0, 1)
-    total = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
-    return total / num_items_in_batch
-
-
-@dataclass(frozen=True)
-class Case:
-    """TrainingArguments, and what else a script gives to its Trainer."""
-
-    arguments: dict = field(default_factory=dict)
-    model: str = "llama"
-    train_rows: int = 27
-    uneven: bool = True  # rows of different length; Accelerate's own dispatching refuses those
-    data: type | None = None
-    metrics: bool = False
-    compute_loss: bool = False
-    before: bool = False  # evaluates before it trains
-    lora: bool = False
-    most_samples: int | None = None  # that fit into memory
-    weights: float = 1e-3
-    rounded: float = 2e-4
-
-
-def make_trainer(tp, folder, case):
-    from transformers import Trainer, TrainingArguments, set_seed
-
-    set_seed(0)
-    train_data, eval_data = rows(case.train_rows, 1, case.uneven), rows(27, 2)
-    arguments = {
-        "output_dir": folder,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "max_steps": 5,
-        "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "learning_rate": 1e-2,
-        "max_grad_norm": 0.5,
-        "include_num_input_tokens_seen": "non_padding",
-        **case.arguments,
-    }
-    arguments["parallelism_config"] = TensorParallelDDPPlugin(tp_size=tp) if tp else None
-    model = build_model(case.model)
-    if case.lora:
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM"))
-    return Trainer(
-        model,
-        TrainingArguments(**arguments),
-        train_dataset=case.data(train_data) if case.data else train_data,
-        eval_dataset=eval_data,
-        data_collator=partial(collate, most=case.most_samples),
-        compute_metrics=accuracy if case.metrics else None,
-        compute_loss_func=smooth_loss if case.compute_loss else None,
-    )
-
-
 def run(tp, folder, case, resume=None, without=None):
     """Train, evaluate, predict and save; what the trainer has logged and counted, on every rank.
 
-    Without the mend of that name, if one is given.
+    Without the override of that name, if one is given.
     """
     multiprocessing.current_process()._config["daemon"] = False  # or a rank could not start data workers
     trainer = make_trainer(tp, folder, case)
     if without is None:
-        return _run(trainer, folder, case, resume)
+        return train_and_save(trainer, folder, case, resume)
     stock = transformers.Trainer._accel_tp_ddp_stock[without]
     with mock.patch.object(transformers.Trainer, without, stock), mock.patch.object(store, "PEERS_TIMEOUT", 1.0):
-        return _run(trainer, folder, case, resume)
-
-
-def _run(trainer, folder, case, resume):
-    first = trainer.evaluate() if case.before else None
-    trainer.train(resume_from_checkpoint=resume)
-    last = trainer.evaluate()
-    predicted = trainer.predict(rows(7, 3)).predictions if case.metrics else None
-    trainer.save_model(f"{folder}/final")
-    state = trainer.state
-    trainer.accelerator.wait_for_everyone()
-    return {
-        "logs": [_untimed(row) for row in state.log_history],
-        "evaluated": [_untimed(metrics) for metrics in (first, last) if metrics],
-        "predicted": predicted,
-        "counts": (state.global_step, state.num_input_tokens_seen, state.total_flos, state.epoch),
-        "batch": trainer.get_total_train_batch_size(trainer.args),
-    }
-
-
-def _untimed(metrics):
-    return {name: value for name, value in metrics.items() if not any(time in name for time in TIMES)}
-
-
-def assert_same(actual, expected, relative):
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert ours.keys() == theirs.keys(), f"{ours} against {theirs}"
-        for name, value in theirs.items():
-            assert ours[name] == pytest.approx(value, rel=relative, abs=1e-7), f"{name} in {ours} against {theirs}"
-
-
-def assert_same_checkpoint(ours, theirs, tolerance=1e-3):
-    """The same files, and in them the same weights, optimizer state and counts."""
-    ours, theirs = Path(ours), Path(theirs)
-    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
-    for weights in theirs.glob("*.safetensors"):
-        assert_tensors_close(load_file(ours / weights.name), load_file(weights), tolerance)
-    if (theirs / "config.json").exists():
-        assert json.loads((ours / "config.json").read_text()) == json.loads((theirs / "config.json").read_text())
-    if (theirs / "optimizer.pt").exists():
-        got, wanted = (torch.load(folder / "optimizer.pt", weights_only=True) for folder in (ours, theirs))
-        assert got["param_groups"] == wanted["param_groups"] and got["state"].keys() == wanted["state"].keys()
-        for index, state in wanted["state"].items():
-            ours, theirs = ({k: torch.as_tensor(v) for k, v in s.items()} for s in (got["state"][index], state))
-            assert_tensors_close(ours, theirs, tolerance)
+        return train_and_save(trainer, folder, case, resume)
 
 
 @cache
@@ -229,7 +98,6 @@ def assert_invisible(case_name, folder, dp=2, **options):
         assert_same_checkpoint(folder / name, reference / name)
 
 
-WORST_AT_THE_END = {"load_best_model_at_end": True, "greater_is_better": True}  # the best would be the last
 CASES = {
     "base": Case({"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}),
     "accumulation": Case({"gradient_accumulation_steps": 2, "num_train_epochs": 2, "max_steps": -1}, train_rows=22),
@@ -273,11 +141,11 @@ SLOW = {"compiled"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
-def test_a_run_is_that_of_plain_ddp(name, tmp_path):
+def test_a_trainer_run_is_that_of_plain_ddp(name, tmp_path):
     assert_invisible(name, tmp_path)
 
 
-def test_one_replica_is_a_single_process(tmp_path):
+def test_a_trainer_run_with_one_replica_is_that_of_a_single_process(tmp_path):
     assert_invisible("base", tmp_path, dp=1)
 
 
@@ -313,13 +181,13 @@ def assert_resumes(before, after, folder, **options):
 @pytest.mark.parametrize(
     "before, after", [("tp2 x dp2", "tp2 x dp2"), ("plain DDP", "tp2 x dp2"), ("tp2 x dp2", "plain DDP")]
 )
-def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(before, after, tmp_path):
+def test_a_stopped_trainer_run_resumes_as_if_it_had_not_been_stopped(before, after, tmp_path):
     assert_resumes(before, after, tmp_path)
 
 
 # --- teeth -----------------------------------------------------------------------------------------------------------
 
-# What shows that a mend is needed: the case that is off without it.
+# What shows that an override is needed: the case that is off without it.
 NEEDED_BY = {
     "_get_dataloader": "two workers",
     "_get_num_items_in_batch": "tokens counted on each device",
@@ -332,15 +200,15 @@ NEEDED_BY = {
 }
 
 
-def test_each_mend_is_tried():
+def test_each_override_of_trainer_has_a_run_that_needs_it():
     others = {"_load_rng_state", "hyperparameter_search", "evaluation_loop"}  # seen further down
     assert NEEDED_BY.keys() | others == trainer._MENDS["transformers.trainer", "Trainer"].keys()
 
 
-@pytest.mark.parametrize("mend", NEEDED_BY)
-def test_without_a_mend_the_run_is_another(mend, tmp_path):
+@pytest.mark.parametrize("override", NEEDED_BY)
+def test_without_the_override_a_trainer_run_is_not_that_of_plain_ddp(override, tmp_path):
     with pytest.raises((AssertionError, RanksError)):
-        assert_invisible(NEEDED_BY[mend], tmp_path, without=mend)
+        assert_invisible(NEEDED_BY[override], tmp_path, without=override)
 
 
 def test_without_the_replicas_random_state_a_resumed_run_is_another(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import transformers
 
 from ..helpers.ranks import run_on_ranks
-from .test_trainer import WORST_AT_THE_END, Case, _run, assert_same, assert_same_checkpoint, make_trainer
+from ..helpers.trainer import WORST_AT_THE_END, Case, assert_same, assert_same_checkpoint, make_trainer, train_and_save
 
 STOPPED_AT, STEPS = 4, 8
 SAVING = {
@@ -56,7 +56,7 @@ def train(tp, folder, case, stop=False, resume=None):
     trainer = make_trainer(tp, folder, case)
     if stop:
         trainer.add_callback(Stop())
-    result = _run(trainer, folder, case, resume)
+    result = train_and_save(trainer, folder, case, resume)
     best = Path(trainer.state.best_model_checkpoint).name
     return {**result, "best": best, "kept": sorted(path.name for path in Path(folder).glob("checkpoint-*"))}
 
@@ -83,7 +83,7 @@ def parameters(cases):
 
 
 @parameters(SAME_REPLICAS)
-def test_it_goes_on_as_if_it_had_never_been_stopped(runs, name, saved_at, resumed_at):
+def test_a_trainer_run_resumes_at_another_layout_as_if_never_stopped(runs, name, saved_at, resumed_at):
     expected = runs(name, (None, resumed_at[1]))
     assert_same_run(runs(name, resumed_at, after=saved_at), expected)
     if resumed_at[1] == 1:  # so the best is not just the last; on two replicas it is
@@ -92,7 +92,7 @@ def test_it_goes_on_as_if_it_had_never_been_stopped(runs, name, saved_at, resume
 
 
 @parameters(OTHER_REPLICAS)
-def test_at_another_number_of_replicas_it_goes_on_as_plain_ddp_does(runs, name, saved_at, resumed_at):
+def test_a_trainer_run_resumes_at_other_replicas_as_plain_ddp_does(runs, name, saved_at, resumed_at):
     expected = runs(name, (None, resumed_at[1]), after=(None, saved_at[1]))
     assert_same_run(runs(name, resumed_at, after=saved_at), expected)
     assert_was_stopped(runs(name, saved_at, stop=True))

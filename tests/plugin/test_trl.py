@@ -8,7 +8,7 @@ from accel_tp_ddp import TensorParallelDDPPlugin
 from ..helpers.compare import assert_tensors_close
 from ..helpers.models import VOCABULARY, build_model
 from ..helpers.ranks import RanksError, run_on_ranks
-from .test_trainer import _untimed, assert_same
+from ..helpers.trainer import assert_same, untimed
 
 pytest.importorskip("trl")
 
@@ -107,14 +107,14 @@ def run(kind, tp, folder):
     if not kind.startswith("GRPO"):
         trainer.evaluate()
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return [_untimed(row) for row in trainer.state.log_history], {name: w.clone() for name, w in weights.items()}
+    return [untimed(row) for row in trainer.state.log_history], {name: w.clone() for name, w in weights.items()}
 
 
 KINDS = ["SFT", "SFT packed", "SFT completions", "SFT LoRA", "DPO", "reward", "GRPO", "GRPO, a group over replicas"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_is_that_of_plain_ddp(kind, folder_with_model):
+def test_a_run_of_trl_is_that_of_plain_ddp(kind, folder_with_model):
     plain = run_on_ranks(run, 2, kind, None, folder_with_model)
     ours = run_on_ranks(run, 4, kind, 2, folder_with_model)
     for rank, (logs, weights) in enumerate(ours):
@@ -134,29 +134,31 @@ def run_without_whole_reads(kind, tp, folder):
         return run(kind, tp, folder)
 
 
-def test_without_whole_reads_the_loss_of_trl_is_another(folder_with_model):
+def test_without_reads_of_full_weights_the_loss_of_trl_is_another(folder_with_model):
     plain = run_on_ranks(run, 2, "SFT", None, folder_with_model)
     with pytest.raises((AssertionError, RanksError)):
         ours = run_on_ranks(run_without_whole_reads, 4, "SFT", 2, folder_with_model)
         assert_same(ours[0][0], plain[0][0], 5e-3)
 
 
-def run_without(mends, tp, folder):
+def run_without(overridden, tp, folder):
     from unittest import mock
 
     import trl
 
     trainer = make_trainer("GRPO, a group over replicas", tp, folder)
     stock = trl.GRPOTrainer._accel_tp_ddp_stock
-    with mock.patch.multiple(trl.GRPOTrainer, **{name: stock[name] for name in mends}):
+    with mock.patch.multiple(trl.GRPOTrainer, **{name: stock[name] for name in overridden}):
         trainer.train()
-    return [_untimed(row) for row in trainer.state.log_history]
+    return [untimed(row) for row in trainer.state.log_history]
 
 
 @pytest.mark.parametrize(
-    "mends", [("get_train_dataloader",), ("_generate_and_score_completions",), ("_compute_loss",)], ids=lambda m: m[0]
+    "overridden",
+    [("get_train_dataloader",), ("_generate_and_score_completions",), ("_compute_loss",)],
+    ids=lambda m: m[0],
 )
-def test_without_a_mend_grpo_is_another(mends, folder_with_model):
+def test_without_the_override_grpo_is_not_that_of_plain_ddp(overridden, folder_with_model):
     plain = run_on_ranks(run, 2, "GRPO, a group over replicas", None, folder_with_model)
     with pytest.raises((AssertionError, RanksError)):
-        assert_same(run_on_ranks(run_without, 4, mends, 2, folder_with_model)[0], plain[0][0], 5e-3)
+        assert_same(run_on_ranks(run_without, 4, overridden, 2, folder_with_model)[0], plain[0][0], 5e-3)

@@ -77,7 +77,7 @@ def counted_by_calls(model, layers, training=True):
 @TP
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @MODEL
-def test_two_and_two_all_reduces_a_layer(model, tied, tp):
+def test_a_layer_takes_two_all_reduces_forward_and_two_backward(model, tied, tp):
     forward, backward = {}, {}
     for layers in (2, 4):
         counts = run_on_ranks(counted_by_torch, tp, model, layers, tied)
@@ -91,7 +91,7 @@ def test_two_and_two_all_reduces_a_layer(model, tied, tp):
 
 @TP
 @MODEL
-def test_each_carries_the_hidden_states_and_no_more(model, tp):
+def test_each_all_reduce_carries_the_hidden_states_and_no_more(model, tp):
     """Counted without a debug mode, whose module hooks might hide a collective or make one."""
     hidden = BATCH * LENGTH * HIDDEN
     logits = BATCH * LENGTH * -(-VOCABULARY // tp)  # padded to the longest slice
@@ -117,7 +117,7 @@ def attention_gradients(model):
 
 
 @pytest.mark.parametrize("model", ["mixtral", "gpt_oss", "deepseek_v2", "llama_one_key"])
-def test_experts_latent_attention_and_shared_heads_need_no_more_than_this(model):
+def test_experts_latent_attention_and_shared_heads_add_only_their_own_collectives(model):
     routed = HIDDEN_STATES + 2 * TOKENS  # the two experts' weights for each token ride along
     last = [HIDDEN_STATES] if model == "llama_one_key" else [routed]
     if model == "deepseek_v2":
@@ -134,7 +134,7 @@ def test_experts_latent_attention_and_shared_heads_need_no_more_than_this(model)
 
 @TP
 @MODEL
-def test_without_gradients_there_are_the_forward_ones_only(model, tp):
+def test_without_gradients_there_are_forward_collectives_only(model, tp):
     with_gradients = run_on_ranks(counted_by_calls, tp, model, 2)
     without = run_on_ranks(counted_by_calls, tp, model, 2, training=False)
     assert [forward for forward, _ in without] == [forward for forward, _ in with_gradients]

@@ -52,7 +52,7 @@ def loss_and_gradients(tp, tied):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("tp", [2, 4])
-def test_a_fused_loss_reads_the_whole_output_weight(tp, tied):
+def test_a_fused_loss_reads_the_full_output_weight(tp, tied):
     loss, gradients, _ = loss_and_gradients(1, tied)
     for actual, grads, (shape, is_parameter, shown) in run_on_ranks(loss_and_gradients, tp, tp, tied):
         assert actual == pytest.approx(loss, rel=1e-6)
@@ -85,7 +85,7 @@ def gathered_reads():
     return after, loss == other, types
 
 
-def test_nothing_of_it_is_left_after_an_exception_and_copies_read_likewise():
+def test_no_full_weight_is_left_after_an_exception_and_copies_read_full_weights_too():
     for after, same, types in run_on_ranks(gathered_reads, 2):
         assert after[:2] == (0, 0) and after[2] < VOCABULARY
         assert same and all(types)
@@ -101,7 +101,7 @@ def pickled_head():
     return isinstance(rebuild(*pickle.loads(pickle.dumps(arguments))), type(head))
 
 
-def test_its_type_can_be_pickled():
+def test_a_module_with_direct_reads_can_be_pickled():
     assert run_on_ranks(pickled_head, 2) == [True, True]
 
 

@@ -1,82 +1,41 @@
 """The full gradient of every parameter is the unsharded model's, over one, two and three accumulated backwards."""
 
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
-from transformers import BertConfig, BertForMaskedLM, BertModel, OPTConfig, OPTForCausalLM
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from accel_tp_ddp import full_gradients, parallelize, register_style
 from accel_tp_ddp.styles.packed import PackedColwise
 
 from ..helpers.compare import assert_tensors_close, relative_errors
-from ..helpers.faults import STYLE_FAULTS, injected
-from ..helpers.models import ARCHITECTURES, FURTHER, VOCABULARY, build_model
+from ..helpers.faults import STYLE_FAULTS
+from ..helpers.gradients import (
+    PASSES,
+    TOLERANCE,
+    accumulated,
+    assert_gradients,
+    causal,
+    causal_loss,
+    own_gradients,
+    sharded,
+    tokens,
+    unsharded,
+)
+from ..helpers.models import ARCHITECTURES, FURTHER, build_model
 from ..helpers.ranks import run_on_ranks
+from ..helpers.toys import OPT_PLAN, TOY_PLAN, Toy, build_opt, seeded, toy, unmasked_loss
 from ..helpers.training import make_accelerator
-
-TOLERANCE = 1e-4
-PASSES = 3
-BATCH, LENGTH = 2, 10
 
 TP = pytest.mark.parametrize("tp", [2, 4])
 MODEL = pytest.mark.parametrize("model", ARCHITECTURES)
 
 
-def tokens(seed, vocabulary=VOCABULARY):
-    """Each backward pass and each replica has a batch of its own; the second row of each ends in padding."""
-    ids = torch.randint(1, vocabulary, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
-    mask = torch.ones_like(ids)
-    mask[1, LENGTH - 3 :] = 0
-    return ids, mask
-
-
-def causal_loss(model, seed):
-    ids, mask = tokens(seed)
-    return model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
-
-
-def accumulated(model, loss, seeds, gradients):
-    """The gradients after each of several backward passes, without a `zero_grad` between them."""
-    after = []
-    for seed in seeds:
-        loss(model, seed).backward()
-        after.append({name: gradient.clone() for name, gradient in gradients(model).items()})
-    return after
-
-
-def own_gradients(model):
-    return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
-
-
-@cache
-def unsharded(build, loss, seeds=tuple(range(PASSES))):
-    return accumulated(build(), loss, seeds, own_gradients)
-
-
-def sharded(build, loss, plan="auto", fault=None, seeds=tuple(range(PASSES))):
-    """On a rank."""
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("tp",))
-    with injected(fault):
-        return accumulated(parallelize(build(), mesh, plan), loss, seeds, full_gradients)
-
-
-def assert_gradients(on_ranks, expected, floor=0.0):
-    for passes in on_ranks:
-        assert len(passes) == len(expected)
-        for actual, reference in zip(passes, expected):
-            assert_tensors_close(actual, reference, TOLERANCE, floor)
-
-
 # --- the causal language models --------------------------------------------------------------------------------------
-
-
-@cache  # equal arguments give the same object, which `unsharded` is cached by
-def causal(model, tied):
-    return partial(build_model, model, tied=tied)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -231,16 +190,6 @@ BERT_PLAN = {
 }
 
 
-def seeded(make, seed=0):
-    """A model of weights that all matter, norms and biases included."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        model = make()
-        for param in model.parameters():
-            param += 0.1 * torch.randn_like(param)
-    return model
-
-
 def build_bert(kind, tied=False):
     config = BertConfig(
         tie_word_embeddings=tied,
@@ -267,7 +216,7 @@ def bert_loss(model, seed):
 
 @TP
 @pytest.mark.parametrize("kind, tied", [(BertModel, False), (BertForMaskedLM, False), (BertForMaskedLM, True)])
-def test_an_encoder_by_a_plan_of_the_user(kind, tied, tp):
+def test_an_encoder_under_a_plan_of_the_user_has_the_unsharded_gradients(kind, tied, tp):
     build = partial(build_bert, kind, tied)
     reference = unsharded(build, bert_loss)
     # Softmax takes a constant added to all keys away again, so the gradient of a key's bias is nothing but rounding.
@@ -278,26 +227,6 @@ def test_an_encoder_by_a_plan_of_the_user(kind, tied, tp):
 
 
 # --- head counts that an attention module keeps ----------------------------------------------------------------------
-
-OPT_PLAN = {
-    **{f"model.decoder.layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
-    "model.decoder.layers.*.self_attn.out_proj": "rowwise",
-    "model.decoder.layers.*.fc1": "colwise",
-    "model.decoder.layers.*.fc2": "rowwise",
-}
-
-
-def build_opt():
-    """Its attention takes `view(batch, -1, num_heads, head_dim)`, where -1 is the length."""
-    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_attention_heads": 4}
-    config = OPTConfig(vocab_size=VOCABULARY, num_hidden_layers=2, max_position_embeddings=16, dropout=0.0, **sizes)
-    return seeded(lambda: OPTForCausalLM(config)).train()
-
-
-def unmasked_loss(model, seed):
-    """Without padding attention gets no mask, whose size would show that the length is wrong."""
-    ids = torch.randint(1, VOCABULARY, (BATCH, 8), generator=torch.Generator().manual_seed(seed))
-    return model(input_ids=ids, labels=ids).loss
 
 
 class KeepsCounts(nn.Module):
@@ -340,7 +269,7 @@ def grouped_loss(model, seed):
     ids=["opt without a mask", "opt", "grouped"],
 )
 @TP
-def test_an_attention_that_keeps_its_head_counts(tp, build, loss, plan):
+def test_an_attention_that_keeps_its_head_counts_has_the_unsharded_gradients(tp, build, loss, plan):
     reference = unsharded(build, loss)
     floor = 1e-3 * max(gradient.norm().item() for gradient in reference[0].values())  # a key's bias has none
     assert_gradients(run_on_ranks(sharded, tp, build, loss, plan), reference, floor)
@@ -348,98 +277,7 @@ def test_an_attention_that_keeps_its_head_counts(tp, build, loss, plan):
 
 # --- each style, on a toy --------------------------------------------------------------------------------------------
 
-
-class HeadNorm(nn.Module):
-    """A norm over heads: its parameters are replicated, its input is this rank's heads."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.width = width
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x):
-        heads = x.unflatten(-1, (-1, self.width))
-        return F.layer_norm(heads, (self.width,), self.weight, self.bias).flatten(-2)
-
-
-class SumOfFeatures(nn.Module):
-    def forward(self, x):
-        return x.sum(dim=-1, keepdim=True)
-
-
-class Toy(nn.Module):
-    """A residual stream of width 16 that passes every style."""
-
-    WIDTH = 16
-
-    def __init__(self, padding_idx=None, frozen=()):
-        super().__init__()
-        width = self.WIDTH
-        self.tokens = nn.Embedding(129, width, padding_idx=padding_idx)
-        self.words = nn.Embedding(129, 18, padding_idx=padding_idx)
-        self.join = nn.Linear(width + 18, width)
-        self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 24)
-        self.head_norm = HeadNorm(6)
-        self.down = nn.Linear(24, width)
-        self.gate_up = nn.Linear(width, 2 * 20)
-        self.gated_down = nn.Linear(20, width)
-        self.three = nn.Linear(width, 3 * 8, bias=False)
-        self.three_down = nn.Linear(8, width)
-        self.pair = nn.Linear(width, 2 * 12)
-        self.pair_down = nn.Linear(2 * 12, width)
-        self.spread = nn.Linear(width, 8)
-        self.total = SumOfFeatures()
-        self.narrow = nn.Linear(width, 19)  # uneven at 2 and at 4
-        self.wide = nn.Linear(19, width)
-        self.whole = nn.Linear(width, width)
-        self.head = nn.Linear(width, 129)
-        for name in frozen:
-            self.get_parameter(name).requires_grad_(False)
-
-    def forward(self, ids):
-        x = self.norm(self.join(torch.cat([self.tokens(ids), self.words(ids)], dim=-1)))
-        x = x + self.down(F.gelu(self.head_norm(self.up(x))))
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        x = x + self.gated_down(F.silu(gate) * up)
-        a, b, c = self.three(x).chunk(3, dim=-1)
-        x = x + self.three_down(a * b.tanh() * c.sigmoid())
-        x = x + self.pair_down(F.gelu(self.pair(x)))
-        x = x + self.total(self.spread(x).tanh())
-        x = x + self.wide(self.narrow(x).cumsum(dim=-1).tanh())  # needs the whole width
-        return self.head(x + self.whole(x).tanh())
-
-
-TOY_PLAN = {
-    "tokens": "embedding_rowwise",
-    "words": "embedding_colwise",
-    "up": "colwise",
-    "head_norm": "replicated_with_grad_allreduce",
-    "down": "rowwise",
-    "gate_up": "packed_colwise",
-    "gated_down": "rowwise",
-    "three": "packed_in_three",
-    "three_down": "rowwise",
-    "pair": "packed_colwise",
-    "pair_down": "packed_rowwise",
-    "spread": "colwise",
-    "total": "all_reduce",
-    "narrow": "colwise_gather_output",
-    "wide": "rowwise_split_input",
-    "whole": "replicate",
-    "head": "colwise_rep",
-}
 SHARDED = {name for name, style in TOY_PLAN.items() if style not in ("replicate", "all_reduce")} - {"head_norm"}
-
-
-@cache
-def toy(padding_idx=None, frozen=()):
-    return partial(build_toy, padding_idx, frozen)
-
-
-def build_toy(padding_idx, frozen):
-    return seeded(lambda: Toy(padding_idx, frozen))
 
 
 PADDING = (0, 33, 64, 128)  # the first and last rows, and the edges of shards
@@ -462,7 +300,7 @@ def sharded_toy(padding_idx=None, frozen=(), passes=PASSES):
 
 
 @TP
-def test_every_style(tp):
+def test_every_style_has_the_unsharded_gradients_and_shards_its_weights(tp):
     results = run_on_ranks(sharded_toy, tp)
     whole = {name: tuple(param.shape) for name, param in toy()().named_parameters()}
     for _, held in results:

@@ -190,7 +190,7 @@ def test_lora_trains_as_under_plain_ddp(model, layout):
 
 @LAYOUT
 @MODEL
-def test_logits_start_as_the_base_model_s_and_end_as_plain_ddp_s(model, layout):
+def test_logits_with_adapters_start_as_the_base_models_and_end_as_plain_ddps(model, layout):
     tp, dp = layout
     (actual, _), (expected, _) = trained(model, tp, dp), trained(model, None, dp)
     base = logits_of(build_model(model), token_batch())
@@ -326,18 +326,18 @@ def test_every_adapter_gradient_is_the_unsharded_one_after_two_microbatches(vari
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen3", "phi3", "gpt_neox", "llama_one_key"])
-def test_so_it_is_on_four_ranks_with_packed_projections_and_shared_heads(model):
+def test_adapter_gradients_with_packed_projections_and_shared_heads_are_the_unsharded_ones(model):
     run_on_ranks(assert_gradients_of, 4, model)
 
 
 @pytest.mark.parametrize("model", ["mistral", "gemma2", "deepseek_v3", "mixtral", "qwen3_moe"])
-def test_so_it_is_with_latent_attention_and_experts(model):
+def test_adapter_gradients_with_latent_attention_and_experts_are_the_unsharded_ones(model):
     """PEFT's all-linear takes stacked experts and routers too."""
     run_on_ranks(assert_gradients_of, 2, model)
 
 
 @pytest.mark.parametrize("variant", ["plain", "DoRA of all"])
-def test_so_it_is_with_transposed_weights(variant):
+def test_adapter_gradients_with_transposed_weights_are_the_unsharded_ones(variant):
     run_on_ranks(assert_gradients_of, 2, "gpt2", variant)
 
 
@@ -422,13 +422,13 @@ def assert_the_benchmark_passes(architecture: str, method: str) -> None:
     assert answer["last"] < answer["first"]
 
 
-def test_losses_weights_and_files_are_those_of_plain_ddp():
+def test_dora_on_gpt2_has_the_losses_weights_and_files_of_plain_ddp():
     assert_the_benchmark_passes("gpt2", "dora")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [(name, method) for name, methods in adapters.CASES.items() for method in methods])
-def test_so_they_are_for_other_architectures_and_methods(case):
+def test_adapters_on_an_architecture_have_the_losses_weights_and_files_of_plain_ddp(case):
     assert_the_benchmark_passes(*case)
 
 

@@ -173,7 +173,7 @@ def test_ranks_that_share_a_head_keep_it_bit_equal(architecture):
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_two_keys", "phi3_two_keys"])
-def test_a_shared_head_that_has_drifted_is_found_and_mended(architecture):
+def test_a_shared_head_that_has_drifted_is_found_and_healed(architecture):
     results = run_on_ranks(drifting, 4, False, architecture)
     shared, *_ = results[0]
     assert len(shared) == (2 if architecture == "phi3_two_keys" else 4)
@@ -272,5 +272,5 @@ def failing_counts():
     return max(errors.values()) > 10 * TOLERANCE
 
 
-def test_with_the_counts_of_the_whole_it_goes_wrong():
+def test_head_counts_of_the_full_model_give_an_error_or_wrong_gradients():
     assert all(run_on_ranks(failing_counts, 2))

@@ -45,7 +45,7 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("behind", [pytest.param("async", marks=pytest.mark.slow), "sync"])
-def test_a_run_whose_rank_is_killed_is_started_again_and_goes_on(tmp_path, uninterrupted, behind):
+def test_a_run_whose_rank_is_killed_is_restarted_and_resumes(tmp_path, uninterrupted, behind):
     done = torchrun(tmp_path, KILLED_AT, behind)
     attempts = sorted({row["attempt"] for row in rows(tmp_path)})
     assert len(attempts) == 2  # the second may be numbered 2: if another process has taken the port meanwhile

@@ -108,7 +108,7 @@ FURTHER_LAYOUTS = {name: "tp2xdp2" for name in FURTHER} | {"qwen3_two_keys": "tp
 
 
 @pytest.mark.parametrize("model, layout", FURTHER_LAYOUTS.items())
-def test_so_it_is_with_experts_latent_attention_sinks_and_shared_heads(model, layout):
+def test_a_run_with_experts_latent_attention_sinks_or_shared_heads_is_that_of_plain_ddp(model, layout):
     assert_invisible(Spec(model, accumulation=2, steps=4), *LAYOUTS[layout])
 
 
@@ -133,7 +133,7 @@ def cases():
 
 
 @pytest.mark.parametrize("option, model, tied, layout", list(cases()))
-def test_an_option_changes_nothing_about_that(option, model, tied, layout):
+def test_a_run_with_an_option_is_that_of_plain_ddp(option, model, tied, layout):
     assert_invisible(Spec(model, tied=tied, **OPTIONS[option]), *LAYOUTS[layout])
 
 
@@ -210,12 +210,12 @@ SHOWN_BY = {
 }
 
 
-def test_each_fault_is_tried():
+def test_each_fault_of_a_run_is_tried():
     assert SHOWN_BY.keys() == set(FAULTS)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_caught(fault):
+def test_a_fault_of_a_run_is_caught(fault):
     spec, layout, sign = SHOWN_BY[fault]
     tp, dp = LAYOUTS[layout]
     assert_same_run(run_on_ranks(train_with, tp * dp, None, replace(spec, tp=tp)), plain_ddp(spec, dp))
@@ -229,7 +229,7 @@ BELOW_BF16 = {"replicated parameters counted by every rank", "partial gradients 
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if SHOWN_BY[f][2] in SERIES and f not in BELOW_BF16])
-def test_a_fault_is_caught_in_bf16(fault):
+def test_a_fault_of_a_run_is_caught_in_bf16(fault):
     exact, layout, _ = SHOWN_BY[fault]
     tp, dp = LAYOUTS[layout]
     spec = replace(exact, mixed_precision="bf16")

@@ -9,6 +9,7 @@ import pytest
 import accel_tp_ddp
 
 PACKAGE = Path(accel_tp_ddp.__file__).parent
+TESTS = Path(__file__).parents[1]
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
 
 # The wings, from the lowest: a module imports from its own wing and from those below.
@@ -98,7 +99,7 @@ def wing_of(file: str) -> str:
     return file.partition("/")[0] if "/" in file else ""
 
 
-def test_there_is_something_to_look_at():
+def test_the_layering_tests_read_every_wing():
     expected = {"core/collectives.py", "model/dtensor.py", "plans/plan.py", "plugin/config.py", "styles/base.py"}
     assert expected <= SOURCES.keys() and set(map(wing_of, SOURCES)) == {"", *WINGS}
 
@@ -151,6 +152,30 @@ def test_no_module_imports_itself_in_a_circle():
     order = list(TopologicalSorter(graph).static_order())  # raises CycleError
     assert order.index("core.collectives") < order.index("styles.linear") < order.index("plans.plan")
     assert order.index("plans.plan") < order.index("plugin.accelerator")
+
+
+def imported_tests(source: str) -> set[str]:
+    """Test modules of this folder that a source imports: what tests share stands in tests/helpers/."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = (getattr(node, "module", None) or "").split(".")
+            names |= {*module, *(part for alias in node.names for part in alias.name.split("."))}
+    return names & {path.stem for path in TESTS.rglob("test_*.py")}
+
+
+def test_no_test_imports_a_test():
+    sources = {path.relative_to(TESTS).as_posix(): path.read_text(encoding="utf-8") for path in TESTS.rglob("*.py")}
+    assert {"conftest.py", "helpers/ranks.py", "system/test_traps.py"} <= sources.keys()
+    assert {file: found for file, source in sources.items() if (found := imported_tests(source))} == {}
+
+
+@pytest.mark.parametrize(
+    "source", ["from . import test_plan", "def f():\n    from .test_plan import x", "import tests.plans.test_plan"]
+)
+def test_an_import_of_a_test_is_found(source):
+    assert imported_tests(source) == {"test_plan"}
+    assert imported_tests("from accelerate.test_utils import training") == set()
 
 
 def test_collectives_are_called_in_the_files_listed_here_and_nowhere_else():

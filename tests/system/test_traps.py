@@ -25,11 +25,16 @@ from torch.distributed.tensor import DTensor
 from accel_tp_ddp import Style, full_gradients, full_state_dict, parallelize, register_style
 from accel_tp_ddp.core import store as core_store
 from accel_tp_ddp.styles.base import even_layout
+from accel_tp_ddp.styles.packed import PackedColwise
 
-from ..core import test_collectives, test_randomness
+from ..helpers.collectives import check_copy_to_tp, check_reduce_from_tp, run_check
 from ..helpers.compare import assert_tensors_close, relative_error
+from ..helpers.drifting import drift, noisy_gradients
+from ..helpers.dropout import masks
 from ..helpers.faults import FAULTS, LORA_FAULTS, MORE_FAULTS, RESUME_FAULTS, STYLE_FAULTS, injected
+from ..helpers.gradients import accumulated, assert_gradients, causal, causal_loss, own_gradients, sharded
 from ..helpers.models import VOCABULARY, build_model
+from ..helpers.prepared import batches, check_continues, dispatched, replica
 from ..helpers.ranks import RanksError, run_on_ranks
 from ..helpers.sharded import (
     MLP_PLAN,
@@ -41,12 +46,8 @@ from ..helpers.sharded import (
     token_batch,
     tp_mesh,
 )
+from ..helpers.toys import OPT_PLAN, TOY_PLAN, build_opt, toy, unmasked_loss
 from ..helpers.training import make_accelerator
-from ..plugin import test_prepared_objects
-from ..styles import test_full_gradients
-from ..styles.test_full_gradients import accumulated, assert_gradients, causal, causal_loss, own_gradients, sharded
-from ..training import test_drift
-from .test_invisible import SHOWN_BY
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,9 @@ def labels_on_one_shard(model, seed):
 
 
 def padding_rows():
-    build = test_full_gradients.toy(33)
-    register_style("packed_in_three", test_full_gradients.PackedColwise(sections=3))
-    same_gradients(build, with_every_token, test_full_gradients.TOY_PLAN)
+    build = toy(33)
+    register_style("packed_in_three", PackedColwise(sections=3))
+    same_gradients(build, with_every_token, TOY_PLAN)
 
 
 def with_every_token(model, seed):
@@ -174,8 +175,8 @@ def with_every_token(model, seed):
 
 def initialised_again():
     """By modules and by transformers, from another seed on each rank: as the whole model from the first one's."""
-    for build, plan in ((test_full_gradients.toy(33), test_full_gradients.TOY_PLAN), (causal("llama", True), "auto")):
-        register_style("packed_in_three", test_full_gradients.PackedColwise(sections=3))
+    for build, plan in ((toy(33), TOY_PLAN), (causal("llama", True), "auto")):
+        register_style("packed_in_three", PackedColwise(sections=3))
         model, reference = parallelize(build(), tp_mesh(), plan), build()
         kept = dict(model.named_parameters())
         for each, seed in ((model, 5 + dist.get_rank()), (reference, 5)):
@@ -219,15 +220,15 @@ def normalised_by_tokens(tp):
     accelerator = accelerator_for(tp)
     model = build_model("llama")
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.3))
-    replica = test_prepared_objects.replica(accelerator)
+    number = replica(accelerator)
     history = []
     for step in range(2):
         batches = []
         for microbatch in range(2):
-            generator = torch.Generator().manual_seed(100 * step + 10 * microbatch + replica)
+            generator = torch.Generator().manual_seed(100 * step + 10 * microbatch + number)
             ids = torch.randint(1, VOCABULARY, (2, 10), generator=generator)
             labels = ids.clone()
-            labels[:, 3 + 2 * replica + 3 * microbatch :] = -100
+            labels[:, 3 + 2 * number + 3 * microbatch :] = -100
             batches.append({"input_ids": ids, "labels": labels})
         count = torch.tensor(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
         total = accelerator.gather(count).sum()
@@ -286,10 +287,10 @@ def saved_alone():
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
-IN_A_RUN = "system.test_invisible.test_a_fault_is_caught"
+IN_A_RUN = "system.test_invisible.test_a_fault_of_a_run_is_caught"
 OF_A_STYLE = "styles.test_full_gradients.test_a_fault_of_a_style_shows_in_the_gradients"
 IN_GRADIENTS = "styles.test_full_gradients.test_a_fault_shows_in_the_gradients"
-DROPOUT_GOES_ON = "checkpoint.test_checkpoint.test_dropout_goes_on_as_in_the_uninterrupted_run"
+DROPOUT_RESUMES = "checkpoint.test_checkpoint.test_dropout_resumes_as_in_the_uninterrupted_run"
 
 TRAPS = {
     1: Trap(
@@ -343,12 +344,12 @@ TRAPS = {
         (
             (
                 "replicated gradients not agreed on",
-                Check(test_drift.noisy_gradients, 4, (True,), peers_are_equal),
+                Check(noisy_gradients, 4, (True,), peers_are_equal),
             ),
             (
                 "drift not looked for",
                 Check(
-                    test_drift.drift,
+                    drift,
                     *(2, ("heal", "parameter")),
                     lambda results: peers_are_equal([checksums for checksums, _ in results]),
                 ),
@@ -358,8 +359,8 @@ TRAPS = {
     10: Trap(
         "no result of a collective lies in a copy that is dropped",
         (
-            ("sum into a copy that is dropped", Check(test_collectives.run_check, 2, ("check_copy_to_tp", 2))),
-            ("sum into a copy that is dropped", Check(test_collectives.run_check, 2, ("check_reduce_from_tp", 2))),
+            ("sum into a copy that is dropped", Check(run_check, 2, (check_copy_to_tp, 2))),
+            ("sum into a copy that is dropped", Check(run_check, 2, (check_reduce_from_tp, 2))),
         ),
     ),
     11: Trap(
@@ -388,13 +389,13 @@ TRAPS = {
                 Check(
                     same_gradients,
                     2,
-                    (test_full_gradients.build_opt, test_full_gradients.unmasked_loss, test_full_gradients.OPT_PLAN),
+                    (build_opt, unmasked_loss, OPT_PLAN),
                 ),
             ),
             ("head counts of the whole model", Check(same_gradients, 2, (causal("phi3", False), causal_loss))),
             (
                 "cached head counts left as they were",
-                "styles.test_shared_heads.test_with_the_counts_of_the_whole_it_goes_wrong",
+                "styles.test_shared_heads.test_head_counts_of_the_full_model_give_an_error_or_wrong_gradients",
             ),
         ),
     ),
@@ -419,19 +420,19 @@ TRAPS = {
             ("peers on different batches", IN_A_RUN),
             (
                 "shuffles and dispatching without replicas",
-                Check(test_prepared_objects.batches, 2, (2, "weighted", 16, "by rank"), peers_are_equal),
+                Check(batches, 2, (2, "weighted", 16, "by rank"), peers_are_equal),
             ),
             (
                 "shuffles and dispatching without replicas",
                 Check(
-                    test_prepared_objects.batches,
+                    batches,
                     *(4, (2, "shuffled", 16, "by rank", False, False, True)),
                     peers_are_equal,
                 ),
             ),
             (
                 "shuffles and dispatching without replicas",
-                Check(test_prepared_objects.dispatched, 4, (2, False), replicas_differ),
+                Check(dispatched, 4, (2, False), replicas_differ),
             ),
         ),
     ),
@@ -440,16 +441,16 @@ TRAPS = {
         (
             (
                 "one random stream for all heads",
-                Check(test_randomness.masks, 2, (False,), masks_agree_where_replicated),
+                Check(masks, 2, (False,), masks_agree_where_replicated),
             ),
-            ("random streams by process", Check(test_randomness.masks, 2, (True,), masks_agree_where_replicated)),
+            ("random streams by process", Check(masks, 2, (True,), masks_agree_where_replicated)),
             (
                 "random streams that go on",
-                Check(test_randomness.masks, 2, (False, True), masks_are_drawn_again_alike),
+                Check(masks, 2, (False, True), masks_are_drawn_again_alike),
             ),
             ("generation draws by itself", "model.test_generation.test_without_an_agreement_the_tokens_would_differ"),
-            ("random states not loaded", DROPOUT_GOES_ON),
-            ("random states of the first rank", DROPOUT_GOES_ON),
+            ("random states not loaded", DROPOUT_RESUMES),
+            ("random states of the first rank", DROPOUT_RESUMES),
         ),
     ),
     21: Trap(
@@ -465,7 +466,7 @@ TRAPS = {
     ),
     23: Trap(
         "an optimizer built and stepped before `prepare` trains the shards",
-        (("optimizer left behind", Check(test_prepared_objects.check_continues, 2, ("adamw", 2))),),
+        (("optimizer left behind", Check(check_continues, 2, ("adamw", 2))),),
     ),
     24: Trap(
         "foreach and fused optimizers never see DTensors among tensors",
@@ -534,14 +535,15 @@ def shown_by(kind):
 @pytest.mark.parametrize("fault, test", cases(str))
 def test_a_trap_names_a_test_that_is_there(fault, test):
     file, _, name = test.rpartition(".")
-    function = getattr(import_module(f"tests.{file}"), name)
+    module = import_module(f"tests.{file}")
+    function, shown = getattr(module, name), getattr(module, "SHOWN_BY", {})
     if test == IN_A_RUN:
-        assert fault in SHOWN_BY
+        assert fault in shown
     elif test == IN_GRADIENTS:
         (mark,) = (mark for mark in function.pytestmark if mark.args[0] == "model, fault")
         assert fault in {tried for _, tried in mark.args[1]}
     elif test == OF_A_STYLE:
-        assert fault in test_full_gradients.SHOWN_BY
+        assert fault in shown
     else:
         assert fault not in FAULTS
 

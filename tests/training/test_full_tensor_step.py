@@ -40,7 +40,7 @@ def test_adafactor_is_that_of_plain_ddp(which):
 
 
 @pytest.mark.parametrize("fault", STEP_FAULTS)
-def test_on_shards_it_would_be_another_run(fault):
+def test_adafactor_on_shards_is_another_run_than_plain_ddp(fault):
     spec, tp, dp = RUNS["adafactor, tied"]
     off = differences(run_on_ranks(train_with, tp * dp, fault, replace(spec, tp=tp)), plain_ddp(spec, dp))
     assert off["losses"] > 10 * TOLERANCE, off
@@ -124,7 +124,7 @@ def several_steps(kind, with_closure):
 
 
 @pytest.mark.parametrize("kind, with_closure", [("Lamb", False), ("Lamb", True), ("Muon", False)])
-def test_an_optimizer_that_is_registered_steps_on_whole_tensors(kind, with_closure):
+def test_a_registered_optimizer_steps_on_full_tensors(kind, with_closure):
     for off, moved in run_on_ranks(several_steps, 2, kind, with_closure):
         assert moved > 0.05
         assert off < (1e-2 if kind == "Muon" else 1e-5)  # Muon orthogonalizes in bfloat16
@@ -153,7 +153,7 @@ def failing_step():
     return min(relative_errors(full_state_dict(model), before).values())
 
 
-def test_a_step_that_raises_can_be_taken_again():
+def test_a_full_tensor_step_that_raises_can_be_taken_again():
     assert min(run_on_ranks(failing_step, 2)) > 1e-3
 
 
@@ -177,11 +177,11 @@ def full_state_and_back():
             assert_tensors_close(ours, theirs, 0.0)
 
 
-def test_a_state_of_plain_ddp_is_taken_as_it_is():
+def test_a_full_optimizer_state_of_plain_ddp_is_loaded_unchanged():
     run_on_ranks(full_state_and_back, 2)
 
 
-def test_only_optimizers_can_be_registered():
+def test_only_optimizers_can_be_registered_for_full_tensor_steps():
     with pytest.raises(TypeError, match="subclass of torch.optim.Optimizer, not 3"):
         register_whole_step(3)
     assert not steps_whole(torch.optim.SGD([torch.zeros(1)])) and WholeStep.__doc__

@@ -46,10 +46,10 @@ def test_another_shape_on_a_peer_is_named_and_does_not_hang():
         assert "[2, 6]" in error.message and "[2, 7]" in error.message or "[2, 9]" in error.message
 
 
-def test_a_later_difference_is_found_at_the_next_comparison():
+def test_a_later_difference_of_batches_is_found_at_the_next_comparison():
     for error in run_on_ranks(forwards, 4, "process", bad_from=1, expect_raise=True):
         assert "forward number 4" in error.message
 
 
-def test_zero_switches_the_comparison_off():
+def test_a_batch_check_of_zero_steps_switches_the_comparison_off():
     assert run_on_ranks(forwards, 4, "process", every=0) == [4] * 4

@@ -1,0 +1,142 @@
+"""What is gathered and reduced: metrics once a sample, everything else over all ranks."""
+
+import pytest
+import torch
+from accelerate import DataLoaderConfiguration
+from accelerate.utils import broadcast_object_list
+from torch.utils.data import DataLoader
+
+from ..helpers.prepared import REPLICAS, Stream, assert_equal_per_replica, plain_and_sharded, replica
+from ..helpers.ranks import run_on_ranks
+from ..helpers.sharded import MLP_PLAN, accelerator_for, build_mlp
+
+
+class Indexed:
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return {"id": index, "row": torch.tensor([index, -index]), "flag": torch.tensor(index % 2 == 0)}
+
+
+def gathered(tp, samples, even_batches=True):
+    accelerator = accelerator_for(tp, MLP_PLAN, dataloader_config=DataLoaderConfiguration(even_batches=even_batches))
+    _, loader = accelerator.prepare(build_mlp(), DataLoader(Indexed(samples), batch_size=4))
+    found = {kind: [] for kind in ("tensor", "nested", "strings", "pairs", "forced", "tuple", "flags", "scalars")}
+    for batch in loader:
+        ids = batch["id"]
+        found["tensor"] += accelerator.gather_for_metrics(ids).tolist()
+        nested = accelerator.gather_for_metrics({"a": {"b": batch["row"]}, "c": [ids, (ids + 1,)]})
+        assert nested["c"][1][0].tolist() == (nested["c"][0] + 1).tolist()
+        found["nested"] += nested["a"]["b"].tolist()
+        found["strings"] += accelerator.gather_for_metrics([f"sample {index}" for index in ids.tolist()])
+        found["pairs"] += accelerator.gather_for_metrics([{"id": i, "half": i / 2} for i in ids.tolist()])
+        found["forced"] += [int(t) for t in accelerator.gather_for_metrics(list(ids), use_gather_object=True)]
+        predictions, labels = accelerator.gather_for_metrics((batch["row"].float().requires_grad_(), ids))
+        found["tuple"] += list(zip(predictions.tolist(), labels.tolist()))
+        found["flags"] += accelerator.gather_for_metrics(batch["flag"]).tolist()
+        found["scalars"].append(accelerator.gather_for_metrics(ids.float().mean()).numel())
+    return found
+
+
+@REPLICAS
+@pytest.mark.parametrize("samples", [11, 16, 9, 3])
+def test_each_sample_is_gathered_once_and_in_order(samples, dp):
+    plain, sharded = plain_and_sharded(gathered, dp, samples)
+    for found in sharded:
+        assert found["tensor"] == list(range(samples))
+        assert found["strings"] == [f"sample {index}" for index in range(samples)]
+        found.pop("scalars")
+    for found in plain:
+        found.pop("scalars")
+    assert_equal_per_replica(plain, sharded)
+
+
+def world_wide(tp):
+    accelerator = accelerator_for(tp, MLP_PLAN)
+    scalar = torch.tensor(float(accelerator.process_index))
+    one = torch.tensor(1.0)
+    row = torch.tensor([accelerator.process_index])
+    return {
+        "processes": accelerator.num_processes,
+        "scalar": accelerator.gather_for_metrics(scalar).tolist(),
+        "gather": accelerator.gather(row).tolist(),
+        "gather scalar": accelerator.gather(scalar).tolist(),
+        "sum": float(accelerator.reduce(one, reduction="sum")),
+        "mean": float(accelerator.reduce(scalar, reduction="mean")),
+        "normalised": float(accelerator.gather(one).sum()) / accelerator.num_processes,
+    }
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_scalars_gather_and_reduce_are_world_wide(ranks):
+    for found in run_on_ranks(world_wide, ranks, 2):
+        everyone = list(range(ranks))
+        assert found == {
+            "processes": ranks,
+            "scalar": everyone,
+            "gather": everyone,
+            "gather scalar": everyone,
+            "sum": ranks,
+            "mean": sum(everyone) / ranks,
+            "normalised": 1.0,
+        }
+
+
+def gathered_objects(tp):
+    accelerator = accelerator_for(tp, MLP_PLAN)
+    return [
+        accelerator.gather_for_metrics(("a", "b")),
+        accelerator.gather_for_metrics({"text": ["a", "b"], "more": ["c", "d"]}),
+    ]
+
+
+def gathered_from_stream(tp, samples):
+    accelerator = accelerator_for(tp, MLP_PLAN)
+    loader = accelerator.prepare(DataLoader(Stream(samples), batch_size=4))
+    return sum((accelerator.gather_for_metrics(batch).tolist() for batch in loader), [])
+
+
+@REPLICAS
+@pytest.mark.parametrize("samples", [11, 16, 22])
+def test_each_sample_of_an_iterable_dataset_is_gathered_once(samples, dp):
+    plain, sharded = plain_and_sharded(gathered_from_stream, dp, samples)
+    assert plain == [list(range(samples))] * dp
+    assert sharded == [list(range(samples))] * 2 * dp
+
+
+@REPLICAS
+def test_objects_come_back_as_under_plain_ddp_whatever_their_type(dp):
+    assert_equal_per_replica(*plain_and_sharded(gathered_objects, dp))
+
+
+def gathered_structures(tp):
+    accelerator = accelerator_for(tp, MLP_PLAN)
+    own = replica(accelerator)
+    row = torch.tensor([[own, 10 * own]])
+    nested = {"a": [row, (row + 1,)], "b": {"scalar": torch.tensor(float(own))}}
+    gathered = accelerator.gather(nested)
+    reduced = accelerator.reduce(nested["b"], "mean")
+    padded = accelerator.pad_across_processes({"x": [torch.ones(own + 1, 2)]}, dim=0, pad_index=7)["x"][0]
+    sent = broadcast_object_list([own, {"text": "a" * (own + 1)}])
+    return {
+        "rows": gathered["a"][0].tolist(),
+        "nested": gathered["a"][1][0].tolist(),
+        "scalars": gathered["b"]["scalar"].tolist(),
+        "mean": reduced["scalar"].item(),
+        "padded": padded.tolist(),
+        "sent": sent,
+    }
+
+
+def test_nested_structures_are_gathered_padded_and_sent_world_wide():
+    plain, sharded = plain_and_sharded(gathered_structures, 2)
+    for rank, found in enumerate(sharded):
+        wanted = plain[rank // 2]
+        for name in ("rows", "nested", "scalars"):
+            assert found.pop(name) == [item for item in wanted[name] for _ in range(2)], "each replica's twice"
+            assert name in wanted
+        assert found.items() <= wanted.items()
