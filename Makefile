@@ -1,6 +1,6 @@
 # make train   fine-tune a small causal LM at tp 2 x dp 2, on 4 CPU ranks: about five minutes on two cores, no network
 #              other than pip's. CONFIG=recipes/configs/node8_tp2_dp4.yaml picks another layout, ARGS="..." goes to the script.
-# make test    ruff and pytest; PYTEST_ARGS="tests/test_recipe.py -k name" narrows it.
+# make test    ruff and pytest; PYTEST_ARGS="tests/system/test_recipe.py -k name" narrows it.
 # make clean   remove the virtual environments and outputs.
 # make constraints   make constraints.txt again, with the newest releases of what constraints/chosen.txt does not hold.
 #
