@@ -25,7 +25,7 @@ from accel_tp_ddp.checkpoint import dcp, deferred, export, load, state
 from accel_tp_ddp.core import collectives, randomness
 from accel_tp_ddp.core.layout import Layout, chunk_ranges
 from accel_tp_ddp.core.shard import ShardInfo, shard_info
-from accel_tp_ddp.model import generation
+from accel_tp_ddp.model import generation, methods
 from accel_tp_ddp.model.dtensor import _ReconstructHook
 from accel_tp_ddp.plans import plan
 from accel_tp_ddp.plugin import accelerator, ddp
@@ -412,7 +412,7 @@ def _storage_of_its_own(self: deferred.DeferredTensor) -> Any:
 _collect = ShardInfo.collect
 # These show in the files of an export; the tests of `test_export.py` inject them.
 _EXPORT_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
-    "conversions see this rank's shapes": [(export, "_whole_parameters", lambda model: nullcontext())],
+    "conversions see this rank's shapes": [(methods, "_whole_parameters", lambda model: nullcontext())],
     "parts joined in the order they came": [(ShardInfo, "collect", _joined_as_they_came)],
     "every view a storage of its own": [(deferred.DeferredTensor, "untyped_storage", _storage_of_its_own)],
 }

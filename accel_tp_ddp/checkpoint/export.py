@@ -111,17 +111,13 @@ class StateDict:
             if key not in made and tensor.device.type == "cpu":
                 made[key] = tensor.detach()
             elif key not in made:
-                made[key] = DeferredTensor.of(tensor.shape, tensor.dtype, partial(_on_cpu, tensor))
+                made[key] = DeferredTensor.of(tensor.shape, tensor.dtype, tensor.detach().cpu)
         return {name: made.get(id(value), value) for name, value in self.state.items()}
 
     def send(self, request: str) -> None:
         """Give the rank that asks, the main process, this rank's part of a tensor."""
         tensor, info = self._sharded[int(request)]
         info.send_part(tensor, to=0)
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu()
 
 
 def export(
@@ -164,12 +160,12 @@ def export(
     # Ranks that know nothing of one another's groups know how large they are.
     outcome = Channel(f"{caller}/outcome/{len(peers[0])}")
     if 0 not in peers[0]:
-        return _check(outcome.receive())
+        return _raise_unless_done(outcome.receive())
     requests, tensors = Channel(f"{caller}/{peers[0]}"), StateDict(model, state)
     if _rank() != 0:
         while (request := requests.receive()).isdecimal():
             tensors.send(request)
-        return _check(request)
+        return _raise_unless_done(request)
     requests.forget_earlier()
     try:
         result = write(tensors.deferred(requests.send))
@@ -196,7 +192,7 @@ def _failure(error: BaseException, caller: str, place: str | os.PathLike | None)
     return failure._replace(message=f"{caller}: {failure.message}.{files}")
 
 
-def _check(message: str) -> None:
+def _raise_unless_done(message: str) -> None:
     if message != _DONE:
         raise Failure(*message.split(": ", 1)).error()
 
@@ -226,7 +222,7 @@ def full_state_dict_of_main(model: nn.Module, caller: str) -> dict[str, Any]:
 
 
 def leave_it(state: dict[str, Any]) -> None:
-    """For a main process that has been told not to write."""
+    """For a main process that is not to write."""
 
 
 def takes_state_dict(model: nn.Module) -> bool:

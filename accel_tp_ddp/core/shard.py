@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Shard
 
+from .collectives import gather_parts
 from .layout import Layout, Shared
 
 __all__ = [
@@ -89,22 +90,11 @@ class ShardInfo:
         local = local.detach()
         if self.layout is None:
             return local.clone()
-        dim, sizes = self.layout.dim, self.layout.sizes
-        longest = max(sizes)
-        padded_shape = list(local.shape)
-        padded_shape[dim] = longest
-        padded = local.new_zeros(padded_shape)
-        padded.narrow(dim, 0, local.size(dim)).copy_(local)
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded, group=self.mesh.get_group())
+        parts = gather_parts(self.mesh, local, self.layout.dim, self.layout.sizes)
         full = local.new_empty(self.global_shape)
-        for rank, (part, ranges) in enumerate(zip(parts, self.layout.ranges)):
-            taken = 0
-            if not self.layout.holds_first(rank):
-                continue
-            for start, stop in ranges:
-                full.narrow(dim, start, stop - start).copy_(part.narrow(dim, taken, stop - start))
-                taken += stop - start
+        for rank, part in enumerate(parts):
+            if self.layout.holds_first(rank):
+                self._fill(full, part, rank)
         return full
 
     def collect(self, local: Tensor, ask: Callable[[], None]) -> Tensor:
@@ -126,14 +116,18 @@ class ShardInfo:
             part = local if rank == own else room[: prod(shapes[rank])].view(shapes[rank])
             if rank != own:
                 dist.recv(_as_bytes(part), src=self._global_rank(rank), group=self.mesh.get_group())
-            taken = 0
-            for start, stop in self.layout.ranges[rank]:
-                full.narrow(dim, start, stop - start).copy_(part.narrow(dim, taken, stop - start))
-                taken += stop - start
+            self._fill(full, part, rank)
         return full
 
+    def _fill(self, full: Tensor, part: Tensor, rank: int) -> None:
+        """Copy what `rank` holds to where it belongs."""
+        dim, taken = self.layout.dim, 0
+        for start, stop in self.layout.ranges[rank]:
+            full.narrow(dim, start, stop - start).copy_(part.narrow(dim, taken, stop - start))
+            taken += stop - start
+
     def send_part(self, local: Tensor, to: int) -> None:
-        """Take part in `collect` on the rank `to` (its number in the whole world)."""
+        """Take part in `collect` on the rank `to` (its number among all ranks)."""
         if self._is_sent(self.mesh.get_local_rank()):
             dist.send(_as_bytes(local.detach().contiguous()), dst=to, group=self.mesh.get_group())
 
@@ -206,7 +200,7 @@ def restore_shards(model: nn.Module) -> None:
 
 
 def mark_whole(model: nn.Module) -> None:
-    """Let every parameter answer to `tp_shard`: None for those that no rank holds a mere part of."""
+    """Let every parameter answer to `tp_shard`: None for those of which every rank holds all."""
     for param in model.parameters():
         if shard_info(param) is None:
             param.tp_shard = None

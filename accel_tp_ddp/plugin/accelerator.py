@@ -250,8 +250,9 @@ class _Hooks:
         return total * (scale / self.dp_size if reduction == "mean" else scale)
 
     def _is_shard(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is a sharded parameter or its `data`: the same storage, and all of the parameter in it."""
         shards = (param for model in self._guard.models() for param in model.parameters() if not is_replicated(param))
-        return any(param.data_ptr() == tensor.data_ptr() for param in shards)
+        return any(param.is_set_to(tensor) for param in shards)
 
     def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> AbstractContextManager[Any]:
         # The ranks of one replica work together, so they get the same part.
