@@ -162,18 +162,16 @@ class SavedFolder:
         outcome = self.ranks.on_main(self._read_manifest)
         if isinstance(outcome, str):
             return outcome
-        about, files = outcome
-        self.manifest = Manifest(about, files)
-        share = list(files)[self.ranks.rank :: self.ranks.size]
+        self.manifest = outcome
+        share = list(outcome.files)[self.ranks.rank :: self.ranks.size]
         found = self.ranks.all(damage_to(self.path, self.manifest, share))
         return next((problem for problem in found if problem is not None), None)
 
-    def _read_manifest(self) -> str | tuple[dict[str, Any], dict[str, tuple[int, str]]]:
+    def _read_manifest(self) -> str | Manifest:
         try:
-            manifest = Manifest.read(self.path)
+            return Manifest.read(self.path)
         except CheckpointError as error:
             return str(error)
-        return manifest.about, manifest.files
 
 
 def newest_first(parent: Path) -> list[Path]:

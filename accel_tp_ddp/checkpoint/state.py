@@ -15,7 +15,7 @@ from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.errors import CheckpointError, nearest
-from ..core.shard import ShardInfo, restore_shards, shard_info
+from ..core.shard import ShardInfo, full_shape, restore_shards, shard_info
 from ..core.wrappers import unwrap
 from ..training.optimizer import cut_state, state_shard
 from .dcp import Part
@@ -179,7 +179,7 @@ class OptimizerState:
             _check_names(f"{self.kind}, group {index}", dict.fromkeys(own), dict.fromkeys(there))
         for name, keys in summary["tensors"].items():
             for key in keys:
-                shape, size = _full_shape(self.params[name]), stored.get(self._tensor_name(name, key))
+                shape, size = full_shape(self.params[name]), stored.get(self._tensor_name(name, key))
                 sharded = state_shard(self.optimizer, self.params[name]) is not None
                 if shape.numel() and (size is None or sharded and size != shape):
                     raise CheckpointError(
@@ -294,11 +294,6 @@ def is_part(value: Any, param: nn.Parameter, info: ShardInfo | None) -> bool:
 def state_part(value: Tensor, info: ShardInfo | None) -> Part:
     """The state tensor `value` as the part of a full one that `info` tells."""
     return Part(value, info)
-
-
-def _full_shape(param: nn.Parameter) -> Size:
-    info = shard_info(param)
-    return Size(info.global_shape) if info is not None else param.shape
 
 
 def _tensors_in(value: Any) -> list[Tensor]:

@@ -19,6 +19,7 @@ from .layout import Layout, Shared
 __all__ = [
     "ShardInfo",
     "elements_elsewhere",
+    "full_shape",
     "mark_whole",
     "remember_everywhere",
     "remember_shards",
@@ -148,10 +149,15 @@ def shard_info(param: nn.Parameter) -> ShardInfo | None:
     return getattr(param, "tp_shard", None)
 
 
+def full_shape(param: nn.Parameter) -> torch.Size:
+    """The shape of the unsharded parameter."""
+    info = shard_info(param)
+    return torch.Size(info.global_shape) if info is not None else param.shape
+
+
 def elements_elsewhere(param: nn.Parameter) -> int:
     """How many elements of the unsharded parameter this rank does not hold."""
-    info = shard_info(param)
-    return info.global_shape.numel() - param.numel() if info is not None else 0
+    return full_shape(param).numel() - param.numel()
 
 
 def remember_shards(module: nn.Module, shards: dict[str, ShardInfo]) -> None:

@@ -32,7 +32,7 @@ from ..checkpoint.save import save_state
 from ..core.agreement import Ranks
 from ..core.collectives import gather_replicas
 from ..core.randomness import agree_as_processes, draw_by_replica
-from ..core.shard import shard_info
+from ..core.shard import full_shape
 from ..core.wrappers import unwrap
 from ..model.parallelize import check_mesh, check_model, is_parallelized, parallelize_with_map
 from ..plans.peft import check_adapters
@@ -351,10 +351,7 @@ def _describe(model: nn.Module, plan: Plan | None) -> list[str]:
     """What has to be the same on all ranks about a model, which is sharded already where it has no plan."""
     if plan is not None:
         return plan.signature().split("\n")
-    rows = []
-    for name, param in model.named_parameters():
-        info = shard_info(param)
-        rows.append(f"{name} {tuple(info.global_shape if info else param.shape)} {param.dtype}")
+    rows = (f"{name} {tuple(full_shape(param))} {param.dtype}" for name, param in model.named_parameters())
     return ["parallelized", *rows]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..core.shard import ShardInfo, shard_info
+from ..core.shard import ShardInfo, full_shape, shard_info
 from .full_tensor_step import steps_whole
 
 __all__ = [
@@ -159,8 +159,7 @@ def _check_state(optimizer: Optimizer, param: nn.Parameter) -> None:
     """A state tensor is a number, or has its parameter's shape, so that it can be cut as the parameter is."""
     if steps_whole(optimizer):
         return
-    info = shard_info(param)
-    full = info.global_shape if info is not None else param.shape
+    full = full_shape(param)
     for key, value in optimizer.state.get(param, {}).items():
         if isinstance(value, Tensor) and value.numel() != 1 and value.shape not in (full, param.shape):
             raise ValueError(
