@@ -5,7 +5,7 @@
 | `copy_to_tp`     | identity                     | all-reduce (sum)                     |
 | `reduce_from_tp` | all-reduce (sum)             | identity                             |
 | `gather_from_tp` | all-gather along a dimension | keep this rank's slice               |
-| `split_to_tp`    | keep this rank's slice       | all-gather along a dimension         |
+| `scatter_to_tp`  | keep this rank's slice       | all-gather along a dimension         |
 | `add_share`      | divide by the ranks          | identity                             |
 
 The pairs are Megatron-LM's f/g functions (arXiv:1909.08053, section 3): `copy_to_tp` opens a tensor-parallel region,
@@ -34,8 +34,8 @@ __all__ = [
     "gather_replicas",
     "on_any_rank",
     "reduce_from_tp",
+    "scatter_to_tp",
     "send_first_rank",
-    "split_to_tp",
 ]
 
 
@@ -80,9 +80,9 @@ def gather_from_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[i
     return _GatherFromTP.apply(mesh, tensor, dim, tuple(sizes))
 
 
-def split_to_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+def scatter_to_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     """Forward keeps this rank's slice of a replicated `tensor` along `dim`, backward joins the ranks' slices."""
-    return _SplitToTP.apply(mesh, tensor, dim, tuple(sizes))
+    return _ScatterToTP.apply(mesh, tensor, dim, tuple(sizes))
 
 
 def add_share(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class _GatherFromTP(torch.autograd.Function):
         return None, _own_slice(ctx.mesh, grad, ctx.dim, ctx.sizes), None, None
 
 
-class _SplitToTP(torch.autograd.Function):
+class _ScatterToTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]):
         ctx.mesh, ctx.dim, ctx.sizes = mesh, dim, sizes

@@ -20,7 +20,7 @@ __all__ = [
     "ShardInfo",
     "elements_elsewhere",
     "full_shape",
-    "mark_whole",
+    "mark_unsharded",
     "remember_everywhere",
     "remember_shards",
     "remembered_shards",
@@ -205,7 +205,7 @@ def restore_shards(model: nn.Module) -> None:
                 param.tp_shard = info
 
 
-def mark_whole(model: nn.Module) -> None:
+def mark_unsharded(model: nn.Module) -> None:
     """Let every parameter answer to `tp_shard`: None for those of which every rank holds all."""
     for param in model.parameters():
         if shard_info(param) is None:

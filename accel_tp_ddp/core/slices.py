@@ -27,9 +27,9 @@ __all__ = [
     "holds_slices",
     "refuse_resizing",
     "refuse_slices",
-    "restore_whole",
+    "restore_full",
     "settle_slices",
-    "whole_on_meta",
+    "full_on_meta",
 ]
 
 
@@ -77,7 +77,7 @@ def refuse_slices(model: nn.Module, caller: str) -> None:
 
 
 @contextmanager
-def whole_on_meta(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+def full_on_meta(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
     """Put full parameters on the meta device in the place of the slices; ties stay ties.
 
     Yields:
@@ -112,7 +112,7 @@ def settle_slices(model: nn.Module, stand_ins: Mapping[nn.Parameter, nn.Paramete
                 del hooks[key]
 
 
-def restore_whole(model: nn.Module, layouts: Mapping[nn.Parameter, Layout]) -> None:
+def restore_full(model: nn.Module, layouts: Mapping[nn.Parameter, Layout]) -> None:
     """Turn slices whose layout is not the one in `layouts` into full parameters again, in place.
 
     Collective over the tensor-parallel group. Ordinarily there are none: it happens where the model is parallelized by

@@ -38,8 +38,8 @@ from ..model.parallelize import check_mesh, check_model, is_parallelized, parall
 from ..plans.peft import check_adapters
 from ..plans.plan import Plan
 from ..plans.rules import PlanLike
-from ..training.drift import ReplicaGuard, is_replicated
-from ..training.full_tensor_step import WholeStep, steps_whole
+from ..training.drift import DriftGuard, is_replicated
+from ..training.full_tensor_step import FullTensorStep, steps_on_full_tensors
 from ..training.gradients import clip_grad_norm_, grad_scaler
 from ..training.optimizer import check_optimizer, check_step, follow_model, take_full_state
 from ..training.same_batch import watch_batches
@@ -100,7 +100,7 @@ class _Hooks:
         self.dp_group = self.dp_mesh.get_group()
         self.stock = {name: getattr(accelerator, name) for name in self.REPLACED}
         self._sharded: list[nn.Module] = []  # by `prepare`, and about to reach `prepare_model`
-        self._guard = ReplicaGuard(self.tp_mesh, plugin.replica_check_steps, plugin.replica_drift)
+        self._guard = DriftGuard(self.tp_mesh, plugin.replica_check_steps, plugin.replica_drift)
 
     # ---------------------------------------------------------------------------------------------------- prepare
 
@@ -203,8 +203,8 @@ class _Hooks:
         check_step(_bare(optimizer))  # again, for whoever calls this directly, or before there is a model
         if self._guard.watch(_bare(optimizer)):
             take_full_state(_bare(optimizer))
-            if steps_whole(_bare(optimizer)):
-                WholeStep(_bare(optimizer))  # after the guard, which agrees on the gradients
+            if steps_on_full_tensors(_bare(optimizer)):
+                FullTensorStep(_bare(optimizer))  # after the guard, which agrees on the gradients
         self._agree_on_overflow()  # Accelerate hands its scaler to each optimizer here
         return self.stock["prepare_optimizer"](optimizer, device_placement=device_placement)
 

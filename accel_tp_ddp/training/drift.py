@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from ..core.collectives import laid_out, send_first_rank, with_shared
 from ..core.shard import ShardInfo, shard_info
 
-__all__ = ["ReplicaGuard", "checksum"]
+__all__ = ["DriftGuard", "checksum"]
 
 _RANDOM_STATE = "torch's random state"
 _PIECE = 1 << 20
@@ -32,7 +32,7 @@ _NONE = -(1 << 62)  # below every checksum and its negative
 logger = logging.getLogger(__name__)
 
 
-class ReplicaGuard:
+class DriftGuard:
     """Keeps what is replicated of some models equal over the ranks of a tensor-parallel group.
 
     Args:

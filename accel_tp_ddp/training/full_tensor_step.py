@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ..core.collectives import on_any_rank
 from ..core.shard import ShardInfo, shard_info
 
-__all__ = ["WholeStep", "register_whole_step", "steps_whole"]
+__all__ = ["FullTensorStep", "register_whole_step", "steps_on_full_tensors"]
 
 _REGISTERED: set[type] = {getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)}
 _BY_NAME = {"transformers.optimization.Adafactor"}  # which is not imported here
@@ -44,7 +44,7 @@ def register_whole_step(kind: type[Optimizer]) -> type[Optimizer]:
     return kind
 
 
-def steps_whole(optimizer: Optimizer) -> bool:
+def steps_on_full_tensors(optimizer: Optimizer) -> bool:
     """Whether an optimizer, bare or as Accelerate prepared it, steps on full tensors and keeps full states."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
@@ -53,7 +53,7 @@ def steps_whole(optimizer: Optimizer) -> bool:
     )
 
 
-class WholeStep:
+class FullTensorStep:
     """Lets each step of `optimizer` take the sharded parameters as full ones first, and then all others by itself.
 
     By hooks, so that it also works under schedulers and scalers that have wrapped `step`. Hooks that are to see the

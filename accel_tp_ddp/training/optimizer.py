@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..core.shard import ShardInfo, full_shape, shard_info
-from .full_tensor_step import steps_whole
+from .full_tensor_step import steps_on_full_tensors
 
 __all__ = [
     "check_optimizer",
@@ -24,7 +24,7 @@ __all__ = [
 
 
 #: Optimizers whose step looks at a whole matrix, or at a norm or a dot product over many elements: on a shard each
-#: would do something else. Those that `steps_whole` knows are right nevertheless.
+#: would do something else. Those that `steps_on_full_tensors` knows are right nevertheless.
 LOOKS_AT_MATRICES = frozenset(
     "AdaLomo Adafactor AdamMini APOLLO CAME DAdaptAdaGrad DAdaptAdam DAdaptLion DAdaptSGD Dion DistributedShampoo "
     "GaLoreAdafactor GaLoreAdamW GaLoreAdamW8bit LAMB LARS LBFGS Lamb Lars Muon MuonWithAuxAdam NovoGrad Prodigy SAM "
@@ -66,7 +66,7 @@ def check_step(optimizer: Optimizer) -> None:
     Raises:
         ValueError: With the optimizer's name.
     """
-    if steps_whole(optimizer):
+    if steps_on_full_tensors(optimizer):
         return
     for kind in type(optimizer).__mro__:
         if kind.__name__ in LOOKS_AT_MATRICES:
@@ -92,7 +92,7 @@ def follow_model(optimizer: Optimizer, mapping: Mapping[nn.Parameter, nn.Paramet
     for param, state in optimizer.state.items():
         info, shard = shard_info(param), state_shard(optimizer, param)
         for key, value in state.items() if info is not None else ():
-            if isinstance(value, DTensor) and steps_whole(optimizer):
+            if isinstance(value, DTensor) and steps_on_full_tensors(optimizer):
                 state[key] = value.full_tensor()
             elif isinstance(value, DTensor):
                 state[key] = value.redistribute(placements=info.placements).to_local()
@@ -103,7 +103,7 @@ def follow_model(optimizer: Optimizer, mapping: Mapping[nn.Parameter, nn.Paramet
 def state_shard(optimizer: Optimizer, param: nn.Parameter) -> ShardInfo | None:
     """How the state of `param` is cut; None where every rank holds all of it."""
     info = shard_info(param)
-    return info if info is not None and info.is_sharded and not steps_whole(optimizer) else None
+    return info if info is not None and info.is_sharded and not steps_on_full_tensors(optimizer) else None
 
 
 def cut_state(state: Mapping[str, Any], shard: ShardInfo) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def _with_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator
 
 def _check_state(optimizer: Optimizer, param: nn.Parameter) -> None:
     """A state tensor is a number, or has its parameter's shape, so that it can be cut as the parameter is."""
-    if steps_whole(optimizer):
+    if steps_on_full_tensors(optimizer):
         return
     full = full_shape(param)
     for key, value in optimizer.state.get(param, {}).items():
