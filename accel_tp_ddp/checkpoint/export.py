@@ -160,12 +160,14 @@ def export(
     # Ranks that know nothing of one another's groups know how large they are.
     outcome = Channel(f"{caller}/outcome/{len(peers[0])}")
     if 0 not in peers[0]:
-        return _raise_unless_done(outcome.receive())
+        _raise_unless_done(outcome.receive())
+        return None
     requests, tensors = Channel(f"{caller}/{peers[0]}"), StateDict(model, state)
     if not is_main:
         while (request := requests.receive()).isdecimal():
             tensors.send(request)
-        return _raise_unless_done(request)
+        _raise_unless_done(request)
+        return None
     requests.forget_earlier()
     try:
         result = write(tensors.deferred(requests.send))

@@ -114,7 +114,8 @@ class Ranks:
 
     def on_main(self, step: Callable[[], T]) -> T:
         """Run `step` on the main process, and return what it returned on every rank."""
-        return self.each(step if self.is_main else lambda: None)[0]
+        own: Callable[[], Any] = step if self.is_main else lambda: None
+        return self.each(own)[0]
 
     def same(self, rows: Sequence[str], differ: str, point: str = "") -> None:
         """Raise on every rank unless `rows` are the same on all. Costs one small exchange if they are.

@@ -144,7 +144,7 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def shard_info(param: nn.Parameter) -> ShardInfo | None:
+def shard_info(param: Tensor) -> ShardInfo | None:
     """`param.tp_shard`, or None for a parameter that no plan has touched."""
     return getattr(param, "tp_shard", None)
 

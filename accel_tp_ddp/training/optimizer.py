@@ -91,7 +91,9 @@ def follow_model(optimizer: Optimizer, mapping: Mapping[nn.Parameter, nn.Paramet
             optimizer.state[new] = optimizer.state.pop(old)
     for param, state in optimizer.state.items():
         info, shard = shard_info(param), state_shard(optimizer, param)
-        for key, value in state.items() if info is not None else ():
+        if info is None:
+            continue
+        for key, value in state.items():
             if isinstance(value, DTensor) and steps_on_full_tensors(optimizer):
                 state[key] = value.full_tensor()
             elif isinstance(value, DTensor):
@@ -100,7 +102,7 @@ def follow_model(optimizer: Optimizer, mapping: Mapping[nn.Parameter, nn.Paramet
             state.update(cut_state(state, shard))
 
 
-def state_shard(optimizer: Optimizer, param: nn.Parameter) -> ShardInfo | None:
+def state_shard(optimizer: Optimizer, param: Tensor) -> ShardInfo | None:
     """How the state of `param` is cut; None where every rank holds all of it."""
     info = shard_info(param)
     return info if info is not None and info.is_sharded and not steps_on_full_tensors(optimizer) else None
@@ -131,8 +133,7 @@ def full_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, A
         shard, states = state_shard(optimizer, param), {}
         for key, value in state_dict["state"][index].items():
             if isinstance(value, Tensor):
-                sharded = shard is not None and value.shape == param.shape
-                value = shard.full_tensor(value) if sharded else value.detach()
+                value = shard.full_tensor(value) if shard and value.shape == param.shape else value.detach()
                 value = value.cpu() if keep else None
             states[key] = value
         full[index] = states
