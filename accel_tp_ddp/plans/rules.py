@@ -78,16 +78,24 @@ def _siblings(path: Path) -> Iterable[str]:
 def shipped_plans(model: nn.Module) -> list[dict[str, Any]]:
     """This package's own rules for the architecture, by names in `model`: data in `plans/<model_type>.yaml`.
 
+    A model type without such a file has that of the type which the model's class was written for.
+
     A model may be made of models, as one for images and text is: each has a config of its own, and the plan that this
     package ships for it. First the plan of the whole, then those of its parts, the outer before the inner.
     """
     plans = []
     for name, part in _parts(model):
         config = getattr(part, "config", None)
-        model_type = getattr(config, "model_type", None)
-        if isinstance(model_type, str):
-            plans.append(_inside(name, _where_it_holds(_read_shipped(model_type), config)))
+        rules = next(filter(None, map(_read_shipped, _model_types(part, config))), None)
+        if rules:
+            plans.append(_inside(name, _where_it_holds(rules, config)))
     return plans
+
+
+def _model_types(part: nn.Module, config: Any) -> list[str]:
+    """The config's own model type, and that of the class: transformers runs some models with the code of another."""
+    kinds = (config, getattr(type(part), "config_class", None))
+    return [kind.model_type for kind in kinds if isinstance(getattr(kind, "model_type", None), str)]
 
 
 def own_plan(model: nn.Module) -> dict[str, Any]:

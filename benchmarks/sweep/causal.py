@@ -41,6 +41,7 @@ SIZES: dict[str, Any] = {
     **{"index_n_heads": 4, "index_head_dim": 16, "index_topk": 8, "zero_expert_num": 2, "intermediate_size_mlp": 128},
     **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
     **{"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_expand": 2},
+    **{"mamba_d_ssm": 128, "rotary_dim": 8, "unpadded_vocab_size": VOCABULARY},
     **{"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 8},
     **{"partial_rotary_factor": 0.5, "rotary_pct": 0.5, "swa_num_attention_heads": 8, "swa_num_key_value_heads": 2},
     **{"swa_head_dim": 16, "swa_v_head_dim": 16, "num_nextn_predict_layers": 0, "num_kv_shared_layers": 0},
@@ -50,6 +51,7 @@ SIZES: dict[str, Any] = {
 
 # What an architecture needs beside that.
 SPECIAL: dict[str, dict[str, Any]] = {
+    "codegen": {"num_attention_heads": 16, "n_head": 16, "rotary_dim": 4},  # four times as many as ranks at tp 4
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
