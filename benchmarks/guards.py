@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from accel_tp_ddp import parallelize
-from accel_tp_ddp.training.drift import ReplicaGuard
+from accel_tp_ddp.training.drift import DriftGuard
 from accel_tp_ddp.training.same_batch import watch_batches
 
 
@@ -46,7 +46,7 @@ def main() -> None:
         torch.manual_seed(0)
         model = parallelize(AutoModelForCausalLM.from_config(config), mesh)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        guard = ReplicaGuard(mesh, args.every, "heal")
+        guard = DriftGuard(mesh, args.every, "heal")
         guard.add(model)
         if name == "with":
             guard.watch(optimizer)

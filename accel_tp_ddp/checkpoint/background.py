@@ -1,4 +1,4 @@
-"""A save that goes on while training does: one at a time, in a thread of its own, over a process group of its own.
+"""A save that runs beside training: one at a time, in a thread of its own, over a process group of its own.
 
 The thread is no daemon, so a process that ends waits for it. Its collectives go over a gloo group that nothing else
 uses, so they cannot get between those of training.
@@ -67,7 +67,7 @@ def finish_background_save(ranks: Ranks) -> None:
     """Wait for the save in the background, if there is one. Collective over all ranks.
 
     Raises:
-        CheckpointError: The same on every rank, if it has failed on any. It is told once.
+        CheckpointError: The same on every rank, if it has failed on any. It is raised once.
     """
     global _pending
     if _pending is None:  # so on all ranks, as all of them start and finish it together

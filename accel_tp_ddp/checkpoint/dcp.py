@@ -52,7 +52,7 @@ class Part:
 
     Args:
         local: This rank's part. Saving reads it, loading writes into it.
-        info: Its layout; None for a tensor that every rank holds whole.
+        info: Its layout; None for a tensor of which every rank holds all.
     """
 
     def __init__(self, local: Tensor, info: ShardInfo | None = None):
@@ -168,7 +168,7 @@ def write_tensors(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def staged(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of `values` in host memory, by torch's own staging, so that what goes on changing is not saved."""
+    """Copies of `values` in host memory, by torch's own staging, so that later changes are not saved."""
     parts = {name: value for name, value in values.items() if isinstance(value, Part)}
     copies = BlockingAsyncStager().stage({name: part.local for name, part in parts.items()})
     return {

@@ -40,7 +40,7 @@ class ModelDescription:
         names: Of `state_dict()`, in order.
         aliases: Of tied tensors, the further names, each with the one under which the tensor is stored.
         tensors: Data type and unsharded shape by name, without aliases.
-        saved_by: What writes a whole checkpoint of it: its `save_pretrained`, or Accelerate's `save_model`; None where
+        saved_by: What writes a full checkpoint of it: its `save_pretrained`, or Accelerate's `save_model`; None where
             its own `save_pretrained` writes something else.
     """
 
@@ -121,7 +121,7 @@ def _write_configs(model: nn.Module, folder: Path) -> None:
 
 
 def _if_possible(write: Any, what: str) -> None:
-    """A run can go on from a state without it."""
+    """A run can resume from a state without it."""
     try:
         write()
     except OSError:

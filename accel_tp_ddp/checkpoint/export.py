@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..core.agreement import Failure, await_peers
+from ..core.agreement import Failure, Ranks, await_peers
 from ..core.errors import CheckpointError
 from ..core.shard import ShardInfo, restore_shards, shard_info
 from ..core.slices import refuse_slices
@@ -111,17 +110,13 @@ class StateDict:
             if key not in made and tensor.device.type == "cpu":
                 made[key] = tensor.detach()
             elif key not in made:
-                made[key] = DeferredTensor.of(tensor.shape, tensor.dtype, partial(_on_cpu, tensor))
+                made[key] = DeferredTensor.of(tensor.shape, tensor.dtype, tensor.detach().cpu)
         return {name: made.get(id(value), value) for name, value in self.state.items()}
 
     def send(self, request: str) -> None:
         """Give the rank that asks, the main process, this rank's part of a tensor."""
         tensor, info = self._sharded[int(request)]
         info.send_part(tensor, to=0)
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu()
 
 
 def export(
@@ -153,9 +148,10 @@ def export(
     """
     model = unwrap(model)
     restore_shards(model)
+    is_main = Ranks(caller).is_main
     meshes = {info.mesh for param in model.parameters() if (info := shard_info(param)) is not None and info.is_sharded}
     if not meshes:
-        return write(StateDict(model, state).deferred(_nobody)) if _rank() == 0 else None
+        return write(StateDict(model, state).deferred(_nobody)) if is_main else None
     peers = sorted({tuple(sorted(mesh.mesh.flatten().tolist())) for mesh in meshes})
     if len(peers) > 1:
         raise ValueError(f"{caller}: this {type(model).__name__} is cut over several groups of ranks: {peers}.")
@@ -164,12 +160,12 @@ def export(
     # Ranks that know nothing of one another's groups know how large they are.
     outcome = Channel(f"{caller}/outcome/{len(peers[0])}")
     if 0 not in peers[0]:
-        return _check(outcome.receive())
+        return _raise_unless_done(outcome.receive())
     requests, tensors = Channel(f"{caller}/{peers[0]}"), StateDict(model, state)
-    if _rank() != 0:
+    if not is_main:
         while (request := requests.receive()).isdecimal():
             tensors.send(request)
-        return _check(request)
+        return _raise_unless_done(request)
     requests.forget_earlier()
     try:
         result = write(tensors.deferred(requests.send))
@@ -196,7 +192,7 @@ def _failure(error: BaseException, caller: str, place: str | os.PathLike | None)
     return failure._replace(message=f"{caller}: {failure.message}.{files}")
 
 
-def _check(message: str) -> None:
+def _raise_unless_done(message: str) -> None:
     if message != _DONE:
         raise Failure(*message.split(": ", 1)).error()
 
@@ -205,28 +201,24 @@ def _nobody(request: str) -> None:
     """Whom to ask where nothing is sharded."""
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+def _own_copy(value: Any) -> Any:
+    if isinstance(value, DeferredTensor):
+        return value.materialize()
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def full_state_dict_of_main(model: nn.Module, caller: str) -> dict[str, Any]:
     """`full_state_dict` on the main process, and an empty one elsewhere. Collective as `export`."""
 
     def write(state: dict[str, Any]) -> dict[str, Any]:
-        seen: dict[int, Any] = {}
-        for value in state.values():
-            if id(value) not in seen:
-                wait = isinstance(value, DeferredTensor)
-                seen[id(value)] = (
-                    value.materialize() if wait else value.clone() if isinstance(value, Tensor) else value
-                )
-        return {name: seen[id(value)] for name, value in state.items()}
+        made = {key: _own_copy(value) for key, value in {id(value): value for value in state.values()}.items()}
+        return {name: made[id(value)] for name, value in state.items()}
 
     return export(model, caller, write) or {}
 
 
 def leave_it(state: dict[str, Any]) -> None:
-    """For a main process that has been told not to write."""
+    """For a main process that is not to write."""
 
 
 def takes_state_dict(model: nn.Module) -> bool:
@@ -237,10 +229,9 @@ def takes_state_dict(model: nn.Module) -> bool:
 
 def _meet_main_process(peers: tuple[int, ...], caller: str) -> None:
     """Let the ranks of a replica meet, before what a script may have left to the main process alone."""
-    count = len(peers) - 1
-    parts = "Each of them holds a part of the weights"
+    why = "Each of them holds a part of the weights"
     advice = ", and pass `is_main_process=accelerator.is_main_process` where it takes that"
-    await_peers(caller, f"{caller}/{peers}", count, f"its {count} tensor-parallel peers", parts, advice)
+    await_peers(caller, f"{caller}/{peers}", len(peers) - 1, "its {count} tensor-parallel peers", why, advice)
 
 
 def save_config(model: nn.Module, save_directory: str | os.PathLike) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint folder that is there whole or not at all.
+"""A checkpoint folder that is complete or not there at all.
 
 It is written beside its place, listed with sizes and checksums in a manifest, checked, and then renamed. What stood
 there before goes only after that. A `SIGKILL` at any moment leaves either the old folder or the new one.
@@ -31,7 +31,7 @@ __all__ = [
     "newest_first",
     "put_back",
     "remove_oldest",
-    "write_whole",
+    "write_folder",
 ]
 
 MANIFEST = "state_manifest.json"
@@ -67,15 +67,15 @@ class Manifest:
         """Raises CheckpointError if it is not there, damaged, or of a later version."""
         path = folder / MANIFEST
         try:
-            whole = json.loads(path.read_text(encoding="utf-8"))
-            content = whole["content"]
-            told, found = whole["sha256"], _sha256_of_json(content)
+            document = json.loads(path.read_text(encoding="utf-8"))
+            content = document["content"]
+            expected, found = document["sha256"], _sha256_of_json(content)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing: this is no complete state.") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read as a manifest: {error}.") from None
-        if told != found:
-            raise CheckpointError(f"{path} is damaged: its contents have the SHA-256 {found}, and it says {told}.")
+        if expected != found:
+            raise CheckpointError(f"{path} is damaged: its contents have the SHA-256 {found}, and it says {expected}.")
         if content.get("format") != _FORMAT or content.get("version") != _VERSION:
             raise CheckpointError(
                 f"{path} is of the format {content.get('format')!r}, version {content.get('version')!r}; this version "
@@ -84,7 +84,7 @@ class Manifest:
         return cls(content["about"], {name: tuple(entry) for name, entry in content["files"].items()})
 
 
-def write_whole(place: Path, ranks: Ranks, fill: Callable[[Path], dict[str, Any]]) -> None:
+def write_folder(place: Path, ranks: Ranks, fill: Callable[[Path], dict[str, Any]]) -> None:
     """Let all ranks `fill` a folder, and let it appear at `place` when all of it is there. Collective.
 
     Args:
@@ -159,21 +159,19 @@ class SavedFolder:
 
     def problem(self) -> str | None:
         """What is wrong with it, the same on every rank. Each rank reads its share of the files. Collective."""
-        told = self.ranks.on_main(self._read_manifest)
-        if isinstance(told, str):
-            return told
-        about, files = told
-        self.manifest = Manifest(about, files)
-        share = list(files)[self.ranks.rank :: self.ranks.size]
+        outcome = self.ranks.on_main(self._read_manifest)
+        if isinstance(outcome, str):
+            return outcome
+        self.manifest = outcome
+        share = list(outcome.files)[self.ranks.rank :: self.ranks.size]
         found = self.ranks.all(damage_to(self.path, self.manifest, share))
         return next((problem for problem in found if problem is not None), None)
 
-    def _read_manifest(self) -> str | tuple[dict[str, Any], dict[str, tuple[int, str]]]:
+    def _read_manifest(self) -> str | Manifest:
         try:
-            manifest = Manifest.read(self.path)
+            return Manifest.read(self.path)
         except CheckpointError as error:
             return str(error)
-        return manifest.about, manifest.files
 
 
 def newest_first(parent: Path) -> list[Path]:

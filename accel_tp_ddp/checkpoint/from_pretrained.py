@@ -4,7 +4,7 @@
 converts what it loads, initialises what is missing, ties weights and reports. Only three of its steps are exchanged
 while `sharded_loading` is active: the tensors that it is given to load are lazy ones (`lazy`); what is put into the
 model is this rank's slice, by the layouts of a plan that was resolved on the meta device; and what depends on a value
-that no rank has whole (whether two weights are equal) is agreed on. The model is then as `slices` describes it.
+of which no rank has all (whether two weights are equal) is agreed on. The model is then as `slices` describes it.
 
 The ranks meet before anything is read, after it, and at the end; one that fails meets the others with its error
 instead, whatever it was doing, so none of them waits for it.
@@ -34,7 +34,7 @@ from ..core.shard import ShardInfo
 from ..core.slices import hold_slices
 from ..plans.plan import Plan, resolve_plan
 from ..plans.rules import PlanLike
-from .lazy import LazyTensor, first_row, own_part, whole
+from .lazy import LazyTensor, first_row, own_part, read_full
 
 __all__ = ["OVERRIDES", "LoadSettings", "load_in_slices"]
 
@@ -144,7 +144,7 @@ class _Loader:
             state_dict = {name: _lazy(tensor) for name, tensor in state_dict.items()}
         contents = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in sorted(state_dict.items())]
         self.ranks.same([*plan.signature().split("\n"), *contents], _DIFFERENT, "what is to be loaded")
-        # The place of the values is settled below, and transformers' allocation ahead is for the whole model.
+        # The place of the values is settled below, and transformers' allocation ahead is for the full model.
         device = torch.device(next(iter((load_config.device_map or {"": "cpu"}).values())))
         load = _Load(model, self.mesh, device, plan)
         self.loads.append(load)
@@ -227,7 +227,7 @@ class _Load:
         module = self.model.get_submodule(path)
         expected = getattr(module, leaf, None)
         if not isinstance(expected, Tensor):
-            stock(name, whole(value, self.device), *args, **kwargs)
+            stock(name, read_full(value, self.device), *args, **kwargs)
             return
         if value.shape != expected.shape:  # which is reported, or passed over; the value is not used
             stock(name, torch.empty(value.shape, dtype=value.dtype, device="meta"), *args, **kwargs)
@@ -235,7 +235,7 @@ class _Load:
         self.samples.append(f"{name} {_sample(value)}")
         layout, _ = self._layouts.get((module, leaf), (None, None))
         if layout is None:
-            stock(name, whole(value, self.device), *args, **kwargs)
+            stock(name, read_full(value, self.device), *args, **kwargs)
             return
         own = own_part(value, layout, self.mesh.get_local_rank(), self.device)
         module._parameters[leaf] = nn.Parameter(torch.empty_like(own, device="meta"), expected.requires_grad)
@@ -254,7 +254,7 @@ class _Load:
         for (module, name), (layout, shape) in self._layouts.items():
             param = module._parameters[name]
             if not self.is_cut(param):
-                assert param.shape == shape, "a missing weight was to be initialised whole"
+                assert param.shape == shape, "a missing weight was to be initialised in full"
                 info = ShardInfo.sharded(self.mesh, shape, layout)
                 send_first_rank(self.mesh, param)
                 param.data = info.local_part(param.data)
@@ -319,7 +319,7 @@ def _lazily(files: Sequence[str], load_config: Any) -> dict[str, LazyTensor]:
             opened = safe_open(file, framework="pt", device="cpu")
         except Exception as error:  # safetensors' own errors do not name the file
             raise CheckpointError(
-                f"{file} cannot be read: {error}. It is damaged, or was not copied whole."
+                f"{file} cannot be read: {error}. It is damaged, or was not copied completely."
             ) from error
         for name in opened.keys():  # a safe_open is no mapping
             part = opened.get_slice(name)

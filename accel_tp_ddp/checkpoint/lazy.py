@@ -2,7 +2,7 @@
 
 transformers converts checkpoints by stacking, concatenating, transposing and splitting what it has read. On a
 `LazyTensor` these operations read nothing: they are remembered, and a part of their result is put together from just
-those parts of the files that it consists of. Any other operation reads its operands whole and goes on with ordinary
+those parts of the files that it consists of. Any other operation reads its operands in full and works on ordinary
 tensors, so whatever a conversion does, its result is right; only what has to be read differs.
 """
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from ..core.layout import Layout
 
-__all__ = ["LazyTensor", "first_row", "own_part", "whole"]
+__all__ = ["LazyTensor", "first_row", "own_part", "read_full"]
 
 Box = tuple[tuple[int, int], ...]  # a half-open range of indices for each dimension
 _PIECE = 1 << 24  # bytes read at a time, so that a part costs hardly more memory than it takes up in the end
@@ -59,7 +59,7 @@ class LazyTensor(torch.Tensor):
         return func(*args, **kwargs)
 
 
-def whole(tensor: Tensor, device: torch.device | str) -> Tensor:
+def read_full(tensor: Tensor, device: torch.device | str) -> Tensor:
     """All of a tensor that may be a lazy one, on `device`."""
     return tensor.read(device=device) if isinstance(tensor, LazyTensor) else tensor.to(device)
 

@@ -119,7 +119,7 @@ def _kind_of(folder: Path) -> str:
     )
 
 
-class _Loader:
+class _StateLoader:
     """One kind of folder. `check` must change nothing; then `load` may."""
 
     def __init__(
@@ -213,7 +213,7 @@ class _Loader:
         return self.path / f"random_states_{rank}.pkl"
 
     def random_state_of(self) -> int:
-        """Whose random states this rank goes on with; -1: there are none for it, and it keeps what it has."""
+        """Whose random states this rank resumes with; -1: there are none for it, and it keeps its own."""
         replica = self.ranks.rank // self.tp_size
         return replica if self._random_states(replica).exists() else -1
 
@@ -226,7 +226,7 @@ class _Loader:
         return load(self._random_states(0)).get("step", 0)
 
 
-class _Sharded(_Loader):
+class _Sharded(_StateLoader):
     def files(self) -> set[str]:
         return set(self.folder.manifest.files)
 
@@ -278,7 +278,7 @@ class _Sharded(_Loader):
         return self.about["step"]
 
 
-class _Plain(_Loader):
+class _Plain(_StateLoader):
     """What Accelerate's own `save_state` has written: every rank reads its slices of the full tensors."""
 
     def check(self) -> None:
@@ -299,7 +299,7 @@ class _Plain(_Loader):
             state.take_plain(saved)
 
 
-class _WeightsOnly(_Loader):
+class _WeightsOnly(_StateLoader):
     """A Hugging Face checkpoint: weights, and nothing else to load."""
 
     def check_others(self) -> None:
@@ -321,7 +321,7 @@ class _WeightsOnly(_Loader):
         logger.warning(f"{self.path} holds weights only: optimizers, schedulers and random states stay as they are.")
 
 
-_LOADERS: dict[str, type[_Loader]] = {"sharded": _Sharded, "plain": _Plain, "weights": _WeightsOnly}
+_LOADERS: dict[str, type[_StateLoader]] = {"sharded": _Sharded, "plain": _Plain, "weights": _WeightsOnly}
 
 
 def load_any_state(

@@ -63,7 +63,7 @@ def merge(
     manifest = _manifest_of(place)
     index = _choose(model, manifest.about["models"], place)
     _check_target(target)
-    stored = _Stored(place, index, ModelDescription.read(description_folder(place, index)))
+    stored = _StoredModel(place, index, ModelDescription.read(description_folder(place, index)))
     write = stored.writer(config, max_shard_size)  # before the checksums, which take their time
     if verify:
         _verify(place, manifest, index, progress)
@@ -96,10 +96,10 @@ def _manifest_of(place: Path) -> Manifest:
         raise BadInputError(f"{place} does not exist or is no folder. Give the folder that save_state has written.")
     put_back(place)
     if not is_sharded_state(place):
-        told = "Its weights are not sharded; use them as they are." if any(place.glob("*.safetensors")) else ""
+        hint = "Its weights are not sharded; use them as they are." if any(place.glob("*.safetensors")) else ""
         raise BadInputError(
             f"{place} is no state that accelerator.save_state has written under tensor parallelism: there is no "
-            f"{MANIFEST}. {told or 'Give the folder of one, such as checkpoints/checkpoint_3.'}"
+            f"{MANIFEST}. {hint or 'Give the folder of one, such as checkpoints/checkpoint_3.'}"
         )
     return Manifest.read(place)
 
@@ -128,7 +128,7 @@ def _verify(place: Path, manifest: Manifest, index: int, progress: bool) -> None
             raise CheckpointError(f"{problem}. Nothing has been merged.")
 
 
-class _Stored:
+class _StoredModel:
     """One model of a state, as deferred tensors and a way to write them."""
 
     def __init__(self, place: Path, index: int, description: ModelDescription | None):
@@ -200,7 +200,7 @@ class _Stored:
             )
         if description is not None and description.saved_by is None:
             raise BadInputError(
-                f"model {self.prefix.split('.')[1]} is a {self.kind}, whose own save_pretrained writes no whole "
+                f"model {self.prefix.split('.')[1]} is a {self.kind}, whose own save_pretrained writes no full "
                 "checkpoint. Load the state in a run (accelerator.load_state), and call save_pretrained there."
             )
         if description is not None and description.saved_by == "save_model":

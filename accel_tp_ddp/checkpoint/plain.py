@@ -39,11 +39,11 @@ class PlainWeights:
 
     def __init__(self, folder: Path, index: int):
         self.folder = folder
-        whole, many = plain_file(folder, "model", "safetensors", index), folder / "model.safetensors.index.json"
+        single, many = plain_file(folder, "model", "safetensors", index), folder / "model.safetensors.index.json"
         pickled = plain_file(folder, "pytorch_model", "bin", index)
         self._pickled: Mapping[str, Any] = {}
-        if whole.exists():
-            self._files = {whole: None}
+        if single.exists():
+            self._files = {single: None}
         elif index == 0 and many.exists():
             listed = json.loads(many.read_text(encoding="utf-8"))["weight_map"].values()
             self._files = dict.fromkeys(folder / name for name in listed)
@@ -51,7 +51,7 @@ class PlainWeights:
             self._files = {}
             self._pickled = load_pickled(pickled)
         else:
-            raise CheckpointError(f"there is neither {whole} nor {pickled}.")
+            raise CheckpointError(f"there is neither {single} nor {pickled}.")
         self._sources: dict[str, Path | None] = dict.fromkeys(self._pickled)
         self.shapes: dict[str, Size] = {name: tensor.shape for name, tensor in self._pickled.items()}
         for path in self._files:

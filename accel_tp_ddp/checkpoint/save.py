@@ -1,4 +1,4 @@
-"""`accelerator.save_state`: one folder that any `tp x dp` can go on from.
+"""`accelerator.save_state`: one folder from which any `tp x dp` can resume.
 
 What is sharded goes through `torch.distributed.checkpoint`, all the rest (schedulers, samplers, GradScaler, random
 states, custom objects) through Accelerate's own functions, into files of Accelerate's names.
@@ -23,7 +23,7 @@ from ..core.errors import CheckpointError
 from .background import finish_background_save, group_of_its_own, run_in_background
 from .dcp import await_tensors, staged, write_tensors, write_tensors_in_background
 from .description import describe_model, description_folder
-from .folder import FolderAside, clear_away, put_back, remove_oldest, write_whole
+from .folder import FolderAside, clear_away, put_back, remove_oldest, write_folder
 from .places import TENSORS, absolute, automatic_folder, optimizer_states
 from .state import ModelState, summary_keys
 
@@ -63,7 +63,7 @@ def save_state(
     if async_save:
         _save_in_background(saver, place, limit)
     else:
-        write_whole(place, ranks, saver.fill)
+        write_folder(place, ranks, saver.fill)
         _keep_limit(place, ranks, limit)
     config.iteration += 1
     return place
@@ -85,7 +85,7 @@ def _save_in_background(saver: _Saver, place: Path, limit: int | None) -> None:
 
     def write() -> None:
         with aside.cleared_on_failure(behind):
-            with _told_by(behind):
+            with _named_by(behind):
                 await_tensors(writing)
             aside.complete(behind, about)
         _keep_limit(place, behind, limit)
@@ -101,8 +101,8 @@ def _keep_limit(place: Path, ranks: Ranks, limit: int | None) -> None:
 
 
 @contextmanager
-def _told_by(ranks: Ranks) -> Iterator[None]:
-    """Raise what fails in writing tensors, the same on all ranks, in the words of `ranks`."""
+def _named_by(ranks: Ranks) -> Iterator[None]:
+    """Raise what fails in writing tensors, the same on all ranks, with the names that `ranks` puts in front."""
     try:
         yield
     except CheckpointError as error:
@@ -121,7 +121,7 @@ def _place_to_save(accelerator: Accelerator, output_dir: str | os.PathLike | Non
     clear_away(place.parent)
     if place.exists():
         raise ValueError(
-            f"{place} already exists. Set accelerator.project_configuration.iteration to the number to go on with."
+            f"{place} already exists. Set accelerator.project_configuration.iteration to the number to continue with."
         )
     return place
 
@@ -135,7 +135,7 @@ class _Saver:
     def fill(self, folder: Path) -> dict[str, Any]:
         """Write everything into `folder`; returns what the manifest is to keep."""
         values, about = self.collect(folder)
-        with _told_by(self.ranks):
+        with _named_by(self.ranks):
             write_tensors(folder / TENSORS, values)
         return about
 
@@ -172,12 +172,12 @@ class _Saver:
         if not hooks:
             return everything
         weights = [self.accelerator.get_state_dict(model, unwrap=False) for model in models]
-        given = [(whole, dict(whole)) for whole in weights]
+        given = [(full, dict(full)) for full in weights]
 
         def run() -> list[set[str] | None]:
             for hook in hooks.values():
                 hook(models, weights, str(folder))
-            return [_left_of(whole, before, weights) for whole, before in given] if self.ranks.is_main else []
+            return [_left_of(full, before, weights) for full, before in given] if self.ranks.is_main else []
 
         return self.ranks.each(run)[0]
 
@@ -225,17 +225,17 @@ class _Saver:
                 describe_model(model, names, description_folder(folder, index))
 
 
-def _left_of(whole: dict[str, Tensor], before: dict[str, Tensor], weights: Sequence[Any]) -> set[str] | None:
+def _left_of(full: dict[str, Tensor], before: dict[str, Tensor], weights: Sequence[Any]) -> set[str] | None:
     """The names that a hook has left of one model's weights."""
-    if not any(whole is other for other in weights):
+    if not any(full is other for other in weights):
         return None
-    for name, tensor in whole.items():
+    for name, tensor in full.items():
         if before.get(name) is not tensor:
             raise ValueError(
                 f"a save_state pre-hook has put `{name}` into the weights. It may take weights away, and save others "
                 "by itself; changed ones cannot be saved by parts."
             )
-    return {name.removeprefix("module.") for name in whole}
+    return {name.removeprefix("module.") for name in full}
 
 
 def save_state_or_in_background(

@@ -15,9 +15,9 @@ from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.errors import CheckpointError, nearest
-from ..core.shard import ShardInfo, restore_shards, shard_info
+from ..core.shard import ShardInfo, full_shape, restore_shards, shard_info
 from ..core.wrappers import unwrap
-from ..training.full_tensor_step import steps_whole
+from ..training.optimizer import cut_state, state_shard
 from .dcp import Part
 
 __all__ = ["ModelState", "OptimizerState", "parameter_names", "summary_keys"]
@@ -105,7 +105,6 @@ class OptimizerState:
         self.optimizer = optimizer
         self.prefix = prefix
         self.kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
-        self.whole = steps_whole(optimizer)
         self.groups = [
             [names.get(id(param), f"group {index}, number {place}") for place, param in enumerate(group["params"])]
             for index, group in enumerate(optimizer.param_groups)
@@ -120,11 +119,6 @@ class OptimizerState:
     @property
     def summary_name(self) -> str:
         return self.prefix + "summary"
-
-    def _shard_of_state(self, param: nn.Parameter) -> ShardInfo | None:
-        """How the state of `param` is cut; None where every rank holds it whole."""
-        info = None if self.whole else shard_info(param)
-        return info if info is not None and info.is_sharded else None
 
     def values(self) -> tuple[dict[str, Part], dict[str, Any]]:
         """The tensors by name, and the summary of all that is no tensor of its parameter's shape.
@@ -141,7 +135,7 @@ class OptimizerState:
                 continue
             name = self.names[number]
             param = self.params[name]
-            info = self._shard_of_state(param)
+            info = state_shard(self.optimizer, param)
             summary["tensors"][name], summary["values"][name] = [], {}
             for key, value in state.items():
                 if is_part(value, param, info):
@@ -149,14 +143,14 @@ class OptimizerState:
                     tensors[self._tensor_name(name, key)] = state_part(value, info)
                 else:
                     self._check_value(name, key, value, param)
-                    summary["values"][name][key] = _on_cpu(value)
-        hyper = [{k: _on_cpu(v) for k, v in group.items() if k != "params"} for group in packed["param_groups"]]
+                    summary["values"][name][key] = _copy_on_cpu(value)
+        hyper = [{k: _copy_on_cpu(v) for k, v in group.items() if k != "params"} for group in packed["param_groups"]]
         summary["groups"] = [{**group, "params": own} for group, own in zip(hyper, self.groups)]
         summary["rest"] = {key: value for key, value in packed.items() if key not in ("state", "param_groups")}
         return tensors, summary
 
     def _check_value(self, name: str, key: str, value: Any, param: nn.Parameter) -> None:
-        if self._shard_of_state(param) is None:
+        if state_shard(self.optimizer, param) is None:
             return
         for tensor in _tensors_in(value):
             if tensor.numel() != 1:
@@ -185,8 +179,8 @@ class OptimizerState:
             _check_names(f"{self.kind}, group {index}", dict.fromkeys(own), dict.fromkeys(there))
         for name, keys in summary["tensors"].items():
             for key in keys:
-                shape, size = _full_shape(self.params[name]), stored.get(self._tensor_name(name, key))
-                sharded = self._shard_of_state(self.params[name]) is not None
+                shape, size = full_shape(self.params[name]), stored.get(self._tensor_name(name, key))
+                sharded = state_shard(self.optimizer, self.params[name]) is not None
                 if shape.numel() and (size is None or sharded and size != shape):
                     raise CheckpointError(
                         f"the state `{key}` of `{name}` in this {self.kind} has the size {_size(shape)}, but "
@@ -204,7 +198,7 @@ class OptimizerState:
             own = self._loaded[name] = {}
             for key in keys:
                 full = self._tensor_name(name, key)
-                info = self._shard_of_state(param)
+                info = state_shard(self.optimizer, param)
                 shape = param.shape if info is not None or full not in stored else stored[full]
                 own[key] = self._room(param, key, shape, dtypes.get(full, param.dtype))
                 parts[full] = state_part(own[key], info)
@@ -257,7 +251,7 @@ class OptimizerState:
                 self._check_plain_state(self.names[number], values)
 
     def _check_plain_state(self, name: str, values: Mapping[str, Any]) -> None:
-        info = self._shard_of_state(self.params[name])
+        info = state_shard(self.optimizer, self.params[name])
         if info is None:
             return
         for key, value in values.items():
@@ -270,16 +264,16 @@ class OptimizerState:
 
     def _cut(self, number: int, values: Mapping[str, Any]) -> dict[str, Any]:
         param = self.params[self.names[number]]
-        info, existing = self._shard_of_state(param), self.optimizer.state.get(param, {})
-        result = dict(values)
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                part = value if info is None else info.cut_if_full(value)
-                value = value.clone() if part is value else part  # not the file itself, mapped into memory
-                present = existing.get(key)
-                if isinstance(present, Tensor) and (present.shape, present.dtype) == (value.shape, value.dtype):
-                    value = present.copy_(value)
-                result[key] = value
+        shard, existing = state_shard(self.optimizer, param), self.optimizer.state.get(param, {})
+        result = dict(values) if shard is None else cut_state(values, shard)
+        for key, value in result.items():
+            present = existing.get(key)
+            if not isinstance(value, Tensor):
+                continue
+            if isinstance(present, Tensor) and (present.shape, present.dtype) == (value.shape, value.dtype):
+                result[key] = present.copy_(value)
+            elif value is values[key]:
+                result[key] = value.clone()  # not the file itself, mapped into memory
         return result
 
 
@@ -291,7 +285,7 @@ def summary_keys(summary: Mapping[str, Any]) -> list[tuple]:
 
 
 def is_part(value: Any, param: nn.Parameter, info: ShardInfo | None) -> bool:
-    """Whether a state, cut as `info` says, is a tensor to be saved by parts: of the parameter's shape, or whole."""
+    """Whether a state, cut as `info` says, is a tensor to be saved by parts: of the parameter's shape, or full."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return False
     return value.shape == param.shape or (info is None and value.numel() > 1)
@@ -300,11 +294,6 @@ def is_part(value: Any, param: nn.Parameter, info: ShardInfo | None) -> bool:
 def state_part(value: Tensor, info: ShardInfo | None) -> Part:
     """The state tensor `value` as the part of a full one that `info` tells."""
     return Part(value, info)
-
-
-def _full_shape(param: nn.Parameter) -> Size:
-    info = shard_info(param)
-    return Size(info.global_shape) if info is not None else param.shape
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
@@ -317,7 +306,7 @@ def _tensors_in(value: Any) -> list[Tensor]:
     return []
 
 
-def _on_cpu(value: Any) -> Any:
+def _copy_on_cpu(value: Any) -> Any:
     return value.detach().cpu().clone() if isinstance(value, Tensor) else value
 
 
@@ -329,10 +318,10 @@ def _to_place_of(value: Any, present: Any) -> Any:
 def _check_names(what: str, own: Mapping[str, Any], there: Mapping[str, Any]) -> None:
     missing, unexpected = [n for n in own if n not in there], [n for n in there if n not in own]
     if missing or unexpected:
-        told = [f"missing from the checkpoint: {', '.join(missing[:3])} ({len(missing)})."] if missing else []
-        told += [f"only in the checkpoint: {', '.join(unexpected[:3])} ({len(unexpected)})."] if unexpected else []
+        lines = [f"missing from the checkpoint: {', '.join(missing[:3])} ({len(missing)})."] if missing else []
+        lines += [f"only in the checkpoint: {', '.join(unexpected[:3])} ({len(unexpected)})."] if unexpected else []
         hint = nearest(missing[0], there) if missing else ""
-        raise CheckpointError(f"the checkpoint is not one of this {what}: {' '.join(told)}{hint}")
+        raise CheckpointError(f"the checkpoint is not one of this {what}: {' '.join(lines)}{hint}")
 
 
 def _size(shape: Size | None) -> str:

@@ -19,7 +19,9 @@ from .errors import CheckpointError
 __all__ = ["Failure", "Ranks", "await_peers"]
 
 T = TypeVar("T")
-_KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (ValueError, TypeError, CheckpointError)}
+Kind = type[Exception]
+_KINDS: dict[str, Kind] = {kind.__name__: kind for kind in (ValueError, TypeError, CheckpointError)}
+_KEPT = (ValueError, CheckpointError)
 
 
 class Failure(NamedTuple):
@@ -29,12 +31,7 @@ class Failure(NamedTuple):
     message: str
 
     @classmethod
-    def of(
-        cls,
-        error: BaseException,
-        kept: tuple[type[Exception], ...] = (ValueError, CheckpointError),
-        otherwise: type[Exception] = CheckpointError,
-    ) -> Failure:
+    def of(cls, error: BaseException, kept: tuple[Kind, ...] = _KEPT, otherwise: Kind = CheckpointError) -> Failure:
         """`error` as one of the kinds in `kept`; else as `otherwise`, with its own kind in the message."""
         for kind in kept:
             if isinstance(error, kind):
@@ -67,7 +64,7 @@ class Ranks:
         *,
         alone: bool = False,
         failed: str = "rank {rank}: {problem}",
-        otherwise: type[Exception] = CheckpointError,
+        otherwise: Kind = CheckpointError,
         advice: str = "",
     ):
         self.caller, self.group = caller, group
@@ -88,19 +85,15 @@ class Ranks:
             CheckpointError: On the main process, if it was called there alone.
         """
         if self.size > 1:
-            parts = "Each rank holds a part of the weights and of the optimizer state"
-            await_peers(self.caller, self.caller, self.size - 1, f"the {self.size - 1} other ranks", parts)
+            why = "Each rank holds a part of the weights and of the optimizer state"
+            await_peers(self.caller, self.caller, self.size - 1, "the {count} other ranks", why)
 
     def all(self, value: T, point: str = "") -> list[T]:
         """The `value` of each rank, in rank order.
 
         Args:
             value: Can be pickled.
-            point: Where in the script this rank is, if it is not sure that the others are there too.
-
-        Raises:
-            CheckpointError: On every rank, if one is at another point; ValueError or `otherwise`, as in `together`, on
-                those that have come here, if another has failed before (`telling`).
+            point: Where this rank is in a script that may have led others elsewhere, which is an error on all of them.
         """
         return self._exchange(point, None, value)
 
@@ -201,22 +194,12 @@ class Ranks:
         return reports
 
 
-def await_peers(caller: str, name: str, count: int, peers: str, parts: str, advice: str = "") -> None:
-    """Let the main process wait for its peers, before what a script may have left to the main process alone.
-
-    Args:
-        caller: What the user called.
-        name: See `store.missing_peers`, as for `count`.
-        count: How many they are.
-        peers: Who they are, for the message, as are `parts`: what each of them holds, and further `advice`.
-
-    Raises:
-        CheckpointError: On the main process, if they do not come; it says what to change.
-    """
+def await_peers(caller: str, name: str, count: int, peers: str, why: str, advice: str = "") -> None:
+    """Let the main process wait for its peers (see `missing_peers`), and raise there if some do not come."""
     missing = store.missing_peers(name, count)
     if missing:
         raise CheckpointError(
-            f"`{caller}` was called on the main process, but {missing} of {peers} did not come within "
-            f"{store.PEERS_TIMEOUT:.0f} s. {parts}, so every rank has to call it: take it out of "
+            f"`{caller}` was called on the main process, but {missing} of {peers.format(count=count)} did not come "
+            f"within {store.PEERS_TIMEOUT:.0f} s. {why}, so every rank has to call it: take it out of "
             f"`if accelerator.is_main_process:`{advice}."
         )

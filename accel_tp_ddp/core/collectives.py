@@ -5,13 +5,13 @@
 | `copy_to_tp`     | identity                     | all-reduce (sum)                     |
 | `reduce_from_tp` | all-reduce (sum)             | identity                             |
 | `gather_from_tp` | all-gather along a dimension | keep this rank's slice               |
-| `split_to_tp`    | keep this rank's slice       | all-gather along a dimension         |
+| `scatter_to_tp`  | keep this rank's slice       | all-gather along a dimension         |
 | `add_share`      | divide by the ranks          | identity                             |
 
 The pairs are Megatron-LM's f/g functions (arXiv:1909.08053, section 3): `copy_to_tp` opens a tensor-parallel region,
 `reduce_from_tp` closes one. All take the one-dimensional tensor-parallel mesh and never change their input in place.
-Only `send_first_rank`, which is for set-up and between steps and has no backward, does that. `gather_replicas`, for
-metrics, has none either, and `on_any_rank`, a question before a step.
+Only `send_first_rank`, which is for set-up and between steps and has no backward, does that. Nor have `gather_parts`
+(full tensors), `gather_replicas` (metrics) and `on_any_rank` (a question before a step).
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ __all__ = [
     "add_share",
     "copy_to_tp",
     "gather_from_tp",
+    "gather_parts",
     "gather_replicas",
     "on_any_rank",
     "reduce_from_tp",
+    "scatter_to_tp",
     "send_first_rank",
-    "split_to_tp",
 ]
 
 
@@ -79,9 +80,9 @@ def gather_from_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[i
     return _GatherFromTP.apply(mesh, tensor, dim, tuple(sizes))
 
 
-def split_to_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+def scatter_to_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     """Forward keeps this rank's slice of a replicated `tensor` along `dim`, backward joins the ranks' slices."""
-    return _SplitToTP.apply(mesh, tensor, dim, tuple(sizes))
+    return _ScatterToTP.apply(mesh, tensor, dim, tuple(sizes))
 
 
 def add_share(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
@@ -95,10 +96,10 @@ def add_share(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def send_first_rank(mesh: DeviceMesh, tensor: Tensor) -> None:
     """Overwrite `tensor` with its values on the first rank of `mesh`, on every rank; it may be on any device."""
-    group = mesh.get_group()
-    sent = tensor.detach().to(mesh.device_type).contiguous()  # a backend takes tensors of its own device only
+    group, own = mesh.get_group(), tensor.detach()
+    sent = own.to(mesh.device_type).contiguous()  # a backend takes tensors of its own device only
     dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
-    if sent.data_ptr() != tensor.data_ptr():
+    if sent is not own:  # so `to` or `contiguous` has made a copy
         tensor.copy_(sent)
 
 
@@ -143,7 +144,7 @@ class _CopyToTP(torch.autograd.Function):
     def backward(ctx, *grads: Tensor | None):
         sent = [laid_out(grad, shared) for grad, shared in zip(grads, ctx.shared)]
         summed = _all_reduce_together(ctx.mesh, sent)
-        return None, None, *(put_back(*each) for each in zip(grads, summed, ctx.shared))
+        return None, None, *(with_shared(*each) for each in zip(grads, summed, ctx.shared))
 
 
 class _ReduceFromTP(torch.autograd.Function):
@@ -177,7 +178,7 @@ class _GatherFromTP(torch.autograd.Function):
         return None, _own_slice(ctx.mesh, grad, ctx.dim, ctx.sizes), None, None
 
 
-class _SplitToTP(torch.autograd.Function):
+class _ScatterToTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]):
         ctx.mesh, ctx.dim, ctx.sizes = mesh, dim, sizes
@@ -204,7 +205,7 @@ def laid_out(tensor: Tensor | None, shared: Shared | None) -> Tensor | None:
     return everyone
 
 
-def put_back(tensor: Tensor | None, everyone: Tensor | None, shared: Shared | None) -> Tensor | None:
+def with_shared(tensor: Tensor | None, everyone: Tensor | None, shared: Shared | None) -> Tensor | None:
     """A copy of `tensor` with its shared pieces taken from what `laid_out` has made and the ranks have summed."""
     if tensor is None or shared is None:
         return everyone
@@ -240,10 +241,10 @@ def _all_reduce_together(mesh: DeviceMesh, tensors: Sequence[Tensor | None]) -> 
     return results
 
 
-def _all_gather(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+def gather_parts(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> list[Tensor]:
+    """The slices of all ranks, as long as `sizes` says along `dim`, by one all-gather."""
     # Collectives want equal shapes: pad to the longest slice, and cut the padding off again.
-    longest = max(sizes)
-    missing = longest - tensor.size(dim)
+    missing = max(sizes) - tensor.size(dim)
     if missing:
         padding = list(tensor.shape)
         padding[dim] = missing
@@ -251,7 +252,11 @@ def _all_gather(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ..
     tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in sizes]
     dist.all_gather(parts, tensor, group=mesh.get_group())
-    return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes)], dim)
+    return [part.narrow(dim, 0, size) for part, size in zip(parts, sizes)]
+
+
+def _all_gather(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    return torch.cat(gather_parts(mesh, tensor, dim, sizes), dim)
 
 
 def _own_slice(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Shard
 
+from .collectives import gather_parts
 from .layout import Layout, Shared
 
 __all__ = [
     "ShardInfo",
     "elements_elsewhere",
-    "mark_whole",
+    "full_shape",
+    "mark_unsharded",
     "remember_everywhere",
     "remember_shards",
     "remembered_shards",
@@ -89,22 +91,11 @@ class ShardInfo:
         local = local.detach()
         if self.layout is None:
             return local.clone()
-        dim, sizes = self.layout.dim, self.layout.sizes
-        longest = max(sizes)
-        padded_shape = list(local.shape)
-        padded_shape[dim] = longest
-        padded = local.new_zeros(padded_shape)
-        padded.narrow(dim, 0, local.size(dim)).copy_(local)
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded, group=self.mesh.get_group())
+        parts = gather_parts(self.mesh, local, self.layout.dim, self.layout.sizes)
         full = local.new_empty(self.global_shape)
-        for rank, (part, ranges) in enumerate(zip(parts, self.layout.ranges)):
-            taken = 0
-            if not self.layout.holds_first(rank):
-                continue
-            for start, stop in ranges:
-                full.narrow(dim, start, stop - start).copy_(part.narrow(dim, taken, stop - start))
-                taken += stop - start
+        for rank, part in enumerate(parts):
+            if self.layout.holds_first(rank):
+                self._fill(full, part, rank)
         return full
 
     def collect(self, local: Tensor, ask: Callable[[], None]) -> Tensor:
@@ -126,14 +117,18 @@ class ShardInfo:
             part = local if rank == own else room[: prod(shapes[rank])].view(shapes[rank])
             if rank != own:
                 dist.recv(_as_bytes(part), src=self._global_rank(rank), group=self.mesh.get_group())
-            taken = 0
-            for start, stop in self.layout.ranges[rank]:
-                full.narrow(dim, start, stop - start).copy_(part.narrow(dim, taken, stop - start))
-                taken += stop - start
+            self._fill(full, part, rank)
         return full
 
+    def _fill(self, full: Tensor, part: Tensor, rank: int) -> None:
+        """Copy what `rank` holds to where it belongs."""
+        dim, taken = self.layout.dim, 0
+        for start, stop in self.layout.ranges[rank]:
+            full.narrow(dim, start, stop - start).copy_(part.narrow(dim, taken, stop - start))
+            taken += stop - start
+
     def send_part(self, local: Tensor, to: int) -> None:
-        """Take part in `collect` on the rank `to` (its number in the whole world)."""
+        """Take part in `collect` on the rank `to` (its number among all ranks)."""
         if self._is_sent(self.mesh.get_local_rank()):
             dist.send(_as_bytes(local.detach().contiguous()), dst=to, group=self.mesh.get_group())
 
@@ -154,10 +149,15 @@ def shard_info(param: nn.Parameter) -> ShardInfo | None:
     return getattr(param, "tp_shard", None)
 
 
+def full_shape(param: nn.Parameter) -> torch.Size:
+    """The shape of the unsharded parameter."""
+    info = shard_info(param)
+    return torch.Size(info.global_shape) if info is not None else param.shape
+
+
 def elements_elsewhere(param: nn.Parameter) -> int:
     """How many elements of the unsharded parameter this rank does not hold."""
-    info = shard_info(param)
-    return info.global_shape.numel() - param.numel() if info is not None else 0
+    return full_shape(param).numel() - param.numel()
 
 
 def remember_shards(module: nn.Module, shards: dict[str, ShardInfo]) -> None:
@@ -205,8 +205,8 @@ def restore_shards(model: nn.Module) -> None:
                 param.tp_shard = info
 
 
-def mark_whole(model: nn.Module) -> None:
-    """Let every parameter answer to `tp_shard`: None for those that no rank holds a mere part of."""
+def mark_unsharded(model: nn.Module) -> None:
+    """Let every parameter answer to `tp_shard`: None for those of which every rank holds all."""
     for param in model.parameters():
         if shard_info(param) is None:
             param.tp_shard = None

@@ -1,10 +1,10 @@
 """Models that hold only this rank's slices of their weights, and are still to be parallelized.
 
 A model that was loaded in slices has plain parameters of the local sizes, and no style runs it yet: it may be wrapped
-in adapters first, as a whole model may. Each module remembers the slices that it holds. `parallelize` sees the model
-with whole parameters on the meta device in their place, resolves the plan and applies the styles on those, and puts
-the slices back: nothing there need know of slices. Until then a forward of such a module is an error, as would be
-anything else that takes a slice for the whole.
+in adapters first, as an unsharded model may. Each module remembers the slices that it holds. `parallelize` sees the
+model with full parameters on the meta device in their place, resolves the plan and applies the styles to those, and
+puts the slices back: nothing there needs to know of slices. Until then a forward of such a module is an error, as is
+anything else that takes a slice for the full weight.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = [
     "holds_slices",
     "refuse_resizing",
     "refuse_slices",
-    "restore_whole",
+    "restore_full",
     "settle_slices",
-    "whole_on_meta",
+    "full_on_meta",
 ]
 
 
@@ -67,7 +67,7 @@ def holds_slices(model: nn.Module) -> bool:
 
 
 def refuse_slices(model: nn.Module, caller: str) -> None:
-    """Raise where `caller` would take slices for whole weights.
+    """Raise where `caller` would take slices for full weights.
 
     Raises:
         RuntimeError: If `model` holds slices and has not been parallelized yet.
@@ -77,8 +77,8 @@ def refuse_slices(model: nn.Module, caller: str) -> None:
 
 
 @contextmanager
-def whole_on_meta(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
-    """Put whole parameters on the meta device in the place of the slices; ties stay ties.
+def full_on_meta(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+    """Put full parameters on the meta device in the place of the slices; ties stay ties.
 
     Yields:
         The stand-in of each slice.
@@ -112,8 +112,8 @@ def settle_slices(model: nn.Module, stand_ins: Mapping[nn.Parameter, nn.Paramete
                 del hooks[key]
 
 
-def restore_whole(model: nn.Module, layouts: Mapping[nn.Parameter, Layout]) -> None:
-    """Turn slices whose layout is not the one in `layouts` into whole parameters again, in place.
+def restore_full(model: nn.Module, layouts: Mapping[nn.Parameter, Layout]) -> None:
+    """Turn slices whose layout is not the one in `layouts` into full parameters again, in place.
 
     Collective over the tensor-parallel group. Ordinarily there are none: it happens where the model is parallelized by
     another plan than it was loaded by, or has turned out to be tied otherwise than its config says.

@@ -13,14 +13,14 @@ from ..core.collectives import send_first_rank
 from ..core.errors import PlanError
 from ..core.mesh import tensor_parallel_mesh
 from ..core.randomness import draws_dropout
-from ..core.shard import mark_whole, remember_everywhere, restore_shards, shard_info
+from ..core.shard import mark_unsharded, remember_everywhere, restore_shards, shard_info
 from ..core.slices import (
     check_slices_mesh,
+    full_on_meta,
     refuse_resizing,
     refuse_slices,
-    restore_whole,
+    restore_full,
     settle_slices,
-    whole_on_meta,
 )
 from ..core.wrappers import unwrap
 from ..plans.peft import adapted_model, check_adapters
@@ -87,7 +87,7 @@ def localize(model: nn.Module) -> nn.Module:
     if meshes:
         parallelize_with_map(model, meshes[0], None)
     else:
-        mark_whole(model)
+        mark_unsharded(model)
         save_full_checkpoints(model)
     return model
 
@@ -128,7 +128,7 @@ def check_model(model: nn.Module, mesh: DeviceMesh, plan: PlanLike = "auto") -> 
                 "Load the weights first."
             )
     check_slices_mesh(model, mesh)
-    with whole_on_meta(model):
+    with full_on_meta(model):
         return resolve_plan(model, tp_size, plan)
 
 
@@ -168,10 +168,10 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
         mapping = localize_with_map(model)
         adopt(model, Region(mesh))
     else:
-        restore_whole(model, plan.layouts_by_parameter)
+        restore_full(model, plan.layouts_by_parameter)
         plain = dict(model.named_parameters(remove_duplicate=False))
         region = Region(mesh, draws_dropout(model))
-        with whole_on_meta(model) as stand_ins:
+        with full_on_meta(model) as stand_ins:
             _agree_on_weights(model, mesh)
             for entry in plan.entries:
                 entry.style.apply(entry.site, region)
@@ -186,7 +186,7 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
         mapping = {}
         if dist.get_rank() == 0:
             logger.info("%s", plan)
-    mark_whole(model)
+    mark_unsharded(model)
     save_full_checkpoints(model)
     refuse_resizing(model)
     generate_together(model, mesh)

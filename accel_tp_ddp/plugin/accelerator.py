@@ -33,14 +33,14 @@ from ..core.agreement import Ranks
 from ..core.collectives import gather_replicas
 from ..core.override import Override, attributes, install
 from ..core.randomness import agree_as_processes, draw_by_replica
-from ..core.shard import shard_info
+from ..core.shard import full_shape
 from ..core.wrappers import unwrap
 from ..model.parallelize import check_mesh, check_model, is_parallelized, parallelize_with_map
 from ..plans.peft import check_adapters
 from ..plans.plan import Plan
 from ..plans.rules import PlanLike
-from ..training.drift import ReplicaGuard, is_replicated
-from ..training.full_tensor_step import WholeStep, steps_whole
+from ..training.drift import DriftGuard, is_replicated
+from ..training.full_tensor_step import FullTensorStep, steps_on_full_tensors
 from ..training.gradients import clip_grad_norm_, grad_scaler
 from ..training.optimizer import check_optimizer, check_step, follow_model, take_full_state
 from ..training.same_batch import watch_batches
@@ -86,7 +86,7 @@ class _Hooks:
         self.dp_mesh = plugin.device_mesh["dp_replicate"]
         self.dp_group = self.dp_mesh.get_group()
         self._sharded: list[nn.Module] = []  # by `prepare`, and about to reach `prepare_model`
-        self._guard = ReplicaGuard(self.tp_mesh, plugin.replica_check_steps, plugin.replica_drift)
+        self._guard = DriftGuard(self.tp_mesh, plugin.replica_check_steps, plugin.replica_drift)
 
     # ---------------------------------------------------------------------------------------------------- prepare
 
@@ -195,8 +195,8 @@ class _Hooks:
         check_step(_bare(optimizer))  # again, for whoever calls this directly, or before there is a model
         if self._guard.watch(_bare(optimizer)):
             take_full_state(_bare(optimizer))
-            if steps_whole(_bare(optimizer)):
-                WholeStep(_bare(optimizer))  # after the guard, which agrees on the gradients
+            if steps_on_full_tensors(_bare(optimizer)):
+                FullTensorStep(_bare(optimizer))  # after the guard, which agrees on the gradients
         self._agree_on_overflow()  # Accelerate hands its scaler to each optimizer here
         return stock(optimizer, device_placement=device_placement)
 
@@ -248,8 +248,9 @@ class _Hooks:
         return total * (scale / self.dp_size if reduction == "mean" else scale)
 
     def _is_shard(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is a sharded parameter or its `data`: the same storage, and all of the parameter in it."""
         shards = (param for model in self._guard.models() for param in model.parameters() if not is_replicated(param))
-        return any(param.data_ptr() == tensor.data_ptr() for param in shards)
+        return any(param.is_set_to(tensor) for param in shards)
 
     def split_between_processes(
         self, stock: Callable, accelerator: Accelerator, /, inputs: Any, apply_padding: bool = False
@@ -353,10 +354,7 @@ def _describe(model: nn.Module, plan: Plan | None) -> list[str]:
     """What has to be the same on all ranks about a model, which is sharded already where it has no plan."""
     if plan is not None:
         return plan.signature().split("\n")
-    rows = []
-    for name, param in model.named_parameters():
-        info = shard_info(param)
-        rows.append(f"{name} {tuple(info.global_shape if info else param.shape)} {param.dtype}")
+    rows = (f"{name} {tuple(full_shape(param))} {param.dtype}" for name, param in model.named_parameters())
     return ["parallelized", *rows]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..core.collectives import copy_to_tp, split_to_tp
+from ..core.collectives import copy_to_tp, scatter_to_tp
 from ..core.errors import nearest
 from ..core.layout import Layout
 from .base import Site, Style
@@ -216,7 +216,7 @@ class LocalModules(Style):
 def heads_of_this_rank(mesh: DeviceMesh, tensor: Tensor, dim: int, count: int) -> Tensor:
     """A view where no gradient is wanted, or attention would keep a copy of a mask for each layer."""
     if tensor.requires_grad and torch.is_grad_enabled():
-        return split_to_tp(mesh, tensor, dim, [count] * mesh.size())
+        return scatter_to_tp(mesh, tensor, dim, [count] * mesh.size())
     return tensor.narrow(dim, mesh.get_local_rank() * count, count)
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from ..core.collectives import gather_from_tp, reduce_from_tp, split_to_tp
+from ..core.collectives import gather_from_tp, reduce_from_tp, scatter_to_tp
 from ..core.layout import Layout, Ranges, chunk_ranges
 from .base import Site, Style, even_layout
 from .conv1d import LINEAR, in_features, input_dim, out_features, output_dim, show_local_outputs, without_bias
@@ -158,4 +158,4 @@ class RowwiseSplitInput(Rowwise):
     local_input = False
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
-        return super().forward(call, split_to_tp(call.mesh, input, -1, call.shards["weight"].layout.sizes))
+        return super().forward(call, scatter_to_tp(call.mesh, input, -1, call.shards["weight"].layout.sizes))

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from ..core.collectives import laid_out, put_back, send_first_rank
+from ..core.collectives import laid_out, send_first_rank, with_shared
 from ..core.shard import ShardInfo, shard_info
 
-__all__ = ["ReplicaGuard", "checksum"]
+__all__ = ["DriftGuard", "checksum"]
 
 _RANDOM_STATE = "torch's random state"
 _PIECE = 1 << 20
@@ -32,7 +32,7 @@ _NONE = -(1 << 62)  # below every checksum and its negative
 logger = logging.getLogger(__name__)
 
 
-class ReplicaGuard:
+class DriftGuard:
     """Keeps what is replicated of some models equal over the ranks of a tensor-parallel group.
 
     Args:
@@ -49,7 +49,7 @@ class ReplicaGuard:
         self._steps: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
 
     def add(self, model: nn.Module) -> None:
-        """Look after the replicated part of a bare, parallelized model."""
+        """Watch the replicated part of a bare, parallelized model."""
         self._models.append(weakref.ref(model))
 
     def models(self) -> list[nn.Module]:
@@ -99,7 +99,7 @@ class ReplicaGuard:
 
     @torch.no_grad()
     def compare(self, optimizer: Optimizer | None = None) -> list[str]:
-        """Compare checksums over the ranks in one small collective, and mend what has drifted.
+        """Compare checksums over the ranks in one small collective, and correct what has drifted.
 
         Returns:
             Names of the tensors that differed.
@@ -172,7 +172,7 @@ def _is_held_by_several(param: nn.Parameter) -> bool:
 
 
 def _checksums(tensor: Tensor, info: ShardInfo | None) -> tuple[Tensor, Tensor]:
-    """The checksum of what several ranks hold, and its negative; one for each piece, if it is not the whole tensor.
+    """The checksum of what several ranks hold, and its negative; one for each piece, if it is not all of the tensor.
 
     Pieces that this rank does not hold have the lowest number there is.
     """
@@ -196,11 +196,11 @@ def send_first_holders(mesh: DeviceMesh, parts: list[tuple[Tensor, ShardInfo]]) 
     flat = torch.cat([buffer.reshape(-1) for buffer in buffers]).to(mesh.device_type)
     dist.all_reduce(flat, group=mesh.get_group())  # to all others it adds nothing but zeros
     for (tensor, info), sent, buffer in zip(parts, flat.split([b.numel() for b in buffers]), buffers):
-        tensor.copy_(put_back(tensor, sent.view_as(buffer), info.shared))
+        tensor.copy_(with_shared(tensor, sent.view_as(buffer), info.shared))
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """A whole number made of the bits of `tensor`, on the CPU: equal for equal bits, hardly ever for others."""
+    """An integer made of the bits of `tensor`, on the CPU: equal for equal bits, hardly ever for others."""
     bits = tensor.detach().contiguous().view(-1).view(torch.uint8)
     bits = bits.view(torch.int32) if bits.numel() % 4 == 0 else bits
     total = torch.zeros((), dtype=torch.int64, device=bits.device)

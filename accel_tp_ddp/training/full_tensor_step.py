@@ -1,8 +1,8 @@
-"""Optimizers whose step looks at a whole tensor: means over rows and columns, norms, orthogonalisation.
+"""Optimizers whose step looks at a full tensor: means over rows and columns, norms, orthogonalisation.
 
-On a shard such a step would do something else. So every rank takes it on whole tensors, one parameter at a time:
+On a shard such a step would do something else. So every rank takes it on full tensors, one parameter at a time:
 parameter and gradient are gathered, the optimizer's own step runs on them, and each rank keeps its part. The state of
-such a parameter is whole on every rank: small for Adafactor (a row and a column), a full momentum for Muon.
+such a parameter is full on every rank: small for Adafactor (a row and a column), a full momentum for Muon.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch.optim import Optimizer
 from ..core.collectives import on_any_rank
 from ..core.shard import ShardInfo, shard_info
 
-__all__ = ["WholeStep", "register_whole_step", "steps_whole"]
+__all__ = ["FullTensorStep", "register_whole_step", "steps_on_full_tensors"]
 
 _REGISTERED: set[type] = {getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)}
 _BY_NAME = {"transformers.optimization.Adafactor"}  # which is not imported here
 
 
 def register_whole_step(kind: type[Optimizer]) -> type[Optimizer]:
-    """Let optimizers of this class, and of classes derived from it, step on whole tensors under tensor parallelism.
+    """Let optimizers of this class, and of classes derived from it, step on full tensors under tensor parallelism.
 
     Right for an optimizer whose update of a parameter depends on that parameter, its gradient, its state and the
     options of its group, and on no other parameter: LAMB, LARS, CAME, Shampoo and the like. It costs the gathering of
@@ -44,8 +44,8 @@ def register_whole_step(kind: type[Optimizer]) -> type[Optimizer]:
     return kind
 
 
-def steps_whole(optimizer: Optimizer) -> bool:
-    """Whether an optimizer, bare or as Accelerate prepared it, steps on whole tensors and keeps whole states."""
+def steps_on_full_tensors(optimizer: Optimizer) -> bool:
+    """Whether an optimizer, bare or as Accelerate prepared it, steps on full tensors and keeps full states."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     return any(
@@ -53,8 +53,8 @@ def steps_whole(optimizer: Optimizer) -> bool:
     )
 
 
-class WholeStep:
-    """Lets each step of `optimizer` take the sharded parameters as whole ones first, and then all others by itself.
+class FullTensorStep:
+    """Lets each step of `optimizer` take the sharded parameters as full ones first, and then all others by itself.
 
     By hooks, so that it also works under schedulers and scalers that have wrapped `step`. Hooks that are to see the
     gradients before the step have to be registered earlier.
@@ -69,7 +69,7 @@ class WholeStep:
         self._give_back()  # what a step that raised has left
         args, kwargs = _with_closure_called(args, kwargs)
         for group, param in _with_gradient(optimizer):
-            self._step_on_whole(optimizer, group, param, shard_info(param))
+            self._step_on_full(optimizer, group, param, shard_info(param))
             if param.grad is not None:
                 self._gradients.append((param, param.grad))
                 param.grad = None  # the step that follows passes it over
@@ -85,33 +85,31 @@ class WholeStep:
                 param.grad = grad
 
     @torch.no_grad()
-    def _step_on_whole(
-        self, optimizer: Optimizer, group: dict[str, Any], param: nn.Parameter, info: ShardInfo
-    ) -> None:
-        whole = nn.Parameter(info.full_tensor(param))
-        whole.grad = info.full_tensor(torch.zeros_like(param) if param.grad is None else param.grad)
-        with _alone(optimizer, group, param, whole):
+    def _step_on_full(self, optimizer: Optimizer, group: dict[str, Any], param: nn.Parameter, info: ShardInfo) -> None:
+        full = nn.Parameter(info.full_tensor(param))
+        full.grad = info.full_tensor(torch.zeros_like(param) if param.grad is None else param.grad)
+        with _alone(optimizer, group, param, full):
             type(optimizer).step(optimizer)
-        param.copy_(info.local_part(whole))
+        param.copy_(info.local_part(full))
 
 
 @contextmanager
-def _alone(optimizer: Optimizer, group: dict[str, Any], param: nn.Parameter, whole: nn.Parameter) -> Iterator[None]:
-    """Let `optimizer` have nothing but `whole`, with the options and the state of `param`, and no hooks."""
+def _alone(optimizer: Optimizer, group: dict[str, Any], param: nn.Parameter, full: nn.Parameter) -> Iterator[None]:
+    """Let `optimizer` have nothing but `full`, with the options and the state of `param`, and no hooks."""
     groups, state = optimizer.param_groups, optimizer.state
     hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     if param in state:
-        state[whole] = state.pop(param)
+        state[full] = state.pop(param)
     # A copy: what the step counts in its group is counted by the step that follows.
-    optimizer.param_groups = [{**group, "params": [whole]}]
+    optimizer.param_groups = [{**group, "params": [full]}]
     optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
         optimizer.param_groups = groups
         optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = hooks
-        if whole in state:
-            state[param] = state.pop(whole)
+        if full in state:
+            state[param] = state.pop(full)
 
 
 def _with_gradient(optimizer: Optimizer) -> list[tuple[dict[str, Any], nn.Parameter]]:

@@ -48,17 +48,17 @@ def full_grad_norm(
     with_grad = [param for param in parameters if param.grad is not None]
     if not with_grad:
         return torch.tensor(0.0)
-    whole: list[Tensor] = []
+    replicated: list[Tensor] = []
     by_mesh: dict[DeviceMesh, list[Tensor]] = {}
     for param in with_grad:
         info = shard_info(param)
         if info is not None and info.is_sharded:
             by_mesh.setdefault(info.mesh, []).extend(info.counted(param.grad))
         else:
-            whole.append(param.grad)
+            replicated.append(param.grad)
     device = with_grad[0].grad.device
     dtype = reduce(torch.promote_types, (param.grad.dtype for param in with_grad))
-    total = _power(whole, norm_type, foreach, device, dtype)
+    total = _power(replicated, norm_type, foreach, device, dtype)
     for mesh, grads in by_mesh.items():
         part = _power(grads, norm_type, foreach, device, dtype)
         operation = dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM
@@ -107,7 +107,7 @@ def clip_grad_norm_(
 
 
 def grad_scaler(mesh: DeviceMesh, device: str = "cuda", **kwargs: Any) -> GradScaler:
-    """A `GradScaler` whose overflow check covers the whole gradient: an inf on one rank skips the step on all of them.
+    """A `GradScaler` whose overflow check covers the full gradient: an inf on one rank skips the step on all of them.
 
     Args:
         mesh: The tensor-parallel mesh, or one with a dimension named `tp`.

@@ -9,20 +9,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..core.shard import ShardInfo, shard_info
-from .full_tensor_step import steps_whole
+from ..core.shard import ShardInfo, full_shape, shard_info
+from .full_tensor_step import steps_on_full_tensors
 
 __all__ = [
     "check_optimizer",
     "check_step",
+    "cut_state",
     "follow_model",
     "full_optimizer_state",
+    "state_shard",
     "take_full_state",
 ]
 
 
 #: Optimizers whose step looks at a whole matrix, or at a norm or a dot product over many elements: on a shard each
-#: would do something else. Those that `steps_whole` knows are right nevertheless.
+#: would do something else. Those that `steps_on_full_tensors` knows are right nevertheless.
 LOOKS_AT_MATRICES = frozenset(
     "AdaLomo Adafactor AdamMini APOLLO CAME DAdaptAdaGrad DAdaptAdam DAdaptLion DAdaptSGD Dion DistributedShampoo "
     "GaLoreAdafactor GaLoreAdamW GaLoreAdamW8bit LAMB LARS LBFGS Lamb Lars Muon MuonWithAuxAdam NovoGrad Prodigy SAM "
@@ -59,12 +61,12 @@ def check_optimizer(optimizer: Optimizer, models: Iterable[nn.Module]) -> None:
 
 
 def check_step(optimizer: Optimizer) -> None:
-    """Raise if the step of `optimizer` looks at more of a parameter than one element, and cannot step on whole ones.
+    """Raise if the step of `optimizer` looks at more than one element at a time, and cannot take full tensors.
 
     Raises:
         ValueError: With the optimizer's name.
     """
-    if steps_whole(optimizer):
+    if steps_on_full_tensors(optimizer):
         return
     for kind in type(optimizer).__mro__:
         if kind.__name__ in LOOKS_AT_MATRICES:
@@ -73,7 +75,7 @@ def check_step(optimizer: Optimizer) -> None:
                 "and a tensor-parallel rank holds parts of them: its steps would differ from those without tensor "
                 "parallelism. Use one that works element by element, such as AdamW, SGD or Lion, or Adafactor, or set "
                 "tp_size=1. If its update of a parameter depends on no other parameter, "
-                f"`accel_tp_ddp.register_whole_step({kind.__name__})` lets it step on whole tensors."
+                f"`accel_tp_ddp.register_whole_step({kind.__name__})` lets it step on full tensors."
             )
 
 
@@ -88,12 +90,25 @@ def follow_model(optimizer: Optimizer, mapping: Mapping[nn.Parameter, nn.Paramet
         if old in optimizer.state:
             optimizer.state[new] = optimizer.state.pop(old)
     for param, state in optimizer.state.items():
-        info = shard_info(param) if isinstance(param, Tensor) else None
-        if info is None:
-            continue
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                state[key] = _whole_state(value) if steps_whole(optimizer) else _local_state(value, param, info)
+        info, shard = shard_info(param), state_shard(optimizer, param)
+        for key, value in state.items() if info is not None else ():
+            if isinstance(value, DTensor) and steps_on_full_tensors(optimizer):
+                state[key] = value.full_tensor()
+            elif isinstance(value, DTensor):
+                state[key] = value.redistribute(placements=info.placements).to_local()
+        if shard is not None:
+            state.update(cut_state(state, shard))
+
+
+def state_shard(optimizer: Optimizer, param: nn.Parameter) -> ShardInfo | None:
+    """How the state of `param` is cut; None where every rank holds all of it."""
+    info = shard_info(param)
+    return info if info is not None and info.is_sharded and not steps_on_full_tensors(optimizer) else None
+
+
+def cut_state(state: Mapping[str, Any], shard: ShardInfo) -> dict[str, Any]:
+    """One parameter's state with this rank's parts of the full tensors in it; anything else as it is."""
+    return {key: shard.cut_if_full(value) for key, value in state.items()}
 
 
 def take_full_state(optimizer: Optimizer) -> None:
@@ -110,27 +125,25 @@ def full_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, A
         optimizer: One over localized parameters.
         keep: Whether this rank wants the result; others take part, and get an empty state.
     """
-    state_dict, whole = optimizer.state_dict(), steps_whole(optimizer)
+    state_dict = optimizer.state_dict()
     full: dict[Any, dict[str, Any]] = {}
     for index, param in _with_state(optimizer, state_dict):
-        info, states = shard_info(param), {}
+        shard, states = state_shard(optimizer, param), {}
         for key, value in state_dict["state"][index].items():
             if isinstance(value, Tensor):
-                sharded = info is not None and info.is_sharded and value.shape == param.shape and not whole
-                value = info.full_tensor(value) if sharded else value.detach()
+                sharded = shard is not None and value.shape == param.shape
+                value = shard.full_tensor(value) if sharded else value.detach()
                 value = value.cpu() if keep else None
             states[key] = value
         full[index] = states
     return {**state_dict, "state": full if keep else {}}
 
 
-def _cut_full_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-    if steps_whole(optimizer):
-        return None
+def _cut_full_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     state = dict(state_dict["state"])
     for index, param in _with_state(optimizer, state_dict):
-        if (info := shard_info(param)) is not None:
-            state[index] = {key: info.cut_if_full(value) for key, value in state[index].items()}
+        if (shard := state_shard(optimizer, param)) is not None:
+            state[index] = cut_state(state[index], shard)
     return {**state_dict, "state": state}
 
 
@@ -144,10 +157,9 @@ def _with_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator
 
 def _check_state(optimizer: Optimizer, param: nn.Parameter) -> None:
     """A state tensor is a number, or has its parameter's shape, so that it can be cut as the parameter is."""
-    if steps_whole(optimizer):
+    if steps_on_full_tensors(optimizer):
         return
-    info = shard_info(param)
-    full = info.global_shape if info is not None else param.shape
+    full = full_shape(param)
     for key, value in optimizer.state.get(param, {}).items():
         if isinstance(value, Tensor) and value.numel() != 1 and value.shape not in (full, param.shape):
             raise ValueError(
@@ -155,14 +167,3 @@ def _check_state(optimizer: Optimizer, param: nn.Parameter) -> None:
                 f"parameter of size {tuple(full)}; it cannot be cut likewise. Prepare the model before the first "
                 "optimizer step, or use an optimizer whose state has its parameter's shape."
             )
-
-
-def _whole_state(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _local_state(value: Tensor, param: nn.Parameter, info: ShardInfo) -> Tensor:
-    if isinstance(value, DTensor):
-        value = value.redistribute(placements=info.placements).to_local()
-    whole = not info.is_sharded or value.numel() == 1 or value.shape == param.shape
-    return value if whole else info.local_part(value)

@@ -243,7 +243,7 @@ def test_a_part_of_what_is_converted_is_that_part_of_the_conversion(case):
     followed = not case.startswith(("one that is not", "with an ordinary"))
     for result, full in zip(results, expected, strict=True):
         assert isinstance(result, lazy.LazyTensor) == followed and result.shape == full.shape
-        assert torch.equal(lazy.whole(result, "cpu"), full)
+        assert torch.equal(lazy.read_full(result, "cpu"), full)
         assert torch.equal(lazy.first_row(result, 3), lazy.first_row(full, 3))
         for dim, size in enumerate(full.shape):
             for ranges in (((0, size // 2), (size // 2, size)), ((1, size), (0, 1))):

@@ -12,7 +12,7 @@ import pytest
 
 from accel_tp_ddp import CheckpointError
 from accel_tp_ddp.checkpoint import folder as folders
-from accel_tp_ddp.checkpoint.folder import MANIFEST, Manifest, SavedFolder, newest_first, put_back, write_whole
+from accel_tp_ddp.checkpoint.folder import MANIFEST, Manifest, SavedFolder, newest_first, put_back, write_folder
 from accel_tp_ddp.core.agreement import Ranks
 
 RANKS = Ranks("save_state")  # of one process
@@ -25,7 +25,7 @@ def write(place: Path, content: str, files: int = 2) -> None:
             (folder / "tensors" / f"{number}.bin").write_text(content * (number + 1))
         return {"content": content}
 
-    write_whole(place, RANKS, fill)
+    write_folder(place, RANKS, fill)
 
 
 def content_of(place: Path) -> str:
@@ -111,7 +111,7 @@ def test_a_failure_leaves_the_old_state(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        write_whole(tmp_path / "state", RANKS, fill)
+        write_folder(tmp_path / "state", RANKS, fill)
     assert content_of(tmp_path / "state") == "o"
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 

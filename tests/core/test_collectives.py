@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 
-from accel_tp_ddp.core.collectives import add_share, copy_to_tp, gather_from_tp, reduce_from_tp, split_to_tp
+from accel_tp_ddp.core.collectives import add_share, copy_to_tp, gather_from_tp, reduce_from_tp, scatter_to_tp
 from accel_tp_ddp.core.layout import Piece, Shared
 
 from ..helpers.ranks import run_on_ranks
@@ -188,7 +188,7 @@ def check_gather_from_tp(tp):
     holds()
 
 
-def check_split_to_tp(tp):
+def check_scatter_to_tp(tp):
     mesh = tp_mesh(tp)
     rank = mesh.get_local_rank()
 
@@ -199,7 +199,7 @@ def check_split_to_tp(tp):
         generator = seeded(seed)
         x = laid_out(normal(shape, generator), layout).requires_grad_()
         weight = normal(shape, generator)
-        part = split_to_tp(mesh, x, dim, sizes)
+        part = scatter_to_tp(mesh, x, dim, sizes)
         own = weight.split(sizes, dim)[rank]
         (part.sin() * (laid_out(own, grad_layout) if grad_layout != "expanded" else own)).sum().backward()
         plain = x.detach().clone().requires_grad_()
@@ -228,7 +228,7 @@ def check_a_whole_layer(tp):
         (copy,) = copy_to_tp(mesh, x)
         inner = (copy @ own_up).tanh()
         if through_gather:
-            inner = split_to_tp(mesh, gather_from_tp(mesh, inner, -1, sizes) * 1.5, -1, sizes)
+            inner = scatter_to_tp(mesh, gather_from_tp(mesh, inner, -1, sizes) * 1.5, -1, sizes)
         output = reduce_from_tp(mesh, inner @ own_down)
         output.square().sum().backward()
         plain = {name: tensor.detach().clone() for name, tensor in (("x", x), ("up", up), ("down", down))}
@@ -280,7 +280,7 @@ def check_every_dtype(tp):
                 *(own, weights[0], x, weights[0].split(sizes, dim)[rank]),
             ),
             "split": (
-                lambda t: split_to_tp(mesh, t, dim, sizes),
+                lambda t: scatter_to_tp(mesh, t, dim, sizes),
                 *(x, weights[0].split(sizes, dim)[rank], own, weights[0]),
             ),
         }
@@ -404,10 +404,10 @@ def check_gradcheck(tp):
             return reduce_from_tp(mesh, (a * factors[rank]).sin() * b.sum() * (rank + 1))
 
         def split_then_gather(x, y):
-            return gather_from_tp(mesh, (split_to_tp(mesh, x, 1, sizes) * own).sin(), 1, sizes) * y.sum()
+            return gather_from_tp(mesh, (scatter_to_tp(mesh, x, 1, sizes) * own).sin(), 1, sizes) * y.sum()
 
         def split_then_reduce(x, y):
-            part = (split_to_tp(mesh, x, 1, sizes) * own).sin()
+            part = (scatter_to_tp(mesh, x, 1, sizes) * own).sin()
             return reduce_from_tp(mesh, part.sum(1)) * y.sum()
 
         def copy_then_gather(x, y):
@@ -433,7 +433,7 @@ CHECKS = (
     check_copy_to_tp,
     check_reduce_from_tp,
     check_gather_from_tp,
-    check_split_to_tp,
+    check_scatter_to_tp,
     check_a_whole_layer,
     check_every_dtype,
     check_which_gradients_are_wanted,
@@ -515,7 +515,7 @@ def copies_without_gradients():
     for outcome in (
         reduce_from_tp(mesh, frozen),
         gather_from_tp(mesh, frozen, 0, [3] * mesh.size()),
-        split_to_tp(mesh, frozen, 0, [3, *[0] * (mesh.size() - 1)]),
+        scatter_to_tp(mesh, frozen, 0, [3, *[0] * (mesh.size() - 1)]),
     ):
         assert not outcome.requires_grad
     with torch.no_grad():
@@ -570,7 +570,7 @@ def gradients_shared_with_another_consumer():
             assert torch.equal(y.grad, weight * (rank + 1)), f"{name}: both gradients lie in the same memory"
     x, y = torch.ones(2 * world, requires_grad=True), torch.ones(2, requires_grad=True)
     own = weight[2 * rank : 2 * rank + 2]
-    ((split_to_tp(mesh, x, 0, sizes) + y) * own).sum().backward()
+    ((scatter_to_tp(mesh, x, 0, sizes) + y) * own).sum().backward()
     assert torch.equal(x.grad, weight) and torch.equal(y.grad, own)
 
 
@@ -591,7 +591,7 @@ def outputs_changed_in_place():
         assert torch.equal(x.grad, torch.full((2,), 2 * (value + 1))), name
     for name, mapping in {
         "copy": lambda x: copy_to_tp(mesh, x)[0],
-        "split": lambda x: split_to_tp(mesh, x, 0, [2] * world),
+        "split": lambda x: scatter_to_tp(mesh, x, 0, [2] * world),
     }.items():  # what enters it may be a view, and then autograd says so
         x = torch.ones(2 * world, requires_grad=True)
         inner = x * 1

@@ -25,7 +25,7 @@ from accel_tp_ddp.checkpoint import dcp, deferred, export, load, state
 from accel_tp_ddp.core import collectives, randomness
 from accel_tp_ddp.core.layout import Layout, chunk_ranges
 from accel_tp_ddp.core.shard import ShardInfo, shard_info
-from accel_tp_ddp.model import generation
+from accel_tp_ddp.model import generation, methods
 from accel_tp_ddp.model.dtensor import _ReconstructHook
 from accel_tp_ddp.plans import plan
 from accel_tp_ddp.plugin import accelerator, ddp
@@ -255,13 +255,13 @@ _MORE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     # Without the guard too, whose broadcast before each step would wait for the rank that skips it.
     "overflow on one rank": [
         (accelerator._Hooks, "_agree_on_overflow", _nothing),
-        (drift.ReplicaGuard, "agree_on_gradients", _nothing),
+        (drift.DriftGuard, "agree_on_gradients", _nothing),
     ],
     "parameters left as DTensors after a forward": [(_ReconstructHook, "localize", _nothing)],
     "parameters never localized": [(_parallelize, "localize_with_map", lambda model, keep=None: {})],
     "bare parameters left out of the norm": [(gradients, "full_grad_norm", _matrices_only)],
-    "replicated gradients not agreed on": [(drift.ReplicaGuard, "agree_on_gradients", _nothing)],
-    "drift not looked for": [(drift.ReplicaGuard, "compare", _nothing)],
+    "replicated gradients not agreed on": [(drift.DriftGuard, "agree_on_gradients", _nothing)],
+    "drift not looked for": [(drift.DriftGuard, "compare", _nothing)],
     "sum into a copy that is dropped": [(collectives, "_all_reduce", _dropped_sum)],
     "sum over all meshes": [(collectives, "_all_reduce", _sum_over_the_world)],
     "padding kept in a gather": [(collectives, "_all_gather", _with_its_padding)],
@@ -318,7 +318,7 @@ _LORA_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "LoRA A not summed": [(lora.PartialAdapter, "forward", lambda self, call, input: call.inner(input))],
     "LoRA A drawn by each rank": [
         (sys.modules["accel_tp_ddp.model.parallelize"], "_agree_on_weights", lambda model, mesh: None),
-        (drift.ReplicaGuard, "agree_on_gradients", lambda self, optimizer: None),
+        (drift.DriftGuard, "agree_on_gradients", lambda self, optimizer: None),
     ],
 }
 LORA_FAULTS = tuple(_LORA_FAULTS)
@@ -351,7 +351,7 @@ def _state_of_the_first_peer(value: Tensor, info: ShardInfo | None) -> dcp.Part:
 
 # Shown by training/test_full_tensor_step.py.
 _STEP_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
-    "matrices stepped on by parts": [(accelerator, "WholeStep", _nothing)],
+    "matrices stepped on by parts": [(accelerator, "FullTensorStep", _nothing)],
 }
 STEP_FAULTS = tuple(_STEP_FAULTS)
 
@@ -412,7 +412,7 @@ def _storage_of_its_own(self: deferred.DeferredTensor) -> Any:
 _collect = ShardInfo.collect
 # These show in the files of an export; the tests of `checkpoint/test_export.py` inject them.
 _EXPORT_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
-    "conversions see this rank's shapes": [(export, "_whole_parameters", lambda model: nullcontext())],
+    "conversions see this rank's shapes": [(methods, "_whole_parameters", lambda model: nullcontext())],
     "parts joined in the order they came": [(ShardInfo, "collect", _joined_as_they_came)],
     "every view a storage of its own": [(deferred.DeferredTensor, "untyped_storage", _storage_of_its_own)],
 }

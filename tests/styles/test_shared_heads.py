@@ -11,7 +11,7 @@ from accel_tp_ddp import full_gradients, full_state_dict, parallelize
 from accel_tp_ddp.core.layout import Layout
 from accel_tp_ddp.core.shard import shard_info
 from accel_tp_ddp.plans.plan import resolve_plan
-from accel_tp_ddp.training.drift import ReplicaGuard, checksum
+from accel_tp_ddp.training.drift import DriftGuard, checksum
 from accel_tp_ddp.training.gradients import full_grad_norm
 
 from ..helpers.compare import assert_tensors_close, relative_errors
@@ -133,7 +133,7 @@ def drifting(guarded, architecture="qwen3_two_keys"):
     mesh = tp_mesh()
     model = parallelize(build_model(architecture), mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    guard = ReplicaGuard(mesh, 0, "heal")
+    guard = DriftGuard(mesh, 0, "heal")
     guard.add(model)
     if not guarded:
         guard.agree_on_gradients = lambda optimizer: None

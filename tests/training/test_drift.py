@@ -10,7 +10,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from accel_tp_ddp import TensorParallelDDPPlugin
-from accel_tp_ddp.training.drift import ReplicaGuard, checksum, is_replicated
+from accel_tp_ddp.training.drift import DriftGuard, checksum, is_replicated
 
 from ..helpers.models import build_model
 from ..helpers.ranks import run_on_ranks
@@ -41,7 +41,7 @@ def replicated_checksums(model, optimizer):
 def noisy_gradients(guarded: bool):
     """Every rank's gradients get other last bits, as from kernels that add in varying order."""
     if not guarded:
-        ReplicaGuard.agree_on_gradients = lambda self, optimizer: None
+        DriftGuard.agree_on_gradients = lambda self, optimizer: None
     accelerator, model, optimizer = prepare(replica_check_steps=0)
     noise = torch.Generator().manual_seed(dist.get_rank())
     for param in model.parameters():

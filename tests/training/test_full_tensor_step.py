@@ -10,7 +10,7 @@ import torch
 from transformers.optimization import Adafactor
 
 from accel_tp_ddp import full_state_dict, register_whole_step
-from accel_tp_ddp.training.full_tensor_step import WholeStep, steps_whole
+from accel_tp_ddp.training.full_tensor_step import FullTensorStep, steps_on_full_tensors
 from accel_tp_ddp.training.optimizer import full_optimizer_state as trainers_optimizer_state
 
 from ..helpers.compare import assert_tensors_close, relative_errors
@@ -117,7 +117,7 @@ def several_steps(kind, with_closure):
     assert [id(param) for param in model.parameters()] == [id(param) for param in params]
     assert set(own.state) == {param for group in own.param_groups for param in group["params"]}
     assert kind == "Muon" or [group["step"] for group in own.param_groups] == [3, 3]
-    assert steps_whole(prepared) and schedule.optimizer is own
+    assert steps_on_full_tensors(prepared) and schedule.optimizer is own
     full, expected = full_state_dict(model), reference.state_dict()
     moved = relative_errors(expected, start)
     return max(relative_errors(full, expected).values()), max(moved.values())
@@ -184,4 +184,4 @@ def test_a_state_of_plain_ddp_is_taken_as_it_is():
 def test_only_optimizers_can_be_registered():
     with pytest.raises(TypeError, match="subclass of torch.optim.Optimizer, not 3"):
         register_whole_step(3)
-    assert not steps_whole(torch.optim.SGD([torch.zeros(1)])) and WholeStep.__doc__
+    assert not steps_on_full_tensors(torch.optim.SGD([torch.zeros(1)])) and FullTensorStep.__doc__
