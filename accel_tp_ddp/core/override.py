@@ -59,7 +59,7 @@ class Refusal:
 
     message: str
 
-    def __call__(self, stock: Callable, owner: Any, /, *args: Any, **kwargs: Any) -> None:
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(self.message)
 
 

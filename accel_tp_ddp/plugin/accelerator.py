@@ -35,7 +35,8 @@ from ..core.override import Override, attributes, install
 from ..core.randomness import agree_as_processes, draw_by_replica
 from ..core.shard import full_shape
 from ..core.wrappers import unwrap
-from ..model.parallelize import check_mesh, check_model, is_parallelized, parallelize_with_map
+from ..model.check import check_mesh, check_model, is_parallelized
+from ..model.parallelize import parallelize_with_map
 from ..plans.peft import check_adapters
 from ..plans.plan import Plan
 from ..plans.rules import PlanLike

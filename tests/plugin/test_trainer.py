@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from accel_tp_ddp import TensorParallelDDPPlugin
 from accel_tp_ddp.core import store
+from accel_tp_ddp.core.override import stock_of
 from accel_tp_ddp.plugin import trainer
 
 from ..helpers.compare import assert_tensors_close
@@ -144,13 +145,13 @@ def make_trainer(tp, folder, case):
 def run(tp, folder, case, resume=None, without=None):
     """Train, evaluate, predict and save; what the trainer has logged and counted, on every rank.
 
-    Without the mend of that name, if one is given.
+    Without the override of that name, if one is given.
     """
     multiprocessing.current_process()._config["daemon"] = False  # or a rank could not start data workers
     trainer = make_trainer(tp, folder, case)
     if without is None:
         return _run(trainer, folder, case, resume)
-    stock = transformers.Trainer._accel_tp_ddp_stock[without]
+    stock = stock_of(transformers.Trainer, without)
     with mock.patch.object(transformers.Trainer, without, stock), mock.patch.object(store, "PEERS_TIMEOUT", 1.0):
         return _run(trainer, folder, case, resume)
 
@@ -319,7 +320,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(before, after, tmp_
 
 # --- teeth -----------------------------------------------------------------------------------------------------------
 
-# What shows that a mend is needed: the case that is off without it.
+# What shows that an override is needed: the case that is off without it.
 NEEDED_BY = {
     "_get_dataloader": "two workers",
     "_get_num_items_in_batch": "tokens counted on each device",
@@ -332,15 +333,17 @@ NEEDED_BY = {
 }
 
 
-def test_each_mend_is_tried():
+def test_each_override_is_tried():
     others = {"_load_rng_state", "hyperparameter_search", "evaluation_loop"}  # seen further down
-    assert NEEDED_BY.keys() | others == trainer._MENDS["transformers.trainer", "Trainer"].keys()
+    assert NEEDED_BY.keys() | others == {
+        row.name for row in trainer.OVERRIDES if row.owner == "transformers.trainer.Trainer"
+    }
 
 
-@pytest.mark.parametrize("mend", NEEDED_BY)
-def test_without_a_mend_the_run_is_another(mend, tmp_path):
+@pytest.mark.parametrize("left_out", NEEDED_BY)
+def test_without_an_override_the_run_is_another(left_out, tmp_path):
     with pytest.raises((AssertionError, RanksError)):
-        assert_invisible(NEEDED_BY[mend], tmp_path, without=mend)
+        assert_invisible(NEEDED_BY[left_out], tmp_path, without=left_out)
 
 
 def test_without_the_replicas_random_state_a_resumed_run_is_another(tmp_path):

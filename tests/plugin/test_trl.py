@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from accel_tp_ddp import TensorParallelDDPPlugin
+from accel_tp_ddp.core.override import stock_of
 
 from ..helpers.compare import assert_tensors_close
 from ..helpers.models import VOCABULARY, build_model
@@ -141,22 +142,23 @@ def test_without_whole_reads_the_loss_of_trl_is_another(folder_with_model):
         assert_same(ours[0][0], plain[0][0], 5e-3)
 
 
-def run_without(mends, tp, folder):
+def run_without(left_out, tp, folder):
     from unittest import mock
 
     import trl
 
     trainer = make_trainer("GRPO, a group over replicas", tp, folder)
-    stock = trl.GRPOTrainer._accel_tp_ddp_stock
-    with mock.patch.multiple(trl.GRPOTrainer, **{name: stock[name] for name in mends}):
+    with mock.patch.multiple(trl.GRPOTrainer, **{name: stock_of(trl.GRPOTrainer, name) for name in left_out}):
         trainer.train()
     return [_untimed(row) for row in trainer.state.log_history]
 
 
 @pytest.mark.parametrize(
-    "mends", [("get_train_dataloader",), ("_generate_and_score_completions",), ("_compute_loss",)], ids=lambda m: m[0]
+    "left_out",
+    [("get_train_dataloader",), ("_generate_and_score_completions",), ("_compute_loss",)],
+    ids=lambda m: m[0],
 )
-def test_without_a_mend_grpo_is_another(mends, folder_with_model):
+def test_without_an_override_grpo_is_another(left_out, folder_with_model):
     plain = run_on_ranks(run, 2, "GRPO, a group over replicas", None, folder_with_model)
     with pytest.raises((AssertionError, RanksError)):
-        assert_same(run_on_ranks(run_without, 4, mends, 2, folder_with_model)[0], plain[0][0], 5e-3)
+        assert_same(run_on_ranks(run_without, 4, left_out, 2, folder_with_model)[0], plain[0][0], 5e-3)
