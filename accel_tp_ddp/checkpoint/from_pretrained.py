@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -28,13 +29,14 @@ from ..core.agreement import Ranks
 from ..core.collectives import send_first_rank
 from ..core.errors import CheckpointError
 from ..core.layout import Layout
+from ..core.override import Override, overridden
 from ..core.shard import ShardInfo
 from ..core.slices import hold_slices
 from ..plans.plan import Plan, resolve_plan
 from ..plans.rules import PlanLike
 from .lazy import LazyTensor, first_row, own_part, read_full
 
-__all__ = ["LoadSettings", "load_in_slices"]
+__all__ = ["OVERRIDES", "LoadSettings", "load_in_slices"]
 
 _SAMPLE = 1024  # elements of each tensor that have to be equal on all ranks
 _IN_ORDER = (
@@ -110,16 +112,7 @@ class _Loader:
 
     @contextmanager
     def in_transformers(self) -> Iterator[None]:
-        from transformers import PreTrainedModel, core_model_loading, modeling_utils
-
-        replaced = [
-            (PreTrainedModel, "_load_pretrained_model", lambda stock: staticmethod(_passing(self.load, stock))),
-            (PreTrainedModel, "_finalize_model_loading", lambda stock: staticmethod(_passing(self.finalize, stock))),
-            (PreTrainedModel, "_adjust_bias", lambda stock: _passing_method(self.adjust_bias, stock)),
-            (core_model_loading, "set_param_for_module", lambda stock: _passing(self.put, stock)),
-            (modeling_utils, "_tied_params_are_equal", lambda stock: _passing(self.are_equal, stock)),
-        ]
-        missing = [name for owner, name, _ in replaced if not hasattr(owner, name)]
+        missing = [row.name for row in OVERRIDES if not hasattr(row.upstream(), row.name)]
         if missing:
             import transformers
 
@@ -127,18 +120,13 @@ class _Loader:
                 f"sharded_loading: transformers {transformers.__version__} loads in another way than those that this "
                 f"package knows ({', '.join(missing)} is not there). Load the model without sharded_loading."
             )
-        own = [(owner, name, vars(owner)[name]) for owner, name, _ in replaced]  # static methods stay what they are
-        try:
-            for owner, name, substitute in replaced:
-                setattr(owner, name, substitute(getattr(owner, name)))
+        with overridden(OVERRIDES, self):
             yield
-        finally:
-            for owner, name, stock in own:
-                setattr(owner, name, stock)
 
     def load(
         self,
         stock: Callable,
+        /,
         model: nn.Module,
         state_dict: Mapping[str, Tensor] | None,
         checkpoint_files: Sequence[str] | None,
@@ -162,24 +150,28 @@ class _Loader:
         self.loads.append(load)
         return stock(model, state_dict, checkpoint_files, replace(load_config, device_map=None))
 
-    def put(self, stock: Callable, model: nn.Module, name: str, value: Tensor, *args: Any) -> None:
+    def put(
+        self, stock: Callable, /, model: nn.Module, target_name: str, param_value: Tensor, *args: Any, **kwargs: Any
+    ) -> None:
         """`core_model_loading.set_param_for_module`: put one converted tensor into the model."""
         load = self._of(model)
         if load is None:
-            stock(model, name, value, *args)
+            stock(model, target_name, param_value, *args, **kwargs)
         else:
-            load.put(stock, name, value, *args)
+            load.put(partial(stock, model), target_name, param_value, *args, **kwargs)
 
-    def are_equal(self, stock: Callable, source: Tensor, target: Tensor) -> bool:
+    def are_equal(self, stock: Callable, /, source: Tensor, target: Tensor) -> bool:
         """`_tied_params_are_equal`: two slices may be, where the weights are not."""
         return all(self.ranks.all(stock(source, target), "comparing tied weights"))
 
-    def adjust_bias(self, stock: Callable, model: nn.Module, output: nn.Module, weight: Any) -> None:
+    def adjust_bias(
+        self, stock: Callable, model: nn.Module, /, output_embeddings: nn.Module, input_embeddings: Any
+    ) -> None:
         """`PreTrainedModel._adjust_bias`: pad or cut a bias to the rows of its weight, which are not all here."""
-        if not any(load.is_cut(getattr(output, "weight", None)) for load in self.loads):
-            stock(model, output, weight)
+        if not any(load.is_cut(getattr(output_embeddings, "weight", None)) for load in self.loads):
+            stock(output_embeddings, input_embeddings)
 
-    def finalize(self, stock: Callable, model: nn.Module, load_config: Any, loading_info: Any) -> Any:
+    def finalize(self, stock: Callable, /, model: nn.Module, load_config: Any, loading_info: Any) -> Any:
         """`PreTrainedModel._finalize_model_loading`: initialise what is missing, tie, report; then cut the rest."""
         loading_info = stock(model, load_config, loading_info)
         load = self._of(model)
@@ -193,12 +185,20 @@ class _Loader:
         return next((load for load in self.loads if load.model is model), None)
 
 
-def _passing(step: Callable, stock: Callable) -> Callable:
-    return lambda *args, **kwargs: step(stock, *args, **kwargs)
+def _row(owner: str, name: str, function: Callable[..., Any], line: int, reason: str) -> Override:
+    module = owner.removeprefix("transformers.").partition(".")[0]
+    return Override(owner, name, function, f"transformers 5.23, {module}.py:{line}", reason)
 
 
-def _passing_method(step: Callable, stock: Callable) -> Callable:
-    return lambda self, *args: step(stock, self, *args)
+_MODEL = "transformers.modeling_utils.PreTrainedModel"
+#: While `sharded_loading` is active.
+OVERRIDES = (
+    _row(_MODEL, "_load_pretrained_model", _Loader.load, 4480, "reads each tensor completely"),
+    _row(_MODEL, "_finalize_model_loading", _Loader.finalize, 4596, "is the end of loading: what is left is cut then"),
+    _row(_MODEL, "_adjust_bias", _Loader.adjust_bias, 2621, "pads a bias to the rows of its weight that are here"),
+    _row("transformers.core_model_loading", "set_param_for_module", _Loader.put, 1426, "puts in the full tensor"),
+    _row("transformers.modeling_utils", "_tied_params_are_equal", _Loader.are_equal, 2568, "compares slices only"),
+)
 
 
 @dataclass
@@ -221,25 +221,25 @@ class _Load:
                 if param is not None:
                     self._layouts[entry.site.module, name] = layout, param.shape
 
-    def put(self, stock: Callable, name: str, value: Tensor, *args: Any) -> None:
+    def put(self, stock: Callable, name: str, value: Tensor, *args: Any, **kwargs: Any) -> None:
         """Put this rank's part of `value` where `name` says; transformers' own checks see the sizes they expect."""
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
         expected = getattr(module, leaf, None)
         if not isinstance(expected, Tensor):
-            stock(self.model, name, read_full(value, self.device), *args)
+            stock(name, read_full(value, self.device), *args, **kwargs)
             return
         if value.shape != expected.shape:  # which is reported, or passed over; the value is not used
-            stock(self.model, name, torch.empty(value.shape, dtype=value.dtype, device="meta"), *args)
+            stock(name, torch.empty(value.shape, dtype=value.dtype, device="meta"), *args, **kwargs)
             return
         self.samples.append(f"{name} {_sample(value)}")
         layout, _ = self._layouts.get((module, leaf), (None, None))
         if layout is None:
-            stock(self.model, name, read_full(value, self.device), *args)
+            stock(name, read_full(value, self.device), *args, **kwargs)
             return
         own = own_part(value, layout, self.mesh.get_local_rank(), self.device)
         module._parameters[leaf] = nn.Parameter(torch.empty_like(own, device="meta"), expected.requires_grad)
-        stock(self.model, name, own, *args)
+        stock(name, own, *args, **kwargs)
         self._hold(module._parameters[leaf], ShardInfo.sharded(self.mesh, value.shape, layout))
 
     def is_cut(self, param: Any) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from .places import TENSORS, absolute, automatic_folder, is_sharded_state, optim
 from .plain import PlainWeights, is_plain_state, is_weights_only, load_pickled, plain_file
 from .state import ModelState
 
-__all__ = ["hook_load_state", "load_state"]
+__all__ = ["load_any_state", "load_state"]
 
 logger = get_logger(__name__)
 
@@ -322,28 +324,26 @@ class _WeightsOnly(_StateLoader):
 _LOADERS: dict[str, type[_StateLoader]] = {"sharded": _Sharded, "plain": _Plain, "weights": _WeightsOnly}
 
 
-def hook_load_state(accelerator: Accelerator) -> None:
-    """Let `accelerator.load_state` take sharded states too; anything else goes where it went."""
-    accelerator.load_state = _LoadState(accelerator, accelerator.load_state)
+def load_any_state(
+    async_save: bool,
+    stock: Callable,
+    accelerator: Accelerator,
+    /,
+    input_dir: str | None = None,
+    load_kwargs: dict | None = None,
+    **load_model_func_kwargs: Any,
+) -> None:
+    """`Accelerator.load_state` that takes sharded states too; anything else goes where it went."""
+    finish_background_save(Ranks("load_state"))  # which may be what is to be loaded
+    load = partial(load_state, accelerator) if _is_sharded(accelerator, input_dir) else stock
+    load(input_dir, load_kwargs, **load_model_func_kwargs)
 
 
-class _LoadState:
-    def __init__(self, accelerator: Accelerator, stock: Any):
-        self.accelerator = accelerator
-        self.stock = stock
-
-    def __call__(self, input_dir: str | None = None, load_kwargs: dict | None = None, **kwargs: Any) -> None:
-        finish_background_save(Ranks("load_state"))  # which may be what is to be loaded
-        if self._is_ours(input_dir):
-            load_state(self.accelerator, input_dir, load_kwargs, **kwargs)
-        else:
-            self.stock(input_dir, load_kwargs, **kwargs)
-
-    def _is_ours(self, input_dir: str | None) -> bool:
-        if input_dir is not None:
-            path = absolute(input_dir)
-            return is_sharded_state(path) or is_replaced(path)
-        if not self.accelerator.project_configuration.automatic_checkpoint_naming:
-            return False
-        parent = automatic_folder(self.accelerator)
-        return parent.is_dir() and any(is_sharded_state(path) for path in newest_first(parent)[:1])
+def _is_sharded(accelerator: Accelerator, input_dir: str | None) -> bool:
+    if input_dir is not None:
+        path = absolute(input_dir)
+        return is_sharded_state(path) or is_replaced(path)
+    if not accelerator.project_configuration.automatic_checkpoint_naming:
+        return False
+    parent = automatic_folder(accelerator)
+    return parent.is_dir() and any(is_sharded_state(path) for path in newest_first(parent)[:1])

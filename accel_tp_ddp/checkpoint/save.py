@@ -27,7 +27,7 @@ from .folder import FolderAside, clear_away, put_back, remove_oldest, write_fold
 from .places import TENSORS, absolute, automatic_folder, optimizer_states
 from .state import ModelState, summary_keys
 
-__all__ = ["hook_saving", "save_state"]
+__all__ = ["end_after_save", "save_state", "save_state_or_in_background"]
 
 logger = get_logger(__name__)
 
@@ -238,33 +238,26 @@ def _left_of(full: dict[str, Tensor], before: dict[str, Tensor], weights: Sequen
     return {name.removeprefix("module.") for name in full}
 
 
-def hook_saving(accelerator: Accelerator, async_save: bool) -> None:
-    """Let an accelerator without tensor parallelism save in the background, where it is asked to, and wait for it."""
-    accelerator.save_state = _SaveState(accelerator, accelerator.save_state, async_save)
-    accelerator.end_training = _EndTraining(accelerator.end_training)
+def save_state_or_in_background(
+    always: bool,
+    stock: Callable,
+    accelerator: Accelerator,
+    /,
+    output_dir: str | None = None,
+    *args: Any,
+    async_save: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """`Accelerator.save_state` without tensor parallelism, which saves in the background where it is asked to."""
+    if always if async_save is None else async_save:
+        return save_state(accelerator, output_dir, 1, async_save=True)
+    finish_background_save(Ranks("save_state"))
+    return stock(output_dir, *args, **kwargs)
 
 
-class _SaveState:
-    def __init__(self, accelerator: Accelerator, stock: Callable, async_save: bool):
-        self.accelerator = accelerator
-        self.stock = stock
-        self.async_save = async_save
-
-    def __call__(
-        self, output_dir: str | None = None, *args: Any, async_save: bool | None = None, **kwargs: Any
-    ) -> Any:
-        if self.async_save if async_save is None else async_save:
-            return save_state(self.accelerator, output_dir, 1, async_save=True)
-        finish_background_save(Ranks("save_state"))
-        return self.stock(output_dir, *args, **kwargs)
-
-
-class _EndTraining:
-    def __init__(self, stock: Callable):
-        self.stock = stock
-
-    def __call__(self) -> None:
-        try:
-            finish_background_save(Ranks("end_training"))
-        finally:
-            self.stock()
+def end_after_save(always: bool, stock: Callable, accelerator: Accelerator, /) -> None:
+    """`Accelerator.end_training`, after the save in the background."""
+    try:
+        finish_background_save(Ranks("end_training"))
+    finally:
+        stock()

@@ -20,7 +20,6 @@ __all__ = [
     "ShardInfo",
     "elements_elsewhere",
     "full_shape",
-    "mark_unsharded",
     "remember_everywhere",
     "remember_shards",
     "remembered_shards",
@@ -177,11 +176,14 @@ def remember_everywhere(model: nn.Module) -> None:
     """Let every module that holds a sharded parameter remember it, not only the one that computes with it.
 
     BERT's prediction head keeps a second name for the bias of the layer inside it, and loads it under that name too.
+    Every parameter answers to `tp_shard` then: None for those of which every rank holds all.
     """
     for module in model.modules():
         known = remembered_shards(module)
         held = {name: shard_info(param) for name, param in module._parameters.items() if param is not None}
         remember_shards(module, {name: info for name, info in held.items() if info is not None and name not in known})
+    for param in model.parameters():
+        param.tp_shard = shard_info(param)
 
 
 def _cut_full_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -203,10 +205,3 @@ def restore_shards(model: nn.Module) -> None:
             param = module._parameters.get(name)
             if param is not None and shard_info(param) is None:
                 param.tp_shard = info
-
-
-def mark_unsharded(model: nn.Module) -> None:
-    """Let every parameter answer to `tp_shard`: None for those of which every rank holds all."""
-    for param in model.parameters():
-        if shard_info(param) is None:
-            param.tp_shard = None

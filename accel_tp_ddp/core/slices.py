@@ -19,31 +19,19 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .layout import Layout
+from .override import Override, Refusal, install, uninstall
 from .shard import ShardInfo
 
 __all__ = [
+    "OVERRIDES",
+    "RESIZING",
     "check_slices_mesh",
     "hold_slices",
     "holds_slices",
-    "refuse_resizing",
     "refuse_slices",
-    "restore_full",
-    "settle_slices",
+    "slices_become_shards",
     "full_on_meta",
 ]
-
-
-def refuse_resizing(model: nn.Module) -> None:
-    """Let `model.resize_token_embeddings`, which would build new embeddings out of this rank's rows, raise."""
-    if callable(getattr(type(model), "resize_token_embeddings", None)):
-        model.resize_token_embeddings = _refuse_resizing
-
-
-def _refuse_resizing(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError(
-        "resize_token_embeddings after the model has been sharded would work on this rank's part of the vocabulary. "
-        "Call it before `prepare` (or `parallelize`)."
-    )
 
 
 _SLICES = "_tp_slices"
@@ -57,9 +45,7 @@ def hold_slices(model: nn.Module, slices: Iterable[tuple[nn.Parameter, ShardInfo
         if held:
             module.__dict__[_SLICES] = held
             module.register_forward_pre_hook(_NotYetParallel(), prepend=True)
-    refuse_resizing(model)
-    if callable(getattr(type(model), "save_pretrained", None)):
-        model.save_pretrained = _refuse_saving  # until the model is parallelized, which puts its own there
+    install(model, OVERRIDES)
 
 
 def holds_slices(model: nn.Module) -> bool:
@@ -100,19 +86,27 @@ def full_on_meta(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]
             module._parameters[name] = own
 
 
-def settle_slices(model: nn.Module, stand_ins: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Make the slices shards, after the styles have cut their stand-ins; the model is parallel then."""
+@contextmanager
+def slices_become_shards(model: nn.Module, layouts: Mapping[nn.Parameter, Layout]) -> Iterator[None]:
+    """Let the styles be applied, within the block, to stand-ins for the slices; these are shards afterwards.
+
+    Collective over the tensor-parallel group where slices lie otherwise than `layouts` says.
+    """
+    _restore_full(model, layouts)
+    with full_on_meta(model) as stand_ins:
+        yield
     for own, stand_in in stand_ins.items():
         assert own.shape == stand_in.shape, "a slice that the plan cuts otherwise was to be restored before"
         own.tp_shard = stand_in.tp_shard
     for module in model.modules():
+        uninstall(module, OVERRIDES)
         if module.__dict__.pop(_SLICES, None) is not None:
             hooks = module._forward_pre_hooks
             for key in [key for key, hook in hooks.items() if isinstance(hook, _NotYetParallel)]:
                 del hooks[key]
 
 
-def restore_full(model: nn.Module, layouts: Mapping[nn.Parameter, Layout]) -> None:
+def _restore_full(model: nn.Module, layouts: Mapping[nn.Parameter, Layout]) -> None:
     """Turn slices whose layout is not the one in `layouts` into full parameters again, in place.
 
     Collective over the tensor-parallel group. Ordinarily there are none: it happens where the model is parallelized by
@@ -166,5 +160,25 @@ def _advice(name: str) -> str:
     )
 
 
-def _refuse_saving(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError(f"save_pretrained: this {_advice('model')}")
+RESIZING = Override(
+    "transformers.modeling_utils.PreTrainedModel",
+    "resize_token_embeddings",
+    Refusal(
+        "resize_token_embeddings after the model has been sharded would work on this rank's part of the vocabulary. "
+        "Call it before `prepare` (or `parallelize`)."
+    ),
+    "transformers 5.23, modeling_utils.py:2633",
+    "builds new embeddings out of this rank's rows",
+)
+
+#: While a model holds slices.
+OVERRIDES = (
+    RESIZING,
+    Override(
+        "transformers.modeling_utils.PreTrainedModel",
+        "save_pretrained",
+        Refusal(f"save_pretrained: this {_advice('model')}"),
+        "transformers 5.23, modeling_utils.py:3310",
+        "writes this rank's slices",
+    ),
+)

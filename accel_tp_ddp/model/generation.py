@@ -15,57 +15,37 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..core.collectives import send_first_rank
 from ..core.randomness import agree_on_randomness
 
-__all__ = ["generate_together"]
+__all__ = ["generate"]
 
 
-def generate_together(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Let `model.generate`, where there is one, agree over `mesh` on what is not the same on all ranks by itself.
+def generate(mesh: DeviceMesh, stock: Callable, model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """The model's own `generate`, the same on all ranks of `mesh`. Collective: call it on every rank of a replica.
 
     Each call starts from the first rank's random state, so sampling draws the same tokens however the ranks were
     seeded; replicas keep states of their own. What stops a generation by a clock is decided by the first rank.
     """
-    if callable(getattr(type(model), "generate", None)):
-        model.generate = _Generate(model, mesh)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [name for name, each in inspect.signature(stock).parameters.items() if each.kind in positional]
+    kwargs.update(zip(names, args))
+    agree_on_randomness(mesh)
+    _agree_on_the_end(model, mesh, kwargs)
+    return stock(*args[len(names) :], **kwargs)
 
 
-class _Generate:
-    """The model's own `generate`. Collective: call it on every rank of a replica.
-
-    An object and no bound function, so that it is copied and pickled together with its model.
-    """
-
-    def __init__(self, model: nn.Module, mesh: DeviceMesh):
-        self.model = model
-        self.mesh = mesh
-        self.stock: Callable | None = model.__dict__.get("generate")  # a patched one
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.stock or type(self.model).generate.__get__(self.model))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        generate = self.stock or type(self.model).generate.__get__(self.model)
-        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        names = [name for name, each in inspect.signature(generate).parameters.items() if each.kind in positional]
-        kwargs.update(zip(names, args))
-        agree_on_randomness(self.mesh)
-        self._agree_on_the_end(kwargs)
-        return generate(*args[len(names) :], **kwargs)
-
-    def _agree_on_the_end(self, kwargs: dict[str, Any]) -> None:
-        criteria = list(kwargs.get("stopping_criteria") or ())
-        timed = any(hasattr(each, "max_time") for each in criteria)  # which beats the config's limit
-        criteria = [each if _follows_from_tokens(each) else _FirstRankDecides(each, self.mesh) for each in criteria]
-        configs = (kwargs.get("generation_config"), getattr(self.model, "generation_config", None))
-        limits = [kwargs.get("max_time"), *(getattr(config, "max_time", None) for config in configs)]
-        seconds = next((limit for limit in limits if limit is not None), None)
-        if seconds is not None:
-            kwargs["max_time"] = math.inf  # beats what the configs say
-            if not timed:
-                criteria.append(_FirstRankDecides(_TimeLimit(seconds), self.mesh))
-        if criteria:
-            kind = type(kwargs.get("stopping_criteria") or criteria)
-            kwargs["stopping_criteria"] = kind(criteria)
+def _agree_on_the_end(model: nn.Module, mesh: DeviceMesh, kwargs: dict[str, Any]) -> None:
+    criteria = list(kwargs.get("stopping_criteria") or ())
+    timed = any(hasattr(each, "max_time") for each in criteria)  # which beats the config's limit
+    criteria = [each if _follows_from_tokens(each) else _FirstRankDecides(each, mesh) for each in criteria]
+    configs = (kwargs.get("generation_config"), getattr(model, "generation_config", None))
+    limits = [kwargs.get("max_time"), *(getattr(config, "max_time", None) for config in configs)]
+    seconds = next((limit for limit in limits if limit is not None), None)
+    if seconds is not None:
+        kwargs["max_time"] = math.inf  # beats what the configs say
+        if not timed:
+            criteria.append(_FirstRankDecides(_TimeLimit(seconds), mesh))
+    if criteria:
+        kind = type(kwargs.get("stopping_criteria") or criteria)
+        kwargs["stopping_criteria"] = kind(criteria)
 
 
 def _follows_from_tokens(criterion: Any) -> bool:

@@ -6,29 +6,31 @@ import inspect
 import os
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from ..checkpoint.export import export, leave_it
+from ..core.override import Override
 from ..core.shard import elements_elsewhere, shard_info
 from ..plans.peft import _KNOWN, Wrappings, _configs, _peft_models, _refuse_late_adapters
 from ..styles.conv1d import is_linear
-from .methods import save_full_checkpoints
 
-__all__ = ["look_after_adapters"]
+__all__ = ["OVERRIDES", "peft_models_in", "refuse_adapters_from_now_on"]
 
 
-def look_after_adapters(model: nn.Module) -> None:
-    """Let a sharded model save its adapters as PEFT does, and refuse adapters that are added from now on."""
+def peft_models_in(model: nn.Module) -> list[nn.Module]:
+    """The `PeftModel`s among the modules of `model`, itself included."""
+    return (
+        [module for module in model.modules() if isinstance(module, _peft_models())] if "peft" in sys.modules else []
+    )
+
+
+def refuse_adapters_from_now_on(model: nn.Module) -> None:
+    """Let the forward of a sharded model raise where an adapter has been added to it since."""
     for found in (wrappings := Wrappings(model)):
         found.module.__dict__[_KNOWN] = found.adapter_names()
-    for module in model.modules():
-        if "peft" in sys.modules and isinstance(module, _peft_models()):
-            module.save_pretrained = _SaveAdapters(module)
-            module.load_adapter = _LoadAdapter(module)
-            module.get_nb_trainable_parameters = _CountParameters(module)
-            save_full_checkpoints(module.get_base_model())
     for module in model.modules():  # one that no forward can do without
         weight = module._parameters.get("weight")
         if is_linear(module) and shard_info(weight) is not None:
@@ -53,102 +55,89 @@ class _LookForLateAdapters:
         return {**self.__dict__, "base": None}  # a copied module must not bring its whole model along
 
 
-class _SaveAdapters:
-    """`PeftModel.save_pretrained`, with the full adapters. Collective: call it on every rank; the main one writes.
+def save_adapters(
+    stock: Callable,
+    model: nn.Module,
+    /,
+    save_directory: str | os.PathLike,
+    safe_serialization: bool = True,
+    selected_adapters: list[str] | None = None,
+    save_embedding_layers: str | bool = "auto",
+    is_main_process: bool = True,
+    path_initial_model_for_weight_conversion: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """`PeftModel.save_pretrained`, with the full adapters. Collective: call it on every rank; the main one writes."""
+    if path_initial_model_for_weight_conversion is not None:
+        raise ValueError(
+            "path_initial_model_for_weight_conversion loads another adapter into the model, which a sharded model "
+            "cannot take. Save without it, and convert the adapter in a single process afterwards."
+        )
 
-    An object and no bound function, so that it is copied and pickled together with its model.
-    """
+    def write(state: dict[str, Any]) -> None:
+        kwargs["state_dict"] = state
+        options = (safe_serialization, selected_adapters, save_embedding_layers, is_main_process)
+        stock(save_directory, *options, **kwargs)
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    if kwargs.get("state_dict") is None:
+        adapters = selected_adapters if selected_adapters is not None else list(model.peft_config)
+        chosen = _written(model, adapters, save_embedding_layers)
+        if not is_main_process:
+            write = leave_it
+        export(model, "save_pretrained", write, save_directory, chosen)
+    elif is_main_process:
+        write(kwargs["state_dict"])
 
-    def __call__(
-        self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        save_embedding_layers: str | bool = "auto",
-        is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        stock = type(self.model).save_pretrained
-        if path_initial_model_for_weight_conversion is not None:
-            raise ValueError(
-                "path_initial_model_for_weight_conversion loads another adapter into the model, which a sharded model "
-                "cannot take. Save without it, and convert the adapter in a single process afterwards."
+
+def _written(model: nn.Module, adapters: list[str], save_embedding_layers: str | bool) -> dict[str, Any]:
+    """Of the model's own state dict, what PEFT will write."""
+    from peft import get_peft_model_state_dict
+
+    state = model.state_dict(keep_vars=True)
+    written: set[int] = set()
+    for adapter in adapters:
+        if adapter in model.peft_config:  # PEFT's own `save_pretrained` refuses others
+            chosen = get_peft_model_state_dict(
+                model, dict(state), adapter_name=adapter, save_embedding_layers=save_embedding_layers
             )
-
-        def write(state: dict[str, Any]) -> None:
-            kwargs["state_dict"] = state
-            stock(
-                self.model,
-                save_directory,
-                safe_serialization,
-                selected_adapters,
-                save_embedding_layers,
-                is_main_process,
-                **kwargs,
-            )
-
-        if kwargs.get("state_dict") is None:
-            adapters = selected_adapters if selected_adapters is not None else list(self.model.peft_config)
-            chosen = self._written(adapters, save_embedding_layers)
-            if not is_main_process:
-                write = leave_it
-            export(self.model, "save_pretrained", write, save_directory, chosen)
-        elif is_main_process:
-            write(kwargs["state_dict"])
-
-    def _written(self, adapters: list[str], save_embedding_layers: str | bool) -> dict[str, Any]:
-        """Of the model's own state dict, what PEFT will write."""
-        from peft import get_peft_model_state_dict
-
-        state = self.model.state_dict(keep_vars=True)
-        written: set[int] = set()
-        for adapter in adapters:
-            if adapter in self.model.peft_config:  # PEFT's own `save_pretrained` refuses others
-                chosen = get_peft_model_state_dict(
-                    self.model, dict(state), adapter_name=adapter, save_embedding_layers=save_embedding_layers
-                )
-                written.update(map(id, chosen.values()))
-        unknown = written - set(map(id, state.values()))
-        if unknown:
-            raise RuntimeError(
-                f"PEFT would write {len(unknown)} tensors that are not in the model's state dict, so they cannot be "
-                "joined from their shards. Pass `state_dict=accelerator.get_state_dict(model)`."
-            )
-        return {name: value for name, value in state.items() if id(value) in written}
+            written.update(map(id, chosen.values()))
+    unknown = written - set(map(id, state.values()))
+    if unknown:
+        raise RuntimeError(
+            f"PEFT would write {len(unknown)} tensors that are not in the model's state dict, so they cannot be "
+            "joined from their shards. Pass `state_dict=accelerator.get_state_dict(model)`."
+        )
+    return {name: value for name, value in state.items() if id(value) in written}
 
 
-class _LoadAdapter:
+def load_adapter(stock: Callable, model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """`PeftModel.load_adapter`, into adapters that are sharded already: each rank takes its parts of what is read."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        stock = type(self.model).load_adapter
-        given = inspect.signature(stock).bind(self.model, *args, **kwargs)
-        if given.arguments.get("kwargs", {}).get("ignore_mismatched_sizes"):
-            raise ValueError(
-                "load_adapter(ignore_mismatched_sizes=True) would compare the adapter's sizes with this rank's parts, "
-                "and leave all that is sharded as it was. Leave it out, or load the adapter before `prepare`."
-            )
-        if given.arguments["adapter_name"] in self.model.peft_config:
-            given.arguments["low_cpu_mem_usage"] = False  # which puts other objects in the place of the parameters
-        return stock(*given.args, **given.kwargs)
+    given = inspect.signature(stock).bind(*args, **kwargs)
+    if given.arguments.get("kwargs", {}).get("ignore_mismatched_sizes"):
+        raise ValueError(
+            "load_adapter(ignore_mismatched_sizes=True) would compare the adapter's sizes with this rank's parts, "
+            "and leave all that is sharded as it was. Leave it out, or load the adapter before `prepare`."
+        )
+    if given.arguments["adapter_name"] in model.peft_config:
+        given.arguments["low_cpu_mem_usage"] = False  # which puts other objects in the place of the parameters
+    return stock(*given.args, **given.kwargs)
 
 
-class _CountParameters:
+def count_parameters(stock: Callable, model: nn.Module, /) -> tuple[int, int]:
     """`PeftModel.get_nb_trainable_parameters`, of the unsharded model."""
+    trainable, total = stock()
+    for param in model.parameters():
+        total += elements_elsewhere(param)
+        trainable += elements_elsewhere(param) if param.requires_grad else 0
+    return trainable, total
 
-    def __init__(self, model: nn.Module):
-        self.model = model
 
-    def __call__(self) -> tuple[int, int]:
-        trainable, total = type(self.model).get_nb_trainable_parameters(self.model)
-        for param in self.model.parameters():
-            total += elements_elsewhere(param)
-            trainable += elements_elsewhere(param) if param.requires_grad else 0
-        return trainable, total
+def _row(name: str, function: Callable[..., Any], line: int, reason: str) -> Override:
+    return Override("peft.PeftModel", name, function, f"peft 0.21, peft_model.py:{line}", reason)
+
+
+OVERRIDES = (
+    _row("save_pretrained", save_adapters, 238, "writes this rank's part of the adapters"),
+    _row("load_adapter", load_adapter, 1417, "puts other objects in the place of the parameters, or skips shards"),
+    _row("get_nb_trainable_parameters", count_parameters, 932, "counts this rank's shards"),
+)

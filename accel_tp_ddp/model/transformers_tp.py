@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..styles.region import Region
 from ..styles.registry import get_style
@@ -10,7 +11,7 @@ from ..styles.registry import get_style
 __all__ = ["adopt"]
 
 
-def adopt(model: nn.Module, region: Region) -> None:
+def adopt(model: nn.Module, mesh: DeviceMesh) -> None:
     """Replace transformers' sum of partial gradients of replicated parameters by ours.
 
     Its hook all-reduces the accumulated `.grad` again at every backward, so what an earlier microbatch has contributed
@@ -25,7 +26,7 @@ def adopt(model: nn.Module, region: Region) -> None:
             del module.forward
             for param in module.parameters(recurse=False):
                 _remove_its_hooks(param)
-            get_style("replicated_with_grad_allreduce", name).install(module, region, {})
+            get_style("replicated_with_grad_allreduce", name).install(module, Region(mesh), {})
 
 
 def _remove_its_hooks(param: nn.Parameter) -> None:

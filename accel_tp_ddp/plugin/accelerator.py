@@ -1,13 +1,13 @@
 """The hooked `Accelerator`: what `prepare` does under tensor parallelism, and which methods have to know of it.
 
-Only methods of one accelerator object are replaced, each by the method of the same name below; everything that is not
-about tensor parallelism is left to the accelerator's own.
+Only methods of one accelerator object are replaced, as the tables at the end say; everything that is not about tensor
+parallelism is left to the accelerator's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -27,14 +27,16 @@ from torch.utils.data import DataLoader
 from ..checkpoint.background import wait_for_save
 from ..checkpoint.deferred import materialized
 from ..checkpoint.export import export, full_state_dict_of_main, save_config
-from ..checkpoint.load import load_state
-from ..checkpoint.save import save_state
+from ..checkpoint.load import load_any_state, load_state
+from ..checkpoint.save import end_after_save, save_state, save_state_or_in_background
 from ..core.agreement import Ranks
 from ..core.collectives import gather_replicas
+from ..core.override import Override, attributes, install
 from ..core.randomness import agree_as_processes, draw_by_replica
 from ..core.shard import full_shape
 from ..core.wrappers import unwrap
-from ..model.parallelize import check_mesh, check_model, is_parallelized, parallelize_with_map
+from ..model.check import check_mesh, check_model, is_parallelized
+from ..model.parallelize import parallelize_with_map
 from ..plans.peft import check_adapters
 from ..plans.plan import Plan
 from ..plans.rules import PlanLike
@@ -47,7 +49,7 @@ from .data_loader import serve_replicas
 from .ddp import _OverReplicas
 from .scheduler import _SchedulerOverReplicas
 
-__all__ = ["Settings", "hook_accelerator"]
+__all__ = ["OVERRIDES", "OVERRIDES_WITHOUT_TP", "Settings", "hook_accelerator", "hook_without_tp"]
 
 
 class Settings(Protocol):
@@ -61,35 +63,21 @@ class Settings(Protocol):
     replica_drift: str
     async_save: bool
 
-    def posing_as_plain(self) -> AbstractContextManager[None]: ...
+    def as_plain_ddp(self) -> AbstractContextManager[None]: ...
 
 
 def hook_accelerator(accelerator: Accelerator, plugin: Settings) -> None:
     """Replace the methods of `accelerator` that tensor parallelism concerns."""
-    hooks = _Hooks(accelerator, plugin)
-    for name in _Hooks.REPLACED:
-        setattr(accelerator, name, getattr(hooks, name))
+    install(accelerator, OVERRIDES, _Hooks(accelerator, plugin))
+
+
+def hook_without_tp(accelerator: Accelerator, async_save: bool) -> None:
+    """Let an accelerator with tp_size=1 load states of any tp_size, and save in the background if asked to."""
+    install(accelerator, OVERRIDES_WITHOUT_TP, async_save)
 
 
 class _Hooks:
-    REPLACED = (
-        "prepare",
-        "prepare_model",
-        "prepare_data_loader",
-        "skip_first_batches",
-        "prepare_optimizer",
-        "prepare_scheduler",
-        "clip_grad_norm_",
-        "gather_for_metrics",
-        "reduce",
-        "split_between_processes",
-        "join_uneven_inputs",
-        "get_state_dict",
-        "save_model",
-        "save_state",
-        "load_state",
-        "end_training",
-    )
+    """What the replaced methods of one accelerator share."""
 
     def __init__(self, accelerator: Accelerator, plugin: Settings):
         self.accelerator = accelerator
@@ -98,29 +86,37 @@ class _Hooks:
         self.dp_size = plugin.dp_replicate_size
         self.dp_mesh = plugin.device_mesh["dp_replicate"]
         self.dp_group = self.dp_mesh.get_group()
-        self.stock = {name: getattr(accelerator, name) for name in self.REPLACED}
         self._sharded: list[nn.Module] = []  # by `prepare`, and about to reach `prepare_model`
         self._guard = DriftGuard(self.tp_mesh, plugin.replica_check_steps, plugin.replica_drift)
 
     # ---------------------------------------------------------------------------------------------------- prepare
 
-    def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
+    def prepare(
+        self, stock: Callable, accelerator: Accelerator, /, *args: Any, device_placement: list[bool] | None = None
+    ) -> Any:
         models = [arg for arg in args if isinstance(arg, nn.Module) and not _is_prepared(arg)]
         optimizers = [arg for arg in args if isinstance(arg, Optimizer) and not _is_prepared(arg)]
         self._shard(models, optimizers)
-        with self.plugin.posing_as_plain():
-            return self.stock["prepare"](*args, device_placement=device_placement)
+        with self.plugin.as_plain_ddp():
+            return stock(*args, device_placement=device_placement)
 
     def prepare_model(
-        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+        self,
+        stock: Callable,
+        accelerator: Accelerator,
+        /,
+        model: nn.Module,
+        device_placement: bool | None = None,
+        evaluation_mode: bool = False,
     ) -> nn.Module:
         if not _is_prepared(model) and not any(model is sharded for sharded in self._sharded):
             self._shard([model])
         self._sharded = [sharded for sharded in self._sharded if sharded is not model]
         # One replica needs no DDP; the evaluation mode does all the rest.
         plainly = evaluation_mode or self.dp_size == 1
-        with self.plugin.posing_as_plain(), self._ddp_over_replicas():
-            return self.stock["prepare_model"](model, device_placement=device_placement, evaluation_mode=plainly)
+        settings = _OverReplicas(accelerator.ddp_handler or DistributedDataParallelKwargs(), self.dp_group)
+        with self.plugin.as_plain_ddp(), attributes(accelerator, ddp_handler=settings):
+            return stock(model, device_placement=device_placement, evaluation_mode=plainly)
 
     def _shard(self, models: list[nn.Module], optimizers: Sequence[Optimizer] = ()) -> None:
         """Plan -> check -> shard -> localize -> optimizers. Raises on every rank, before a weight is touched."""
@@ -130,7 +126,7 @@ class _Hooks:
             if not is_parallelized(model):
                 mapping.update(parallelize_with_map(unwrap(model), self.tp_mesh, plan))
             self._sharded.append(model)
-            self._look_after(unwrap(model))
+            self._watch(unwrap(model))
         for optimizer in [*optimizers, *(_bare(prepared) for prepared in self.accelerator._optimizers)]:
             follow_model(optimizer, mapping)
         if models:
@@ -166,7 +162,7 @@ class _Hooks:
             ranks.same([row for model, plan in zip(models, plans) for row in _describe(model, plan)], _DIFFERENT)
         return plans
 
-    def _look_after(self, model: nn.Module) -> None:
+    def _watch(self, model: nn.Module) -> None:
         if any(model is known for known in self._guard.models()):
             return  # prepared once more, as Trainer does where it looks for a batch size
         watch_batches(model, self.tp_mesh, self.plugin.replica_check_steps)
@@ -181,49 +177,50 @@ class _Hooks:
             kwargs = handler.to_kwargs() if handler is not None else {}
             self.accelerator.scaler = grad_scaler(self.tp_mesh, self.accelerator.device.type, **kwargs)
 
-    @contextmanager
-    def _ddp_over_replicas(self) -> Iterator[None]:
-        handler = self.accelerator.ddp_handler
-        self.accelerator.ddp_handler = _OverReplicas(handler or DistributedDataParallelKwargs(), self.dp_group)
-        try:
-            yield
-        finally:
-            self.accelerator.ddp_handler = handler
-
-    def prepare_data_loader(self, data_loader: DataLoader, *args: Any, **kwargs: Any) -> DataLoader:
+    def prepare_data_loader(
+        self, stock: Callable, accelerator: Accelerator, /, data_loader: DataLoader, *args: Any, **kwargs: Any
+    ) -> DataLoader:
         fresh = not _is_prepared(data_loader)
-        prepared = self.stock["prepare_data_loader"](data_loader, *args, **kwargs)
+        prepared = stock(data_loader, *args, **kwargs)
         return serve_replicas(prepared, self.plugin.device_mesh) if fresh else prepared
 
-    def skip_first_batches(self, dataloader: DataLoader, num_batches: int = 0) -> DataLoader:
-        shortened = self.stock["skip_first_batches"](dataloader, num_batches)
+    def skip_first_batches(
+        self, stock: Callable, accelerator: Accelerator, /, dataloader: DataLoader, num_batches: int = 0
+    ) -> DataLoader:
+        shortened = stock(dataloader, num_batches)
         return shortened if shortened is dataloader else serve_replicas(shortened, self.plugin.device_mesh)
 
-    def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Optimizer:
+    def prepare_optimizer(
+        self, stock: Callable, accelerator: Accelerator, /, optimizer: Optimizer, device_placement: bool | None = None
+    ) -> Optimizer:
         check_step(_bare(optimizer))  # again, for whoever calls this directly, or before there is a model
         if self._guard.watch(_bare(optimizer)):
             take_full_state(_bare(optimizer))
             if steps_on_full_tensors(_bare(optimizer)):
                 FullTensorStep(_bare(optimizer))  # after the guard, which agrees on the gradients
         self._agree_on_overflow()  # Accelerate hands its scaler to each optimizer here
-        return self.stock["prepare_optimizer"](optimizer, device_placement=device_placement)
+        return stock(optimizer, device_placement=device_placement)
 
-    def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:
-        prepared = self.stock["prepare_scheduler"](scheduler)
+    def prepare_scheduler(self, stock: Callable, accelerator: Accelerator, /, scheduler: Any) -> AcceleratedScheduler:
+        prepared = stock(scheduler)
         if isinstance(prepared, _SchedulerOverReplicas):
             return prepared
-        schedulers = self.accelerator._schedulers
+        schedulers = accelerator._schedulers
         schedulers[schedulers.index(prepared)] = ours = _SchedulerOverReplicas(prepared, self.dp_size)
         return ours
 
     # --------------------------------------------------------------------------------------------------- training
 
-    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
-        self.accelerator.unscale_gradients()
+    def clip_grad_norm_(
+        self, stock: Callable, accelerator: Accelerator, /, parameters: Any, max_norm: float, norm_type: float = 2
+    ) -> Tensor:
+        accelerator.unscale_gradients()
         return clip_grad_norm_(parameters, max_norm, norm_type)
 
-    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
-        state = self.accelerator.gradient_state
+    def gather_for_metrics(
+        self, stock: Callable, accelerator: Accelerator, /, input_data: Any, use_gather_object: bool = False
+    ) -> Any:
+        state = accelerator.gradient_state
         samples = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
         if use_gather_object or not _holds_tensors_only(input_data):
             return self._gather_objects(input_data, samples)
@@ -241,9 +238,11 @@ class _Hooks:
             return self.accelerator.gather(tensor)[: None if samples is None else samples * tp_size]
         return gather_replicas(self.dp_mesh, tensor)[:samples]
 
-    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+    def reduce(
+        self, stock: Callable, accelerator: Accelerator, /, tensor: Any, reduction: str = "sum", scale: float = 1.0
+    ) -> Any:
         if not isinstance(tensor, Tensor) or not self._is_shard(tensor):
-            return self.stock["reduce"](tensor, reduction=reduction, scale=scale)
+            return stock(tensor, reduction=reduction, scale=scale)
         # LocalSGD averages the parameters themselves, and another rank's shard is another part of the weight.
         total = tensor.detach().clone()
         dist.all_reduce(total, group=self.dp_group)
@@ -254,31 +253,38 @@ class _Hooks:
         shards = (param for model in self._guard.models() for param in model.parameters() if not is_replicated(param))
         return any(param.is_set_to(tensor) for param in shards)
 
-    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> AbstractContextManager[Any]:
+    def split_between_processes(
+        self, stock: Callable, accelerator: Accelerator, /, inputs: Any, apply_padding: bool = False
+    ) -> AbstractContextManager[Any]:
         # The ranks of one replica work together, so they get the same part.
         replica = SimpleNamespace(
             num_processes=self.dp_size,
             process_index=self.plugin.device_mesh.get_local_rank("dp_replicate"),
-            device=self.accelerator.device,
+            device=accelerator.device,
         )
         return PartialState.split_between_processes(replica, inputs, apply_padding=apply_padding)
 
     def join_uneven_inputs(
-        self, joinables: list[Any], even_batches: bool | None = None
+        self, stock: Callable, accelerator: Accelerator, /, joinables: list[Any], even_batches: bool | None = None
     ) -> AbstractContextManager[None]:
         if self.dp_size == 1:  # a bare model cannot be joined, and there is nobody to join with
             return nullcontext(joinables)
-        return self.stock["join_uneven_inputs"](joinables, even_batches)
+        return stock(joinables, even_batches)
 
     # ----------------------------------------------------------------------------------------------------- saving
 
-    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
+    def get_state_dict(
+        self, stock: Callable, accelerator: Accelerator, /, model: nn.Module, unwrap: bool = True
+    ) -> dict[str, Tensor]:
         state = full_state_dict_of_main(model, "get_state_dict")
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel) and not unwrap
         return {f"module.{name}": tensor for name, tensor in state.items()} if wrapped else state
 
     def save_model(
         self,
+        stock: Callable,
+        accelerator: Accelerator,
+        /,
         model: nn.Module,
         save_directory: str,
         max_shard_size: int | str = "10GB",
@@ -287,8 +293,8 @@ class _Hooks:
         def write(state: dict[str, Any]) -> None:
             # A pickle is one file after another, too, but torch.save wants to know each storage.
             weights = state if safe_serialization else {name: materialized(value) for name, value in state.items()}
-            with _answering(self.accelerator, get_state_dict=lambda model: weights):
-                self.stock["save_model"](model, save_directory, max_shard_size, safe_serialization)
+            with attributes(accelerator, get_state_dict=lambda model: weights):
+                stock(model, save_directory, max_shard_size, safe_serialization)
             save_config(bare, save_directory)
 
         bare = unwrap(model)
@@ -296,37 +302,35 @@ class _Hooks:
 
     def save_state(
         self,
+        stock: Callable,
+        accelerator: Accelerator,
+        /,
         output_dir: str | None = None,
         safe_serialization: bool = True,
         async_save: bool | None = None,
         **save_model_func_kwargs: Any,
     ) -> Path:
         behind = self.plugin.async_save if async_save is None else async_save
-        return save_state(self.accelerator, output_dir, self.plugin.tp_size, behind)
+        return save_state(accelerator, output_dir, self.plugin.tp_size, behind)
 
     def load_state(
-        self, input_dir: str | None = None, load_kwargs: dict | None = None, **load_model_func_kwargs: Any
+        self,
+        stock: Callable,
+        accelerator: Accelerator,
+        /,
+        input_dir: str | None = None,
+        load_kwargs: dict | None = None,
+        **load_model_func_kwargs: Any,
     ) -> None:
-        load_state(self.accelerator, input_dir, load_kwargs, **load_model_func_kwargs)
+        load_state(accelerator, input_dir, load_kwargs, **load_model_func_kwargs)
 
-    def end_training(self) -> None:
+    def end_training(self, stock: Callable, accelerator: Accelerator, /) -> None:
         try:
             wait_for_save()
         finally:
             # A rank that takes its groups down while others still talk makes them abort at exit.
-            self.accelerator.wait_for_everyone()
-            self.stock["end_training"]()
-
-
-@contextmanager
-def _answering(accelerator: Accelerator, **methods: Callable) -> Iterator[None]:
-    """Let `accelerator` have these methods in the place of its own."""
-    before = {name: getattr(accelerator, name) for name in methods}
-    vars(accelerator).update(methods)
-    try:
-        yield
-    finally:
-        vars(accelerator).update(before)
+            accelerator.wait_for_everyone()
+            stock()
 
 
 def _is_prepared(obj: Any) -> bool:
@@ -358,4 +362,37 @@ def _describe(model: nn.Module, plan: Plan | None) -> list[str]:
 _DIFFERENT = (
     "rank {rank} would shard otherwise than rank {own} ({theirs!r} against {ours!r}). Build the same model and give "
     "the same plan on every rank."
+)
+
+
+def _row(function: Callable[..., Any], line: int, reason: str, name: str | None = None) -> Override:
+    place = f"accelerate 1.15, accelerator.py:{line}"
+    return Override("accelerate.Accelerator", name or function.__name__, function, place, reason)
+
+
+#: With tp_size > 1.
+OVERRIDES = (
+    _row(_Hooks.prepare, 1415, "wraps the unsharded model, and an optimizer of its parameters"),
+    _row(_Hooks.prepare_model, 1770, "wraps a model unsharded, and averages gradients over all ranks"),
+    _row(_Hooks.prepare_data_loader, 2685, "shuffles and dispatches by process, not by replica"),
+    _row(_Hooks.skip_first_batches, 4314, "builds a new loader that deals out batches by process"),
+    _row(_Hooks.prepare_optimizer, 2744, "lets replicated parameters drift, and one rank skip a step by itself"),
+    _row(_Hooks.prepare_scheduler, 2788, "steps once for every process, and not for every replica"),
+    _row(_Hooks.clip_grad_norm_, 2989, "takes the norm of each rank's own shards"),
+    _row(_Hooks.gather_for_metrics, 3109, "gathers each sample once for every rank of its replica"),
+    _row(_Hooks.reduce, 3182, "sums different shards of a weight, where LocalSGD averages parameters"),
+    _row(_Hooks.split_between_processes, 833, "gives the ranks of a replica different inputs"),
+    _row(_Hooks.join_uneven_inputs, 1300, "joins DDP modules, and with one replica there is none"),
+    _row(_Hooks.get_state_dict, 4043, "gives this rank's shards"),
+    _row(_Hooks.save_model, 3480, "writes the main process's shards"),
+    _row(_Hooks.save_state, 3625, "writes the main process's shards"),
+    _row(_Hooks.load_state, 3791, "gives every rank the main process's shards"),
+    _row(_Hooks.end_training, 3429, "takes groups down that others, or a save in the background, still use"),
+)
+
+#: With tp_size=1.
+OVERRIDES_WITHOUT_TP = (
+    _row(load_any_state, 3791, "cannot read what was saved under tensor parallelism", "load_state"),
+    _row(save_state_or_in_background, 3625, "knows no async_save", "save_state"),
+    _row(end_after_save, 3429, "ends while a save in the background is under way", "end_training"),
 )

@@ -13,12 +13,10 @@ from accelerate import ParallelismConfig
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..checkpoint.from_pretrained import load_in_slices
-from ..checkpoint.load import hook_load_state
-from ..checkpoint.save import hook_saving
 from ..plans.rules import PlanLike
-from .accelerator import hook_accelerator
+from .accelerator import hook_accelerator, hook_without_tp
 from .ddp import _adopt_timeout, outlive
-from .trainer import mend_trainer
+from .trainer import override_trainers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -65,7 +63,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
     async_save: bool | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
-        self._posing_as_plain = False
+        self._as_plain_ddp = False
         self._dp_is_open = False
         self.tp_size = _whole("tp_size", self.tp_size, "PARALLELISM_CONFIG_TP_SIZE", 1, least=1)
         for name in ("dp_shard_size", "cp_size", "sp_size"):
@@ -114,7 +112,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
     @property
     def tp_enabled(self) -> bool:
         """Whether tensor parallelism is on. False while Accelerate's own code prepares the model for plain DDP."""
-        return self.tp_size > 1 and not self._posing_as_plain
+        return self.tp_size > 1 and not self._as_plain_ddp
 
     @property
     def dp_replicate_enabled(self) -> bool:
@@ -122,13 +120,13 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         return self.dp_replicate_size > 1 or self.tp_size > 1
 
     @contextmanager
-    def posing_as_plain(self) -> Iterator[None]:
+    def as_plain_ddp(self) -> Iterator[None]:
         """Let Accelerate take its plain DDP path: the model is sharded, and each rank's part is an ordinary one."""
-        before, self._posing_as_plain = self._posing_as_plain, True
+        before, self._as_plain_ddp = self._as_plain_ddp, True
         try:
             yield
         finally:
-            self._posing_as_plain = before
+            self._as_plain_ddp = before
 
     @contextmanager
     def sharded_loading(self) -> Iterator[None]:
@@ -204,10 +202,9 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         if self.tp_size > 1:
             _adopt_timeout(accelerator, self.device_mesh)
             hook_accelerator(accelerator, self)
-            mend_trainer(TensorParallelDDPPlugin)
+            override_trainers(TensorParallelDDPPlugin)
         else:
-            hook_load_state(accelerator)  # for states that were saved with tp_size > 1
-            hook_saving(accelerator, self.async_save)
+            hook_without_tp(accelerator, self.async_save)
 
 
 def _whole(name: str, value: Any, variable: str | None, default: int, least: int) -> int:

@@ -2,16 +2,15 @@
 
 Trainer makes its own `Accelerator`, and no argument of it reaches all the places below. An accelerator that tensor
 parallelism hooks therefore replaces these methods of the class, once; a Trainer whose accelerator has no tensor
-parallelism runs the stock ones. Each mend names the place in transformers 5.23, or TRL 1.16, that it answers.
+parallelism runs the stock ones. The table at the end names each place.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -20,54 +19,40 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..checkpoint.export import export
 from ..core.collectives import gather_replicas
+from ..core.override import Override, attributes, install_for_all, overridden
 from ..training.optimizer import full_optimizer_state
 
-__all__ = ["mend_trainer"]
-
-_STOCK = "_accel_tp_ddp_stock"
+__all__ = ["OVERRIDES", "override_trainers"]
 
 
 class Sizes(Protocol):
-    """What the mends need of the plugin."""
+    """What is needed of the plugin."""
 
     tp_size: int
     dp_replicate_size: int
     device_mesh: DeviceMesh
 
 
-def mend_trainer(plugin_type: type) -> None:
+def override_trainers(plugin_type: type) -> None:
     """Replace methods of the trainer classes that have been imported, for trainers with a plugin of this type."""
-    for (module, name), mends in _MENDS.items():
-        trainer_class = getattr(sys.modules.get(module), name, None)
-        if trainer_class is None or _STOCK in vars(trainer_class):
-            continue
-        stock = {method: getattr(trainer_class, method) for method in mends if hasattr(trainer_class, method)}
-        setattr(trainer_class, _STOCK, stock)
-        for method, original in stock.items():
-            setattr(trainer_class, method, _mended(original, mends[method], plugin_type))
 
+    def context_of(trainer: Any) -> tuple[Sizes] | None:
+        plugin = getattr(getattr(trainer, "accelerator", None), "parallelism_config", None)
+        return (plugin,) if isinstance(plugin, plugin_type) and plugin.tp_size > 1 else None
 
-def _mended(stock: Callable, mend: Callable, plugin_type: type) -> Callable:
-    @functools.wraps(stock)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        plugin = getattr(getattr(self, "accelerator", None), "parallelism_config", None)
-        if not isinstance(plugin, plugin_type) or plugin.tp_size == 1:
-            return stock(self, *args, **kwargs)
-        return mend(functools.partial(stock, self), self, plugin, *args, **kwargs)
-
-    return method
+    install_for_all(OVERRIDES, context_of)
 
 
 # ---- counting -------------------------------------------------------------------------------------------------------
 
 
-def _get_dataloader(stock: Callable, trainer: Any, plugin: Sizes, *args: Any, **kwargs: Any) -> Any:
+def _get_dataloader(plugin: Sizes, stock: Callable, trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
     """`_get_dataloader`: worker seeds, and `BatchRebalanceSampler`, go by process, so peers got different batches."""
     with _replicas_as_processes(trainer, plugin):
         return stock(*args, **kwargs)
 
 
-def _get_num_items_in_batch(stock: Callable, trainer: Any, plugin: Sizes, *args: Any, **kwargs: Any) -> Any:
+def _get_num_items_in_batch(plugin: Sizes, stock: Callable, trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
     """`_get_num_items_in_batch` divides by `tp_size` also what it has not summed over the processes."""
     items = stock(*args, **kwargs)
     if items is None or trainer.args.average_tokens_across_devices:
@@ -75,20 +60,20 @@ def _get_num_items_in_batch(stock: Callable, trainer: Any, plugin: Sizes, *args:
     return items * plugin.tp_size
 
 
-def _track_num_input_tokens(stock: Callable, trainer: Any, plugin: Sizes, *args: Any, **kwargs: Any) -> None:
+def _track_num_input_tokens(plugin: Sizes, stock: Callable, trainer: Any, /, *args: Any, **kwargs: Any) -> None:
     """`_track_num_input_tokens` sums over all processes: each token once for every rank of its replica."""
     before = trainer.state.num_input_tokens_seen
     stock(*args, **kwargs)
     trainer.state.num_input_tokens_seen = before + (trainer.state.num_input_tokens_seen - before) // plugin.tp_size
 
 
-def _store_flos(stock: Callable, trainer: Any, plugin: Sizes) -> None:
+def _store_flos(plugin: Sizes, stock: Callable, trainer: Any, /) -> None:
     """`store_flos` sums over all processes, each of which has counted the whole model's."""
     trainer.current_flos /= plugin.tp_size
     stock()
 
 
-def _evaluation_loop(stock: Callable, trainer: Any, plugin: Sizes, *args: Any, **kwargs: Any) -> Any:
+def _evaluation_loop(plugin: Sizes, stock: Callable, trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
     """`Seq2SeqTrainer` gathers by `gather`, which keeps what fills up the last batch, and the copies of peers."""
     if trainer.gather_function == trainer.accelerator.gather:
         trainer.gather_function = _gather_over_replicas(plugin)
@@ -99,19 +84,13 @@ def _gather_over_replicas(plugin: Sizes) -> Callable:
     return functools.partial(recursively_apply, functools.partial(gather_replicas, plugin.device_mesh["dp_replicate"]))
 
 
-@contextmanager
-def _replicas_as_processes(trainer: Any, plugin: Sizes, **changed: Any) -> Iterator[None]:
+def _replicas_as_processes(trainer: Any, plugin: Sizes, **changed: Any) -> AbstractContextManager[None]:
     """Let the trainer's arguments count replicas where they count processes, and have these values."""
-    args = trainer.args
-    view = copy.copy(args)
-    view.__class__ = _view_type(type(args))
+    view = copy.copy(trainer.args)
+    view.__class__ = _view_type(type(trainer.args))
     replicas = (plugin.dp_replicate_size, plugin.device_mesh.get_local_rank("dp_replicate"))
     view.__dict__.update(changed, _replicas=replicas)
-    trainer.args = view
-    try:
-        yield
-    finally:
-        trainer.args = args
+    return attributes(trainer, args=view)
 
 
 @functools.cache
@@ -126,13 +105,13 @@ def _view_type(base: type) -> type:
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def _train(stock: Callable, trainer: Any, plugin: Sizes, *args: Any, **kwargs: Any) -> Any:
+def _train(plugin: Sizes, stock: Callable, trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
     """`evaluation_loop` marks the model as prepared, and training then goes on without DDP (so it does upstream)."""
     trainer.model.__dict__.pop("_is_accelerate_prepared", None)
     return stock(*args, **kwargs)
 
 
-def _hyperparameter_search(stock: Callable, trainer: Any, plugin: Sizes, *args: Any, **kwargs: Any) -> None:
+def _hyperparameter_search(plugin: Sizes, stock: Callable, trainer: Any, /, *args: Any, **kwargs: Any) -> None:
     """`hyperparameter_search` starts trials on the main process alone, or in processes of its own."""
     raise NotImplementedError(
         f"Trainer.hyperparameter_search is not supported with tp_size={plugin.tp_size}: its trials know nothing of "
@@ -144,7 +123,7 @@ def _hyperparameter_search(stock: Callable, trainer: Any, plugin: Sizes, *args: 
 
 
 def _save(
-    stock: Callable, trainer: Any, plugin: Sizes, output_dir: str | None = None, state_dict: dict | None = None
+    plugin: Sizes, stock: Callable, trainer: Any, /, output_dir: str | None = None, state_dict: dict | None = None
 ) -> None:
     """`_save` returns early on all but the main process, which then has its own shards only."""
     if state_dict is not None:
@@ -157,25 +136,21 @@ def _save(
     export(model, "Trainer.save_model", write, output_dir or trainer.args.output_dir)
 
 
-def _save_optimizer_and_scheduler(stock: Callable, trainer: Any, plugin: Sizes, output_dir: str) -> None:
+def _save_optimizer_and_scheduler(plugin: Sizes, stock: Callable, trainer: Any, /, output_dir: str) -> None:
     """`_save_optimizer_and_scheduler` writes the main process's state: make that the unsharded one."""
-    optimizer = trainer.optimizer
-    state = full_optimizer_state(optimizer, keep=trainer.args.should_save)
-    trainer.optimizer = SimpleNamespace(state_dict=lambda: state)
-    try:
+    state = full_optimizer_state(trainer.optimizer, keep=trainer.args.should_save)
+    with attributes(trainer, optimizer=SimpleNamespace(state_dict=lambda: state)):
         stock(output_dir)
-    finally:
-        trainer.optimizer = optimizer
 
 
-def _save_rng_state(stock: Callable, trainer: Any, plugin: Sizes, output_dir: str) -> None:
+def _save_rng_state(plugin: Sizes, stock: Callable, trainer: Any, /, output_dir: str) -> None:
     """`_save_rng_state` writes a file for each process; the ranks of a replica share one random state."""
     if plugin.device_mesh.get_local_rank("tp") == 0:
         with _replicas_as_processes(trainer, plugin):
             stock(output_dir)
 
 
-def _load_rng_state(stock: Callable, trainer: Any, plugin: Sizes, checkpoint: str | None) -> None:
+def _load_rng_state(plugin: Sizes, stock: Callable, trainer: Any, /, checkpoint: str | None) -> None:
     """`_load_rng_state` reads a file for each process; see `_save_rng_state`."""
     with _replicas_as_processes(trainer, plugin):
         stock(checkpoint)
@@ -184,7 +159,7 @@ def _load_rng_state(stock: Callable, trainer: Any, plugin: Sizes, checkpoint: st
 # ---- GRPO of TRL ----------------------------------------------------------------------------------------------------
 
 
-def _get_train_dataloader(stock: Callable, trainer: Any, plugin: Sizes) -> Any:
+def _get_train_dataloader(plugin: Sizes, stock: Callable, trainer: Any, /) -> Any:
     """GRPO's `get_train_dataloader` deals out prompts for as many completions as all processes together would make.
 
     Raises:
@@ -202,22 +177,22 @@ def _get_train_dataloader(stock: Callable, trainer: Any, plugin: Sizes) -> Any:
         return stock()
 
 
-def _among_replicas(stock: Callable, trainer: Any, plugin: Sizes, *args: Any, **kwargs: Any) -> Any:
+def _among_replicas(plugin: Sizes, stock: Callable, trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
     """`_generate_and_score_completions` and `_compute_loss` compare the completions of a prompt, wherever they are.
 
     They gather from all processes, count these and find their own place among them; let those be the replicas.
     """
-    module = sys.modules[_GRPO[0]]
-    objects = functools.partial(gather_replicas, plugin.device_mesh["dp_replicate"])
-    names = {"gather": _gather_over_replicas(plugin), "gather_object": objects}
-    accelerator, saved = trainer.accelerator, {name: getattr(module, name) for name in names}
-    trainer.accelerator = _AmongReplicas(accelerator, plugin, names["gather"])
-    vars(module).update(names)
-    try:
+    view = _AmongReplicas(trainer.accelerator, plugin, _gather_over_replicas(plugin))
+    with attributes(trainer, accelerator=view), overridden(OVERRIDES_AMONG_REPLICAS, plugin):
         return stock(*args, **kwargs)
-    finally:
-        trainer.accelerator = accelerator
-        vars(module).update(saved)
+
+
+def _gather(plugin: Sizes, stock: Callable, /, tensor: Any) -> Any:
+    return _gather_over_replicas(plugin)(tensor)
+
+
+def _gather_object(plugin: Sizes, stock: Callable, /, object: Any) -> Any:
+    return gather_replicas(plugin.device_mesh["dp_replicate"], object)
 
 
 class _AmongReplicas:
@@ -233,24 +208,34 @@ class _AmongReplicas:
         return getattr(self._accelerator, name)
 
 
-_GRPO = ("trl.trainer.grpo_trainer", "GRPOTrainer")
-_MENDS: dict[tuple[str, str], dict[str, Callable]] = {
-    ("transformers.trainer", "Trainer"): {
-        "_get_dataloader": _get_dataloader,
-        "_get_num_items_in_batch": _get_num_items_in_batch,
-        "_track_num_input_tokens": _track_num_input_tokens,
-        "store_flos": _store_flos,
-        "evaluation_loop": _evaluation_loop,
-        "train": _train,
-        "hyperparameter_search": _hyperparameter_search,
-        "_save": _save,
-        "_save_optimizer_and_scheduler": _save_optimizer_and_scheduler,
-        "_save_rng_state": _save_rng_state,
-        "_load_rng_state": _load_rng_state,
-    },
-    _GRPO: {
-        "get_train_dataloader": _get_train_dataloader,
-        "_generate_and_score_completions": _among_replicas,
-        "_compute_loss": _among_replicas,
-    },
-}
+def _trainer(name: str, function: Callable[..., Any], line: int, reason: str) -> Override:
+    return Override("transformers.trainer.Trainer", name, function, f"transformers 5.23, trainer.py:{line}", reason)
+
+
+def _grpo(name: str, function: Callable[..., Any], line: int, reason: str, owner: str = ".GRPOTrainer") -> Override:
+    place = f"trl 1.16, trainer/grpo_trainer.py:{line}"
+    return Override(f"trl.trainer.grpo_trainer{owner}", name, function, place, reason)
+
+
+OVERRIDES = (
+    _trainer("_get_dataloader", _get_dataloader, 1007, "seeds workers and rebalances batches by process"),
+    _trainer("_get_num_items_in_batch", _get_num_items_in_batch, 2298, "divides by tp_size what it has not summed"),
+    _trainer("_track_num_input_tokens", _track_num_input_tokens, 2709, "counts each token once for every rank"),
+    _trainer("store_flos", _store_flos, 4205, "sums the full model's FLOPs over all ranks"),
+    _trainer("evaluation_loop", _evaluation_loop, 2896, "gathers the copies of peers, and what fills up the batch"),
+    _trainer("train", _train, 1450, "takes a model that was only evaluated for one that is wrapped in DDP"),
+    _trainer("hyperparameter_search", _hyperparameter_search, 4502, "starts trials on the main process alone"),
+    _trainer("_save", _save, 4131, "writes the main process's shards"),
+    _trainer("_save_optimizer_and_scheduler", _save_optimizer_and_scheduler, 3513, "writes the main process's state"),
+    _trainer("_save_rng_state", _save_rng_state, 3462, "writes a file for each process, not for each replica"),
+    _trainer("_load_rng_state", _load_rng_state, 3841, "reads a file for each process, not for each replica"),
+    _grpo("get_train_dataloader", _get_train_dataloader, 1258, "deals out prompts by process"),
+    _grpo("_generate_and_score_completions", _among_replicas, 2324, "compares completions of all processes"),
+    _grpo("_compute_loss", _among_replicas, 3020, "compares completions of all processes"),
+)
+
+#: While one of GRPO's methods compares completions.
+OVERRIDES_AMONG_REPLICAS = (
+    _grpo("gather", _gather, 38, "takes the copies of peers", owner=""),
+    _grpo("gather_object", _gather_object, 38, "takes the objects of all ranks", owner=""),
+)

@@ -8,7 +8,6 @@ losses, weights and norms that look like any other's.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import import_module
@@ -25,7 +24,7 @@ from accel_tp_ddp.checkpoint import dcp, deferred, export, load, state
 from accel_tp_ddp.core import collectives, randomness
 from accel_tp_ddp.core.layout import Layout, chunk_ranges
 from accel_tp_ddp.core.shard import ShardInfo, shard_info
-from accel_tp_ddp.model import generation, methods
+from accel_tp_ddp.model import apply, generation, methods
 from accel_tp_ddp.model.dtensor import _ReconstructHook
 from accel_tp_ddp.plans import plan
 from accel_tp_ddp.plugin import accelerator, ddp
@@ -212,8 +211,11 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-def _stock(name: str) -> Callable:
-    return lambda self, *args, **kwargs: self.stock[name](*args, **kwargs)
+def _without(table: Any, name: str, rows: str = "OVERRIDES") -> tuple[Any, str, Any]:
+    """A method that is left as it is upstream."""
+    kept = tuple(row for row in getattr(table, rows) if row.name != name)
+    assert len(kept) == len(getattr(table, rows)) - 1
+    return table, rows, kept
 
 
 _reduce_from_tp = collectives.reduce_from_tp
@@ -242,8 +244,8 @@ _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
         (packed, "packed_ranges", lambda sections, parts, copies=(): chunk_ranges(sum(sections), parts)),
     ],
     "lookup not masked": [(embedding.EmbeddingRowwise, "forward", _unmasked_lookup)],
-    "scheduler steps for every process": [(accelerator._Hooks, "prepare_scheduler", _stock("prepare_scheduler"))],
-    "metrics with duplicates": [(accelerator._Hooks, "gather_for_metrics", _stock("gather_for_metrics"))],
+    "scheduler steps for every process": [_without(accelerator, "prepare_scheduler")],
+    "metrics with duplicates": [_without(accelerator, "gather_for_metrics")],
     "peers on different batches": [
         (accelerate.accelerator, "prepare_data_loader", _without_the_mesh),
         (accelerator, "watch_batches", lambda *args: None),  # which would raise
@@ -281,7 +283,7 @@ _MORE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "optimizer left behind": [(accelerator, "follow_model", _nothing), (accelerator, "take_full_state", _nothing)],
     "a plan that shards nothing": [(plan, "refuse_empty", _nothing)],
     "padding row by its number in the whole": [(embedding, "local_padding_idx", _global_padding_idx)],
-    "initialisation of each part by itself": [(_parallelize, "initialize_whole", _nothing)],
+    "initialisation of each part by itself": [(methods, "INITIALIZING", ())],
     "the main process gathers alone": [(export, "_meet_main_process", _nothing)],
     "generation draws by itself": [(generation, "agree_on_randomness", _nothing)],
 }
@@ -317,7 +319,7 @@ STYLE_FAULTS = tuple(_STYLE_FAULTS)
 _LORA_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "LoRA A not summed": [(lora.PartialAdapter, "forward", lambda self, call, input: call.inner(input))],
     "LoRA A drawn by each rank": [
-        (sys.modules["accel_tp_ddp.model.parallelize"], "_agree_on_weights", lambda model, mesh: None),
+        (apply, "_agree_on_weights", lambda model, mesh: None),
         (drift.DriftGuard, "agree_on_gradients", lambda self, optimizer: None),
     ],
 }
@@ -412,7 +414,7 @@ def _storage_of_its_own(self: deferred.DeferredTensor) -> Any:
 _collect = ShardInfo.collect
 # These show in the files of an export; the tests of `checkpoint/test_export.py` inject them.
 _EXPORT_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
-    "conversions see this rank's shapes": [(methods, "_whole_parameters", lambda model: nullcontext())],
+    "conversions see this rank's shapes": [(methods, "_full_parameters", lambda model: nullcontext())],
     "parts joined in the order they came": [(ShardInfo, "collect", _joined_as_they_came)],
     "every view a storage of its own": [(deferred.DeferredTensor, "untyped_storage", _storage_of_its_own)],
 }

@@ -15,6 +15,7 @@ import transformers
 
 from accel_tp_ddp import TensorParallelDDPPlugin
 from accel_tp_ddp.core import store
+from accel_tp_ddp.core.override import stock_of
 from accel_tp_ddp.plugin import trainer
 
 from ..helpers.models import VOCABULARY, build_model
@@ -63,7 +64,7 @@ def run(tp, folder, case, resume=None, without=None):
     trainer = make_trainer(tp, folder, case)
     if without is None:
         return train_and_save(trainer, folder, case, resume)
-    stock = transformers.Trainer._accel_tp_ddp_stock[without]
+    stock = stock_of(transformers.Trainer, without)
     with mock.patch.object(transformers.Trainer, without, stock), mock.patch.object(store, "PEERS_TIMEOUT", 1.0):
         return train_and_save(trainer, folder, case, resume)
 
@@ -202,7 +203,9 @@ NEEDED_BY = {
 
 def test_each_override_of_trainer_has_a_run_that_needs_it():
     others = {"_load_rng_state", "hyperparameter_search", "evaluation_loop"}  # seen further down
-    assert NEEDED_BY.keys() | others == trainer._MENDS["transformers.trainer", "Trainer"].keys()
+    assert NEEDED_BY.keys() | others == {
+        row.name for row in trainer.OVERRIDES if row.owner == "transformers.trainer.Trainer"
+    }
 
 
 @pytest.mark.parametrize("override", NEEDED_BY)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from accel_tp_ddp import TensorParallelDDPPlugin
+from accel_tp_ddp.core.override import stock_of
 
 from ..helpers.compare import assert_tensors_close
 from ..helpers.models import VOCABULARY, build_model
@@ -147,8 +148,7 @@ def run_without(overridden, tp, folder):
     import trl
 
     trainer = make_trainer("GRPO, a group over replicas", tp, folder)
-    stock = trl.GRPOTrainer._accel_tp_ddp_stock
-    with mock.patch.multiple(trl.GRPOTrainer, **{name: stock[name] for name in overridden}):
+    with mock.patch.multiple(trl.GRPOTrainer, **{name: stock_of(trl.GRPOTrainer, name) for name in overridden}):
         trainer.train()
     return [untimed(row) for row in trainer.state.log_history]
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
-from accel_tp_ddp.plugin.accelerator import _Hooks
+from accel_tp_ddp.plugin.accelerator import OVERRIDES
 
 from ..helpers.models import build_model
 from ..helpers.prepared import REPLICAS
@@ -17,6 +17,7 @@ from ..helpers.ranks import run_on_ranks
 from ..helpers.sharded import accelerator_for, build_mlp
 from ..helpers.training import Spec, differences, train
 
+REPLACED = [row.name for row in OVERRIDES]
 IMPORT_TWICE = """
     import inspect, json, sys
     import torch, torch.distributed.tensor.parallel, torch.nn.utils, torch.optim, torch.amp
@@ -80,7 +81,7 @@ def test_only_an_accelerator_with_the_plugin_has_methods_of_its_own():
     assert run_on_ranks(overrides, 2, None) == [[]] * 2
     # For states that were saved at another tp_size, or in the background.
     assert run_on_ranks(overrides, 2, 1) == [["end_training", "load_state", "save_state"]] * 2
-    assert run_on_ranks(overrides, 2, 2) == [sorted(_Hooks.REPLACED)] * 2
+    assert run_on_ranks(overrides, 2, 2) == [sorted(REPLACED)] * 2
 
 
 def two_accelerators():
@@ -91,9 +92,7 @@ def two_accelerators():
     AcceleratorState._reset_state()
     other = Accelerator()
     model = other.prepare(build_mlp())
-    return sorted(name for name in vars(other) if name in _Hooks.REPLACED), dist.get_process_group_ranks(
-        model.process_group
-    )
+    return sorted(name for name in vars(other) if name in REPLACED), dist.get_process_group_ranks(model.process_group)
 
 
 def test_an_accelerator_without_the_plugin_stays_plain_after_one_with_it():

@@ -1,0 +1,175 @@
+"""One way to put a function of this package in the place of one of somebody else's.
+
+A row of a table names what is replaced, the function that takes its place, and why. That function is called as
+
+    function(*context, stock, owner, /, *args, **kwargs)
+
+with what `install` was given as context, what was there before, ready to be called as `stock(*args, **kwargs)`, and
+the object whose method it is; a function of a module, or a static method, has no owner. What stands before the `/` is
+ours, what follows is upstream's.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import MethodType, ModuleType
+from typing import Any
+
+__all__ = ["Override", "Refusal", "attributes", "install", "install_for_all", "overridden", "stock_of", "uninstall"]
+
+
+@dataclass(frozen=True)
+class Override:
+    """One function of another package that is replaced.
+
+    Attributes:
+        owner: Import path of the class or module that has it.
+        name: Its name there.
+        function: What takes its place, called as the module says.
+        place: Where it stands upstream, and in which release.
+        reason: What it would do wrong, in one line.
+    """
+
+    owner: str
+    name: str
+    function: Callable[..., Any]
+    place: str
+    reason: str
+
+    def upstream(self) -> Any:
+        """The class or module; imported, if need be."""
+        return pkgutil.resolve_name(self.owner)
+
+    def is_loaded(self) -> bool:
+        """Whether the owner has been imported, and has the function."""
+        module, _, name = self.owner.rpartition(".")
+        owner = sys.modules.get(self.owner) or getattr(sys.modules.get(module), name, None)
+        return hasattr(owner, self.name)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A function for a row: the call is an error."""
+
+    message: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(self.message)
+
+
+class Overridden:
+    """What stands in the place of one object's method; no bound function, so that it is copied and pickled with it."""
+
+    def __init__(self, row: Override, owner: Any, context: tuple[Any, ...], before: Callable | None):
+        self.function = row.function
+        self.__name__ = row.name
+        self.owner = owner
+        self.context = context
+        self.before = before  # what the object itself had there already
+
+    @property
+    def stock(self) -> Callable:
+        if self.before is not None:
+            return self.before
+        return MethodType(getattr(type(self.owner), self.__name__), self.owner)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.stock)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*self.context, self.stock, self.owner, *args, **kwargs)
+
+
+def install(owner: Any, rows: Iterable[Override], *context: Any) -> None:
+    """Replace methods of one object: those of `rows` that its class has."""
+    for row in rows:
+        if callable(getattr(type(owner), row.name, None)):
+            before = vars(owner).get(row.name)
+            if isinstance(before, Overridden) and before.function == row.function:
+                before = before.before
+            vars(owner)[row.name] = Overridden(row, owner, context, before)
+
+
+def uninstall(owner: Any, rows: Iterable[Override]) -> None:
+    """Give one object back what `install` has replaced."""
+    for row in rows:
+        found = vars(owner).get(row.name)
+        if isinstance(found, Overridden) and found.function == row.function:
+            del vars(owner)[row.name]
+            if found.before is not None:
+                vars(owner)[row.name] = found.before
+
+
+def stock_of(owner: Any, name: str) -> Callable:
+    """What an object, a class or a module had before."""
+    found = vars(owner)[name]
+    return found.stock if isinstance(found, Overridden) else found.__wrapped__
+
+
+def install_for_all(rows: Iterable[Override], context_of: Callable[[Any], tuple[Any, ...] | None]) -> None:
+    """Replace methods of classes, once, for those objects that `context_of` finds a context for.
+
+    Rows of classes that have not been imported yet, or that do not have the method, are passed over.
+    """
+    for row in rows:
+        if row.is_loaded():
+            owner = row.upstream()
+            if getattr(vars(owner).get(row.name), "row", None) != row:
+                setattr(owner, row.name, _stand_in(row, getattr(owner, row.name), context_of))
+
+
+@contextmanager
+def overridden(rows: Iterable[Override], *context: Any) -> Iterator[None]:
+    """Within the block, replace functions of modules, and methods of classes, for everybody."""
+    with ExitStack() as stack:
+        for row in rows:
+            owner = row.upstream()
+            stand_in = _stand_in(row, getattr(owner, row.name), lambda _: context)
+            stack.enter_context(attributes(owner, **{row.name: stand_in}))
+        yield
+
+
+def _stand_in(row: Override, stock: Callable, context_of: Callable[[Any], tuple[Any, ...] | None]) -> Callable:
+    owner = row.upstream()
+    static = isinstance(owner, ModuleType) or isinstance(inspect.getattr_static(owner, row.name), staticmethod)
+
+    @functools.wraps(stock)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return row.function(*context_of(None), stock, *args, **kwargs)
+
+    @functools.wraps(stock)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        context = context_of(self)
+        if context is None:
+            return stock(self, *args, **kwargs)
+        return row.function(*context, functools.partial(stock, self), self, *args, **kwargs)
+
+    stand_in = function if static else method
+    stand_in.row = row
+    return staticmethod(stand_in) if static and not isinstance(owner, ModuleType) else stand_in
+
+
+_MISSING = object()
+
+
+@contextmanager
+def attributes(owner: Any, **values: Any) -> Iterator[None]:
+    """Within the block, let an object, class or module have these attributes of its own."""
+    before = {name: vars(owner).get(name, _MISSING) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            if value is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)

@@ -1,0 +1,35 @@
+"""Apply a verified plan: each module gets its style, and the model what its forward as one needs."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..core.collectives import send_first_rank
+from ..core.randomness import draws_dropout
+from ..core.slices import slices_become_shards
+from ..plans.peft import adapted_model
+from ..plans.plan import Plan
+from ..styles.region import Region
+from .output_attentions import return_all_heads
+
+__all__ = ["apply_plan"]
+
+
+def apply_plan(model: nn.Module, mesh: DeviceMesh, plan: Plan) -> None:
+    """Shard the parameters of `model` in place, and let its modules run on their parts. Collective over the mesh."""
+    region = Region(mesh, draws_dropout(model))
+    with slices_become_shards(model, plan.layouts_by_parameter):
+        _agree_on_weights(model, mesh)
+        for entry in plan.entries:
+            entry.style.apply(entry.site, region)
+    for called in {model, adapted_model(model)}:  # either may be, and the second is what unloading adapters leaves
+        region.attach(called)
+        return_all_heads(called, plan, region)
+
+
+def _agree_on_weights(model: nn.Module, mesh: DeviceMesh) -> None:
+    """The first rank's values everywhere, as DDP does it over its ranks: seeds may differ, slices must fit."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if not tensor.is_meta:  # what stands in for a slice, which is no other rank's
+            send_first_rank(mesh, tensor)
