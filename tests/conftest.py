@@ -1,4 +1,4 @@
-"""Every test is CPU-only, offline and single-threaded; the processes of `ranks.py` end with the session."""
+"""Every test is CPU-only, offline and single-threaded; the processes of `helpers/ranks.py` end with the session."""
 
 import os
 
@@ -6,7 +6,7 @@ os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", HF_HUB_OFFLINE
 
 import pytest  # noqa: E402
 
-from .ranks import close_pools  # noqa: E402
+from .helpers.ranks import close_pools  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
-from ..core import store
+from ..core.agreement import Failure, await_peers
 from ..core.errors import CheckpointError
 from ..core.shard import ShardInfo, restore_shards, shard_info
 from ..core.slices import refuse_slices
-from ..core.store import Line, missing_peers
+from ..core.store import Channel
 from ..core.wrappers import unwrap
 from .deferred import DeferredTensor
 
@@ -149,8 +148,8 @@ def export(
         What `write` returned, on the main process; elsewhere None.
 
     Raises:
-        RuntimeError: On the main process, if it was called there alone.
-        CheckpointError: On every rank, if writing fails; ValueError or TypeError, where that is what `write` raised.
+        CheckpointError: On the main process, if it was called there alone. On every rank, if writing fails; ValueError
+            or TypeError, where that is what `write` raised.
     """
     model = unwrap(model)
     restore_shards(model)
@@ -161,51 +160,45 @@ def export(
     if len(peers) > 1:
         raise ValueError(f"{caller}: this {type(model).__name__} is cut over several groups of ranks: {peers}.")
     if 0 in peers[0]:
-        _meet_peers(meshes, caller)
+        _meet_main_process(peers[0], caller)
     # Ranks that know nothing of one another's groups know how large they are.
-    outcome = Line(f"{caller}/outcome/{len(peers[0])}")
+    outcome = Channel(f"{caller}/outcome/{len(peers[0])}")
     if 0 not in peers[0]:
-        return _check(outcome.hear())
-    requests, tensors = Line(f"{caller}/{peers[0]}"), StateDict(model, state)
+        return _check(outcome.receive())
+    requests, tensors = Channel(f"{caller}/{peers[0]}"), StateDict(model, state)
     if _rank() != 0:
-        while (request := requests.hear()).isdecimal():
+        while (request := requests.receive()).isdecimal():
             tensors.send(request)
         return _check(request)
     requests.forget_earlier()
     try:
-        result = write(tensors.deferred(requests.say))
+        result = write(tensors.deferred(requests.send))
     except BaseException as error:
-        message = _failure(error, caller, place)
-        for line in (requests, outcome):
-            line.say(message)
+        failure = _failure(error, caller, place)
+        for channel in (requests, outcome):
+            channel.send(": ".join(failure))
         if isinstance(error, Exception):
-            raise _error_of(message) from error
+            raise failure.error() from error
         raise
-    for line in (requests, outcome):
-        line.say(_DONE)
+    for channel in (requests, outcome):
+        channel.send(_DONE)
     return result
 
 
 _DONE = "done"
-_ERRORS = {kind.__name__: kind for kind in (ValueError, TypeError, CheckpointError)}
 
 
-def _failure(error: BaseException, caller: str, place: str | os.PathLike | None) -> str:
-    for name in ("ValueError", "TypeError"):  # the user's
-        if isinstance(error, _ERRORS[name]):
-            return f"{name}: {error}"
+def _failure(error: BaseException, caller: str, place: str | os.PathLike | None) -> Failure:
+    failure = Failure.of(error, kept=(ValueError, TypeError))  # the user's
+    if failure.kind != CheckpointError.__name__:
+        return failure
     files = f" {os.fspath(place)} may hold incomplete files." if place is not None else ""
-    return f"CheckpointError: {caller}: {type(error).__name__}: {error}.{files}"
-
-
-def _error_of(message: str) -> Exception:
-    name, _, text = message.partition(": ")
-    return _ERRORS[name](text)
+    return failure._replace(message=f"{caller}: {failure.message}.{files}")
 
 
 def _check(message: str) -> None:
     if message != _DONE:
-        raise _error_of(message)
+        raise Failure(*message.split(": ", 1)).error()
 
 
 def _nobody(request: str) -> None:
@@ -242,27 +235,12 @@ def takes_state_dict(model: nn.Module) -> bool:
     return method is not None and "state_dict" in inspect.signature(method).parameters
 
 
-def _meet_peers(meshes: Iterable[DeviceMesh], caller: str) -> None:
-    """Let the ranks of a replica meet, before what a script may have left to the main process alone.
-
-    Raises:
-        RuntimeError: On the main process, if the peers of its replica do not come; it says what to change.
-    """
-    groups = {mesh.get_group() for mesh in meshes}
-    for group in sorted(groups, key=lambda group: group.group_name):  # the same order on all ranks
-        _meet_main_process(group, caller)
-
-
-def _meet_main_process(group: dist.ProcessGroup, caller: str) -> None:
-    ranks = dist.get_process_group_ranks(group)
-    missing = missing_peers(f"{caller}/{group.group_name}", len(ranks) - 1) if 0 in ranks else 0
-    if missing:
-        raise RuntimeError(
-            f"`{caller}` was called on the main process, but {missing} of its {len(ranks) - 1} tensor-parallel peers "
-            f"did not come within {store.PEERS_TIMEOUT:.0f} s. Each of them holds a part of the weights, so every "
-            "rank has to call it: take it out of `if accelerator.is_main_process:`, and pass "
-            "`is_main_process=accelerator.is_main_process` where it takes that."
-        )
+def _meet_main_process(peers: tuple[int, ...], caller: str) -> None:
+    """Let the ranks of a replica meet, before what a script may have left to the main process alone."""
+    count = len(peers) - 1
+    parts = "Each of them holds a part of the weights"
+    advice = ", and pass `is_main_process=accelerator.is_main_process` where it takes that"
+    await_peers(caller, f"{caller}/{peers}", count, f"its {count} tensor-parallel peers", parts, advice)
 
 
 def save_config(model: nn.Module, save_directory: str | os.PathLike) -> None:

@@ -125,10 +125,10 @@ class FolderAside:
     def complete(self, ranks: Ranks, about: dict[str, Any]) -> None:
         """List what is there, with what the manifest is to keep beside it, and put it in its place. Collective."""
         names = ranks.on_main(lambda: _files_in(self.path))
-        own = ranks.together(
+        parts = ranks.each(
             lambda: {name: _checksum(self.path / name, sync=True) for name in names[ranks.rank :: ranks.size]}
         )
-        files = {name: entry for part in ranks.all(own) for name, entry in part.items()}
+        files = {name: entry for part in parts for name, entry in part.items()}
         ranks.on_main(lambda: _finish(Manifest(about, dict(sorted(files.items()))), self.path, self.place))
 
 

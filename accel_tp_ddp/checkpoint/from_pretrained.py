@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..core.agreement import Ranks
 from ..core.collectives import send_first_rank
 from ..core.errors import CheckpointError
 from ..core.layout import Layout
@@ -36,6 +37,14 @@ from .lazy import LazyTensor, first_row, own_part, whole
 __all__ = ["LoadSettings", "load_in_slices"]
 
 _SAMPLE = 1024  # elements of each tensor that have to be equal on all ranks
+_IN_ORDER = (
+    "Every rank has to load the same models in the same order: take what is in the block out of "
+    "`if accelerator.is_main_process:` and the like."
+)
+_DIFFERENT = (
+    "rank {rank} and rank {own} load different things ({point}: {theirs!r} against {ours!r}). Load the same model, "
+    "from the same files and with the same plan, on every rank."
+)
 _active = False
 
 
@@ -68,16 +77,13 @@ def load_in_slices(settings: LoadSettings) -> Iterator[None]:
         raise ValueError(
             f"sharded_loading (tp_size={settings.tp_size}): it is active already. Leave out the inner one."
         )
-    meeting = _Meeting()
+    ranks = Ranks("sharded_loading", advice=_IN_ORDER)
     _active = True
     try:
-        with _Loader(settings, meeting).in_transformers():
-            yield
-    except Exception as error:
-        meeting.fail(error)
-        raise
-    else:
-        meeting.meet("the end of sharded_loading")
+        with ranks.telling():
+            with _Loader(settings, ranks).in_transformers():
+                yield
+            ranks.all(None, "the end of sharded_loading")
     finally:
         _active = False
 
@@ -93,77 +99,12 @@ def _device_type() -> str | None:
     return PartialState().device.type if PartialState._shared_state and dist.is_initialized() else None
 
 
-class _Meeting:
-    """Where all ranks of the run come together: each says how far it is, and whether something went wrong."""
-
-    def __init__(self):
-        self.over = False  # the ranks know of an error, and are not expected any more
-
-    def meet(self, where: str, value: Any = None) -> list[Any]:
-        """The `value` of each rank, in rank order.
-
-        Raises:
-            CheckpointError: (ValueError where that was one) on every rank but those that failed, if any did or if
-                the ranks are not at the same point.
-        """
-        return self._exchange((where, None, value))
-
-    def fail(self, error: Exception) -> None:
-        """Tell the others, who would wait for this rank. Raises nothing: `error` is on its way."""
-        if not self.over:
-            self.over = True
-            with suppress(RuntimeError):  # they may be gone
-                _gather(("", (isinstance(error, ValueError), _describe(error)), None))
-
-    def agree(self, where: str, rows: Sequence[str]) -> None:
-        """Raise on every rank unless `rows` are the same on all. Costs one small exchange if they are."""
-        digest = hashlib.blake2b("\n".join(rows).encode(), digest_size=16).digest()
-        if len(set(self.meet(where, digest))) == 1:
-            return
-        everything = self.meet(f"{where}, in detail", list(rows))
-        self.over = True
-        own = everything[dist.get_rank()]
-        rank, other = next((r, other) for r, other in enumerate(everything) if other != own)
-        ours, theirs = next(((a, b) for a, b in zip(own, other) if a != b), (f"{len(own)} rows", f"{len(other)} rows"))
-        raise ValueError(
-            f"sharded_loading: rank {rank} and rank {dist.get_rank()} load different things ({where}: {theirs!r} "
-            f"against {ours!r}). Load the same model, from the same files and with the same plan, on every rank."
-        )
-
-    def _exchange(self, report: tuple[str, tuple[bool, str] | None, Any]) -> list[Any]:
-        reports = _gather(report)
-        for rank, (_, problem, _) in enumerate(reports):
-            if problem is not None:
-                self.over = True
-                is_value_error, message = problem
-                raise (ValueError if is_value_error else CheckpointError)(f"sharded_loading: rank {rank}: {message}")
-        for rank, (where, _, _) in enumerate(reports):
-            if where != report[0]:
-                self.over = True
-                raise CheckpointError(
-                    f"sharded_loading: rank {rank} has come to {where}, and rank {dist.get_rank()} to {report[0]}. "
-                    "Every rank has to load the same models in the same order: take what is in the block out of "
-                    "`if accelerator.is_main_process:` and the like."
-                )
-        return [value for _, _, value in reports]
-
-
-def _gather(report: Any) -> list[Any]:
-    reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, report)
-    return reports
-
-
-def _describe(error: Exception) -> str:
-    return str(error) if isinstance(error, (CheckpointError, ValueError)) else f"{type(error).__name__}: {error}"
-
-
 class _Loader:
     """The steps of transformers' `from_pretrained` that are exchanged. Names and line numbers are those of 5.23."""
 
-    def __init__(self, settings: LoadSettings, meeting: _Meeting):
+    def __init__(self, settings: LoadSettings, ranks: Ranks):
         self.settings = settings
-        self.meeting = meeting
+        self.ranks = ranks
         self.mesh = settings.device_mesh["tp"]
         self.loads: list[_Load] = []
 
@@ -214,7 +155,7 @@ class _Loader:
         else:
             state_dict = {name: _lazy(tensor) for name, tensor in state_dict.items()}
         contents = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in sorted(state_dict.items())]
-        self.meeting.agree("what is to be loaded", [*plan.signature().split("\n"), *contents])
+        self.ranks.same([*plan.signature().split("\n"), *contents], _DIFFERENT, "what is to be loaded")
         # The place of the values is settled below, and transformers' allocation ahead is for the whole model.
         device = torch.device(next(iter((load_config.device_map or {"": "cpu"}).values())))
         load = _Load(model, self.mesh, device, plan)
@@ -231,7 +172,7 @@ class _Loader:
 
     def are_equal(self, stock: Callable, source: Tensor, target: Tensor) -> bool:
         """`_tied_params_are_equal`: two slices may be, where the weights are not."""
-        return all(self.meeting.meet("comparing tied weights", stock(source, target)))
+        return all(self.ranks.all(stock(source, target), "comparing tied weights"))
 
     def adjust_bias(self, stock: Callable, model: nn.Module, output: nn.Module, weight: Any) -> None:
         """`PreTrainedModel._adjust_bias`: pad or cut a bias to the rows of its weight, which are not all here."""
@@ -243,7 +184,7 @@ class _Loader:
         loading_info = stock(model, load_config, loading_info)
         load = self._of(model)
         if load is not None:
-            self.meeting.agree("what was read", load.samples)
+            self.ranks.same(load.samples, _DIFFERENT, "what was read")
             load.finish()
             self.loads.remove(load)
         return loading_info

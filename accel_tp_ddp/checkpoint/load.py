@@ -97,17 +97,11 @@ def _candidates(accelerator: Accelerator, input_dir: str | os.PathLike | None) -
 
 
 def _newest_intact_beside(damaged: Path) -> str:
+    alone = Ranks("load_state", alone=True)
     for path in newest_first(damaged.parent):
-        if path != damaged and is_sharded_state(path) and SavedFolder(path, _Alone()).problem() is None:
+        if path != damaged and is_sharded_state(path) and SavedFolder(path, alone).problem() is None:
             return f" The newest intact checkpoint is {path}."
     return ""
-
-
-class _Alone(Ranks):
-    """One process by itself, whatever group there is."""
-
-    def __init__(self):
-        self.caller, self.group, self.rank, self.size = "load_state", None, 0, 1
 
 
 def _kind_of(folder: Path) -> str:

@@ -106,7 +106,7 @@ def _told_by(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(ranks.told(str(error))) from None
+        raise CheckpointError(ranks.named(str(error))) from None
     except RuntimeError as error:
         raise ranks.lost() from error
 
@@ -179,8 +179,7 @@ class _Saver:
                 hook(models, weights, str(folder))
             return [_left_of(whole, before, weights) for whole, before in given] if self.ranks.is_main else []
 
-        kept = self.ranks.all(self.ranks.together(run))[0]
-        return kept
+        return self.ranks.each(run)[0]
 
     def _values(self, kept: list[set[str] | None]) -> dict[str, Any]:
         """All tensors by name, and a summary of each optimizer."""

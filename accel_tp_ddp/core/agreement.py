@@ -1,39 +1,81 @@
-"""All ranks do a thing or none does: an error on one of them is the same error on every one, and nobody waits."""
+"""All ranks do a thing or none does: an error on one of them is an error on every one, and nobody waits.
+
+Each exchange is one `all_gather_object`: where a rank is, how it has failed if it has, and what it has to say.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
 from . import store
 from .errors import CheckpointError
-from .store import missing_peers
 
-__all__ = ["Ranks"]
+__all__ = ["Failure", "Ranks", "await_peers"]
 
 T = TypeVar("T")
+_KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (ValueError, TypeError, CheckpointError)}
+
+
+class Failure(NamedTuple):
+    """An error on its way to another rank: the name of its kind, and its message."""
+
+    kind: str
+    message: str
+
+    @classmethod
+    def of(
+        cls,
+        error: BaseException,
+        kept: tuple[type[Exception], ...] = (ValueError, CheckpointError),
+        otherwise: type[Exception] = CheckpointError,
+    ) -> Failure:
+        """`error` as one of the kinds in `kept`; else as `otherwise`, with its own kind in the message."""
+        for kind in kept:
+            if isinstance(error, kind):
+                return cls(kind.__name__, str(error))
+        return cls(otherwise.__name__, f"{type(error).__name__}: {error}")
+
+    def error(self) -> Exception:
+        return _KINDS[self.kind](self.message)
 
 
 class Ranks:
     """All ranks of a run, or this process alone where there is no process group.
 
     Args:
-        caller: What the user called, for messages.
+        caller: What the user called: the beginning of every message.
         group: What the collectives go over; None: the default group. Holds all ranks in any case.
+        alone: Whether it is this process alone, whatever groups there are.
+        failed: What is said of a rank that has failed.
+        otherwise: What an error is raised as on the other ranks, if it is neither ValueError nor CheckpointError.
+        advice: What to change if the ranks are at different points of the script.
 
     Attributes:
         place: The folder that is worked on; named in errors once it is known.
     """
 
-    def __init__(self, caller: str, group: dist.ProcessGroup | None = None):
-        self.caller = caller
-        self.group = group
+    def __init__(
+        self,
+        caller: str = "",
+        group: dist.ProcessGroup | None = None,
+        *,
+        alone: bool = False,
+        failed: str = "rank {rank}: {problem}",
+        otherwise: type[Exception] = CheckpointError,
+        advice: str = "",
+    ):
+        self.caller, self.group = caller, group
         self.place: Path | None = None
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.size = dist.get_world_size() if dist.is_initialized() else 1
+        several = dist.is_initialized() and not alone
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        self._failed, self._otherwise, self._advice = failed, otherwise, advice
+        self._over = False  # the ranks know of an error, and do not expect this one any more
 
     @property
     def is_main(self) -> bool:
@@ -45,63 +87,136 @@ class Ranks:
         Raises:
             CheckpointError: On the main process, if it was called there alone.
         """
-        if self.size == 1:
-            return
-        missing = missing_peers(self.caller, self.size - 1)
-        if missing:
-            raise CheckpointError(
-                f"`{self.caller}` was called on the main process, but {missing} of the {self.size - 1} other ranks "
-                f"did not come within {store.PEERS_TIMEOUT:.0f} s. Each rank holds a part of the weights and of the "
-                "optimizer state, so every rank has to call it: take it out of `if accelerator.is_main_process:`."
-            )
+        if self.size > 1:
+            parts = "Each rank holds a part of the weights and of the optimizer state"
+            await_peers(self.caller, self.caller, self.size - 1, f"the {self.size - 1} other ranks", parts)
+
+    def all(self, value: T, point: str = "") -> list[T]:
+        """The `value` of each rank, in rank order.
+
+        Args:
+            value: Can be pickled.
+            point: Where in the script this rank is, if it is not sure that the others are there too.
+
+        Raises:
+            CheckpointError: On every rank, if one is at another point; ValueError or `otherwise`, as in `together`, on
+                those that have come here, if another has failed before (`telling`).
+        """
+        return self._exchange(point, None, value)
 
     def together(self, step: Callable[[], T]) -> T:
         """Run `step` on every rank. If it fails on any, raise the first failing rank's error on all of them."""
+        result: list[T] = []
+        self.each(lambda: result.append(step()))
+        return result[0]
+
+    def each(self, step: Callable[[], T]) -> list[T]:
+        """As `together`, but return what `step` returned on each rank, in rank order."""
         result, problem = None, None
         try:
             result = step()
         except Exception as error:  # whatever it is, the other ranks would wait for this one
             problem = error
-        told = None
-        if problem is not None:
-            told = (isinstance(problem, ValueError), _describe(problem))
-        reports = self.all(told)
-        failed = [(rank, report) for rank, report in enumerate(reports) if report is not None]
-        if failed:
-            rank, (is_value_error, message) = failed[0]
-            if len({report for _, report in failed}) > 1 or len(failed) < self.size:
-                message = f"rank {rank}: {message}"
-            raise (ValueError if is_value_error else CheckpointError)(self.told(message)) from problem
-        return result
+        return self._exchange("", problem, result)
 
     def on_main(self, step: Callable[[], T]) -> T:
         """Run `step` on the main process, and return what it returned on every rank."""
-        return self.all(self.together(step if self.is_main else lambda: None))[0]
+        return self.each(step if self.is_main else lambda: None)[0]
 
-    def all(self, value: T) -> list[T]:
-        """The `value` of each rank, in rank order."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
+    def same(self, rows: Sequence[str], differ: str, point: str = "") -> None:
+        """Raise on every rank unless `rows` are the same on all. Costs one small exchange if they are.
+
+        Args:
+            rows: Lines of text.
+            differ: The message. Its fields: `rank` and `own`, two ranks; `theirs` and `ours`, their first rows that
+                differ; `point`, as in `all`.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        digest = hashlib.blake2b("\n".join(rows).encode(), digest_size=16).digest()
+        if len(set(self.all(digest, point))) == 1:
+            return
+        everything = self.all(list(rows), f"{point}, in detail")
+        self._over = True
+        own = everything[self.rank]
+        rank, other = next((rank, other) for rank, other in enumerate(everything) if other != own)
+        ours, theirs = next(((a, b) for a, b in zip(own, other) if a != b), (f"{len(own)} rows", f"{len(other)} rows"))
+        message = differ.format(rank=rank, own=self.rank, theirs=theirs, ours=ours, point=point)
+        raise ValueError(self.named(message))
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Should the block fail on this rank, let the others raise at their next exchange instead of waiting.
+
+        This rank's own error stays what it is. Whatever exchanges the block has, no rank is left behind in one.
+        """
         try:
-            dist.all_gather_object(values, value, group=self.group)
-        except RuntimeError as error:  # a peer has died, or does something else
-            raise self.lost() from error
-        return values
+            yield
+        except Exception as error:
+            if not self._over:
+                self._over = True
+                with suppress(RuntimeError):  # they may be gone
+                    self._gather(("", Failure.of(error, otherwise=self._otherwise), None))
+            raise
+
+    def named(self, message: str) -> str:
+        """`message` with the caller and the place, where it does not name that already."""
+        place = f" ({self.place})" if self.place is not None and str(self.place) not in message else ""
+        return f"{self.caller}: {message}{place}" if self.caller else message
 
     def lost(self) -> CheckpointError:
         """The error for a collective that failed."""
         return CheckpointError(
-            self.told("lost contact with another rank. What had been saved is still there, and can be loaded.")
+            self.named("lost contact with another rank. What had been saved is still there, and can be loaded.")
         )
 
-    def told(self, message: str) -> str:
-        """`message` with the caller and the place, where it does not name that already."""
-        place = f" ({self.place})" if self.place is not None and str(self.place) not in message else ""
-        return f"{self.caller}: {message}{place}"
+    def _exchange(self, point: str, problem: Exception | None, value: Any) -> list[Any]:
+        failure = Failure.of(problem, otherwise=self._otherwise) if problem is not None else None
+        reports = self._gather((point, failure, value))
+        failures = {rank: failure for rank, (_, failure, _) in enumerate(reports) if failure is not None}
+        if failures:
+            self._over = True
+            rank, failure = next(iter(failures.items()))
+            message = failure.message
+            if len(set(failures.values())) > 1 or len(failures) < self.size:
+                message = self._failed.format(rank=rank, problem=message)
+            raise failure._replace(message=self.named(message)).error() from problem
+        for rank, (other, _, _) in enumerate(reports):
+            if other != point:
+                self._over = True
+                message = f"rank {rank} has come to {other}, and rank {self.rank} to {point}. {self._advice}"
+                raise CheckpointError(self.named(message))
+        return [value for _, _, value in reports]
+
+    def _gather(self, report: tuple[str, Failure | None, Any]) -> list[tuple[str, Failure | None, Any]]:
+        if self.size == 1:
+            return [report]
+        reports: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(reports, report, group=self.group)
+        except RuntimeError as error:  # a peer has died, or does something else
+            self._over = True
+            raise self.lost() from error
+        return reports
 
 
-def _describe(error: Exception) -> str:
-    if isinstance(error, (CheckpointError, ValueError)):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
+def await_peers(caller: str, name: str, count: int, peers: str, parts: str, advice: str = "") -> None:
+    """Let the main process wait for its peers, before what a script may have left to the main process alone.
+
+    Args:
+        caller: What the user called.
+        name: See `store.missing_peers`, as for `count`.
+        count: How many they are.
+        peers: Who they are, for the message, as are `parts`: what each of them holds, and further `advice`.
+
+    Raises:
+        CheckpointError: On the main process, if they do not come; it says what to change.
+    """
+    missing = store.missing_peers(name, count)
+    if missing:
+        raise CheckpointError(
+            f"`{caller}` was called on the main process, but {missing} of {peers} did not come within "
+            f"{store.PEERS_TIMEOUT:.0f} s. {parts}, so every rank has to call it: take it out of "
+            f"`if accelerator.is_main_process:`{advice}."
+        )

@@ -1,7 +1,7 @@
 """Ranks that wait for one another through the store: no collective, so no collective's timeout runs meanwhile.
 
-What every rank has to call, and a script may have left to the main process alone, is found out before a collective;
-and what the main process does by itself, it can tell the others of, step by step.
+Whether the main process is alone with what every rank has to call is found out here, before a collective; and here it
+lets the others know, step by step, what it does by itself.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import time
 
 import torch.distributed as dist
 
-__all__ = ["Line", "PEERS_TIMEOUT", "SILENCE", "missing_peers"]
+__all__ = ["Channel", "PEERS_TIMEOUT", "SILENCE", "missing_peers"]
 
 #: Seconds that the main process waits for the others.
 PEERS_TIMEOUT = 60.0
 #: Seconds without a sign of life after which the others give the main process up. It may be writing a large file.
 SILENCE = 3600.0
 _meetings: dict[str, int] = {}
-_lines: dict[str, int] = {}
-_spoken: dict[str, tuple[str, int]] = {}
+_channels: dict[str, int] = {}
+_sent: dict[str, tuple[str, int]] = {}
 
 
 def missing_peers(name: str, peers: int) -> int:
@@ -46,33 +46,33 @@ def missing_peers(name: str, peers: int) -> int:
     return 0
 
 
-class Line:
-    """What the main process says, one message after the other, and any number of ranks hear.
+class Channel:
+    """Messages of the main process, one after the other, to any number of ranks.
 
     Args:
-        name: The same on all ranks; each opens a line of a name as often as the others.
+        name: The same on all ranks; each opens a channel of a name as often as the others.
     """
 
     def __init__(self, name: str):
-        number = _lines[name] = _lines.get(name, 0) + 1
-        self._name = f"accel_tp_ddp/line/{name}"
+        number = _channels[name] = _channels.get(name, 0) + 1
+        self._name = f"accel_tp_ddp/channel/{name}"
         self._prefix = f"{self._name}/{number}"
         self._count = 0
         self._store = dist.distributed_c10d._get_default_store()
 
     def forget_earlier(self) -> None:
-        """On the main process, when all who heard the lines before are known to have heard them to the end."""
-        prefix, count = _spoken.pop(self._name, ("", 0))
+        """On the main process, when all ranks are known to have received all that earlier channels had."""
+        prefix, count = _sent.pop(self._name, ("", 0))
         for index in range(count):
             self._store.delete_key(f"{prefix}/{index}")
 
-    def say(self, message: str) -> None:
+    def send(self, message: str) -> None:
         self._store.set(f"{self._prefix}/{self._count}", message)
         self._store.add(f"{self._name}/signs", 1)
         self._count += 1
-        _spoken[self._name] = self._prefix, self._count
+        _sent[self._name] = self._prefix, self._count
 
-    def hear(self) -> str:
+    def receive(self) -> str:
         """The next message; waits for it.
 
         Raises:

@@ -12,7 +12,6 @@ from ..core.collectives import gather_from_tp
 from ..core.layout import Ranges
 from ..core.wrappers import unwrap
 from ..plans.plan import Plan
-from ..styles.linear import Colwise, Rowwise
 from ..styles.region import Region
 
 __all__ = ["return_all_heads"]
@@ -23,20 +22,18 @@ def return_all_heads(model: nn.Module, plan: Plan, region: Region) -> None:
 
     Only then: they are gathered when the forward ends, and their gradient goes back to the ranks that hold the heads.
     """
-    asked, outputs = _Asked(region), {}
-    for entry in plan.entries:
-        if isinstance(entry.style, Rowwise) and "weight" in entry.layouts:
-            outputs[entry.site.parent] = entry.layouts["weight"].ranges
-    for entry in plan.entries:
-        parent = entry.site.parent
-        if parent is not None and isinstance(entry.style, Colwise) and entry.style.whole_heads:
+    asked = _Asked(region)
+    taken = [(entry.site.parent, entry.style.input_ranges(entry.layouts)) for entry in plan.entries]
+    outputs = {parent: ranges for parent, ranges in taken if ranges is not None}
+    for parent in {entry.site.parent: None for entry in plan.entries if entry.style.local_output}:
+        if parent is not None:
             parent.register_forward_hook(_Note(asked, outputs.get(parent)))
     model.register_forward_pre_hook(asked.begin, with_kwargs=True)
     model.register_forward_hook(asked.end, always_call=True)
 
 
 class _Asked:
-    """One forward of the whole model. Attention weights are known by their object: layers may stay whole."""
+    """One forward of the whole model. Attention weights are known by their object: layers may stay replicated."""
 
     def __init__(self, region: Region):
         self.region = region
@@ -51,22 +48,22 @@ class _Asked:
 
     def end(self, model: nn.Module, args: Any, output: Any) -> Any:
         try:
-            return self._whole(output) if self.local and output is not None else None
+            return self._all_heads(output) if self.local and output is not None else None
         finally:
             self.active = False
             self.local.clear()
 
-    def _whole(self, value: Any) -> Any:
+    def _all_heads(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             if id(value) not in self.local:
                 return value
-            whole = gather_from_tp(self.region.mesh, value, 1, [value.size(1)] * self.region.mesh.size())
-            return _in_order(whole, self.local[id(value)][1])
+            heads = gather_from_tp(self.region.mesh, value, 1, [value.size(1)] * self.region.mesh.size())
+            return _in_order(heads, self.local[id(value)][1])
         if isinstance(value, Mapping):
             for name in [name for name in value if "attentions" in name]:
-                value[name] = self._whole(value[name])
+                value[name] = self._all_heads(value[name])
             return value
-        return type(value)(map(self._whole, value)) if type(value) in (tuple, list) else value
+        return type(value)(map(self._all_heads, value)) if type(value) in (tuple, list) else value
 
     def __getstate__(self) -> dict[str, Any]:
         return {"region": self.region, "active": False, "local": {}}

@@ -2,7 +2,7 @@
 
 PEFT wraps modules in place: the module `x` becomes `x.base_layer` inside a LoRA layer, or `x.original_module` beside
 the trained copies `x.modules_to_save.<adapter>`, and the whole model becomes `base_model.model` of a `PeftModel`.
-Plans go on naming `x`. This file and `styles/lora.py` are the only ones that know PEFT; a model can hold adapters only
+Plans go on naming `x`. This file and `styles/peft` are the only ones that know PEFT; a model can hold adapters only
 if peft has been imported already, so nothing here imports it for others.
 """
 
@@ -20,7 +20,7 @@ from ..core.errors import PlanError
 from ..core.shard import shard_info
 from ..core.slices import holds_slices
 from ..styles.base import Site
-from ..styles.peft.follow import can_follow
+from ..styles.peft import can_follow
 
 __all__ = ["Wrapping", "Wrappings", "adapted_model", "check_adapters"]
 

@@ -11,10 +11,9 @@ from torch import nn
 from ..core.errors import PlanError
 from ..core.layout import Layout
 from ..styles.base import Site, Style
-from ..styles.peft.follow import adapter_style
+from ..styles.peft import adapter_style
 from ..styles.registry import get_style, is_known, style_label, tied_partner
 from ..styles.replicated import Replicate
-from ..styles.torch_style import TorchStyle
 from .names import Names, unmarked, wildcards
 from .rules import PlanLike, load_plan, own_plan
 from .shipped import check_shipped, shipped_plans
@@ -181,11 +180,7 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
 
 def refuse_empty(plan: Plan) -> None:
     """A plan that shards nothing would train as many equal copies as there are ranks, without a word."""
-    if (
-        plan.tp_size > 1
-        and not plan.layouts
-        and not any(isinstance(entry.style, TorchStyle) for entry in plan.entries)
-    ):
+    if plan.tp_size > 1 and not plan.layouts and not any(entry.style.runs_on_dtensors for entry in plan.entries):
         raise PlanError(
             f"tensor-parallel plan: the plan shards no parameter of {plan.model} (tp_size={plan.tp_size}). "
             "Name at least one module with a style that shards it, or set tp_size=1."
@@ -223,7 +218,7 @@ def _bare_styles(
             bare.setdefault(owner, {})[leaf] = style
         elif source == "user" and target not in own and leaf in ("weight", "bias"):
             raise names.not_a_module(target, rule)
-        elif not isinstance(style, Replicate):
+        elif not style.leaves_alone:
             size = tuple(names.modules[owner]._parameters[leaf].shape)
             raise PlanError(
                 f"tensor-parallel plan: the rule `{rule}: {style_label(value)}` (tp_size={tp_size}) shards the bare "
@@ -255,7 +250,7 @@ def _entry(
 def _with_adapters(names: Names, entries: list[PlanEntry], tp_size: int) -> list[PlanEntry]:
     """Each entry, followed by one for the adapters that have been put around its module."""
     by_module = {entry.site.module: entry for entry in entries}
-    names.wrappings.check(entry.site for entry in entries if not isinstance(entry.style, Replicate))
+    names.wrappings.check(entry.site for entry in entries if not entry.style.leaves_alone)
     around: dict[nn.Module, list[PlanEntry]] = {}
     for layer in reversed(names.wrappings.layers()):  # from the innermost
         base = layer.module.get_base_layer()
@@ -285,7 +280,7 @@ def _settle_tied(model: nn.Module, names: Names, entries: list[PlanEntry], tp_si
             continue
         planned = [(by_name[name], key) for name, key in places if name in by_name]
         sharded = [(entry, key) for entry, key in planned if key in entry.layouts]
-        torch_styled = [entry for entry, _ in planned if isinstance(entry.style, TorchStyle)]
+        torch_styled = [entry for entry, _ in planned if entry.style.runs_on_dtensors]
         if not sharded and not torch_styled:
             continue
         first = (torch_styled[0] if torch_styled else sharded[0][0]).site
@@ -300,7 +295,7 @@ def _settle_tied(model: nn.Module, names: Names, entries: list[PlanEntry], tp_si
                 if value is not None:
                     entry = by_name[name] = _entry(model, names, name, value, name, "tied", tp_size)
             alike = entry is not None and (
-                isinstance(entry.style, TorchStyle)
+                entry.style.runs_on_dtensors
                 if torch_styled
                 else entry.layouts.get(key) == sharded[0][0].layouts[sharded[0][1]]
             )

@@ -29,6 +29,7 @@ from ..checkpoint.deferred import materialized
 from ..checkpoint.export import export, full_state_dict_of_main, save_config
 from ..checkpoint.load import load_state
 from ..checkpoint.save import save_state
+from ..core.agreement import Ranks
 from ..core.collectives import gather_replicas
 from ..core.randomness import agree_as_processes, draw_by_replica
 from ..core.shard import shard_info
@@ -157,29 +158,12 @@ class _Hooks:
 
     def _agree(self, models: list[nn.Module], check: Callable[[], list[Plan | None]]) -> list[Plan | None]:
         """Run `check` on every rank; raise on all of them if it fails on any, or if they would not do the same."""
-        plans, problem = [], None
-        try:
-            plans = check()
-        except Exception as error:  # whatever it is, the other ranks would wait for this one
-            problem = error
         if not models:  # nothing that the other ranks would wait for
-            if problem is not None:
-                raise problem
-            return plans
-        signature = [plan.signature() if plan is not None else _describe(model) for model, plan in zip(models, plans)]
-        reports: list[Any] = [None] * self.accelerator.num_processes
-        dist.all_gather_object(reports, (None if problem is None else str(problem), signature))
-        if problem is not None:
-            raise problem
-        for rank, (message, other) in enumerate(reports):
-            if message is not None:
-                raise ValueError(f"rank {rank} cannot prepare: {message}")
-            if other != signature:
-                ours, theirs = _first_difference("\n".join(signature), "\n".join(other))
-                raise ValueError(
-                    f"rank {rank} would shard otherwise than rank {self.accelerator.process_index} "
-                    f"({theirs!r} against {ours!r}). Build the same model and give the same plan on every rank."
-                )
+            return check()
+        ranks = Ranks(failed="rank {rank} cannot prepare: {problem}", otherwise=ValueError)
+        with ranks.telling():
+            plans = check()
+            ranks.same([row for model, plan in zip(models, plans) for row in _describe(model, plan)], _DIFFERENT)
         return plans
 
     def _look_after(self, model: nn.Module) -> None:
@@ -362,15 +346,18 @@ def _holds_tensors_only(data: Any) -> bool:
     return True
 
 
-def _describe(model: nn.Module) -> str:
-    """What has to be the same on all ranks about a model that is sharded already."""
+def _describe(model: nn.Module, plan: Plan | None) -> list[str]:
+    """What has to be the same on all ranks about a model, which is sharded already where it has no plan."""
+    if plan is not None:
+        return plan.signature().split("\n")
     rows = []
     for name, param in model.named_parameters():
         info = shard_info(param)
         rows.append(f"{name} {tuple(info.global_shape if info else param.shape)} {param.dtype}")
-    return "\n".join(["parallelized", *rows])
+    return ["parallelized", *rows]
 
 
-def _first_difference(ours: str, theirs: str) -> tuple[str, str]:
-    pairs = zip(ours.split("\n"), theirs.split("\n"))
-    return next(((a, b) for a, b in pairs if a != b), (f"{len(ours)} characters", f"{len(theirs)} characters"))
+_DIFFERENT = (
+    "rank {rank} would shard otherwise than rank {own} ({theirs!r} against {ours!r}). Build the same model and give "
+    "the same plan on every rank."
+)

@@ -23,39 +23,32 @@ from .base import Site, Style
 from .forward import ParallelForward
 from .region import Region
 
-__all__ = [
-    "LocalHeads",
-    "LocalModules",
-    "LocalSizes",
-    "Requires",
-    "Together",
-    "show_local_size",
-    "whole_size",
-]
+__all__ = ["LocalHeads", "LocalModules", "LocalSizes", "Requires", "Together", "full_size", "set_local_size"]
 
-_WHOLE = "_tp_whole_sizes"
+_FULL = "_tp_full_sizes"
 
 
-def show_local_size(module: nn.Module, name: str, local: int) -> None:
+def set_local_size(module: nn.Module, name: str, local: int) -> None:
     """Set an attribute that holds a count to this rank's, once: half of one count may equal another count."""
-    whole = module.__dict__.setdefault(_WHOLE, {})
-    if name not in whole:
-        whole[name] = getattr(module, name)
+    full = module.__dict__.setdefault(_FULL, {})
+    if name not in full:
+        full[name] = getattr(module, name)
         setattr(module, name, local)
 
 
-def whole_size(module: nn.Module | None, name: str) -> Any:
-    """The attribute as it was before `show_local_size`; None where there is none."""
-    shown = module.__dict__.get(_WHOLE, {}) if module is not None else {}
-    return shown[name] if name in shown else getattr(module, name, None)
+def full_size(module: nn.Module | None, name: str) -> Any:
+    """The attribute as it was before `set_local_size`; None where there is none."""
+    full = module.__dict__.get(_FULL, {}) if module is not None else {}
+    return full[name] if name in full else getattr(module, name, None)
 
 
 class LocalSizes(Style):
     """Divides integers that the module keeps, such as its number of heads, by the number of ranks.
 
-    In a plan: `local_sizes(num_heads, split_size)`, with names of attributes of the module. Forward and backward:
-    nothing. Head counts of an attention module that states `head_dim` are divided without this, see
-    `linear.show_local_heads`; naming them does no harm.
+        h.*.attn: local_sizes(num_heads, split_size)  # attributes of the module; nothing is sharded
+
+    Head counts of an attention module that states `head_dim` are divided without this, see `heads.show_local_heads`;
+    naming them does no harm. Forward and backward: nothing.
     """
 
     usage = "local_sizes(attribute, ...)"
@@ -68,7 +61,7 @@ class LocalSizes(Style):
     def verify(self, site: Site) -> None:
         super().verify(site)
         for name in self.names:
-            size = whole_size(site.module, name)
+            size = full_size(site.module, name)
             if not isinstance(size, int) or isinstance(size, bool):
                 known = [key for key, value in vars(site.module).items() if type(value) is int]
                 raise site.error(
@@ -83,20 +76,19 @@ class LocalSizes(Style):
 
     def apply(self, site: Site, region: Region) -> None:
         for name in self.names:
-            show_local_size(site.module, name, whole_size(site.module, name) // site.tp_size)
-
-    def calls(self, site: Site) -> list[ParallelForward]:
-        return []
+            set_local_size(site.module, name, full_size(site.module, name) // site.tp_size)
 
 
 class LocalHeads(Style):
     """Hands the module this rank's heads of an argument that has them all, such as a bias on attention scores.
 
-    In a plan: `local_heads(alibi, dim=0)`, with the name of an argument of the module's forward and the dimension of
-    the heads. The number of heads is the config's num_attention_heads, or `heads=` an attribute of the module. A
-    dimension of batch * heads is cut heads by heads. Left alone are None, a tensor with 1 in this dimension, which is
-    equal for all heads, and one without such a dimension, as a padding mask `[batch, length]` has no `dim=-3`.
-    Forward: slice; backward: all-gather, if the argument wants a gradient.
+        h.*.self_attention: local_heads(alibi, dim=0)  # alibi [batch * heads / tp, 1, length]; no parameter is sharded
+
+    Named are an argument of the module's forward and the dimension of its heads. Their number is the config's
+    num_attention_heads, or `heads=` an attribute of the module. A dimension of batch * heads is cut heads by heads.
+    Left alone are None, a tensor with 1 in this dimension, which is equal for all heads, and one without such a
+    dimension, as a padding mask `[batch, length]` has no `dim=-3`. Forward: slice; backward: all-gather, if the
+    argument wants a gradient.
     """
 
     usage = "local_heads(argument, dim=dimension[, heads=attribute])"
@@ -148,7 +140,7 @@ class LocalHeads(Style):
         return own.reshape(*value.shape[:dim], groups * heads // tp_size, *value.shape[dim + 1 :])
 
     def _heads(self, site: Site) -> Any:
-        return whole_size(site.module, self.heads) if self.heads else site.head_counts().get("num_attention_heads")
+        return full_size(site.module, self.heads) if self.heads else site.head_counts().get("num_attention_heads")
 
     def _position(self, site: Site) -> int | None:
         """Where the argument stands in a call without its name; None where it can only be given by name."""
@@ -168,10 +160,11 @@ class LocalHeads(Style):
 class LocalModules(Style):
     """Lets the module compute with this rank's part of a list of modules that it pairs with its heads one by one.
 
-    In a plan: `local_modules(norms)`, with the name of a `ModuleList` in the module. Its parameters stay whole on
-    every rank, and each rank has gradients for its part only. Forward: nothing; backward: one all-reduce of the
-    gradients of the list. Of fewer members than ranks, such as one for each key/value head, ranks next to each other
-    take the same one.
+        layers.*.self_attn.q_layernorm: local_modules(norms)  # a ModuleList in the module; nothing is sharded
+
+    Its parameters are replicated, and each rank has gradients for its part only. Of fewer members than ranks, such as
+    one for each key/value head, ranks next to each other take the same one. Forward: nothing; backward: one all-reduce
+    of the gradients of the list.
     """
 
     usage = "local_modules(list)"
@@ -205,8 +198,8 @@ class LocalModules(Style):
         first, count = rank * len(members) // ranks, max(len(members) // ranks, 1)
         names = [name for name, param in members[0]._parameters.items() if param is not None]
         # One tensor for all members, or the ranks would disagree on which gradients there are to sum.
-        whole = [torch.stack([member._parameters[name] for member in members]) for name in names]
-        copies = copy_to_tp(call.mesh, *whole)
+        stacked = [torch.stack([member._parameters[name] for member in members]) for name in names]
+        copies = copy_to_tp(call.mesh, *stacked)
         own = members[first : first + count]
         saved = [dict(member._parameters) for member in own]
         try:
@@ -230,7 +223,9 @@ def heads_of_this_rank(mesh: DeviceMesh, tensor: Tensor, dim: int, count: int) -
 class Requires(Style):
     """Refuses a module that computes in a way the plan's other rules do not cover, by an attribute of it.
 
-    In a plan: `requires(slow_but_exact=False)`. Forward and backward: nothing.
+        h.*.self_attention: requires(slow_but_exact=False)  # nothing is sharded
+
+    Forward and backward: nothing.
     """
 
     usage = "requires(attribute=value, ...)"
@@ -254,12 +249,14 @@ class Requires(Style):
     def apply(self, site: Site, region: Region) -> None:
         pass
 
-    def calls(self, site: Site) -> list[ParallelForward]:
-        return []
-
 
 class Together(Style):
-    """Several styles of one module, in this order: the last is the outermost around its forward."""
+    """Several styles of one module, in this order: the last is the outermost around its forward.
+
+        h.*.attn: local_sizes(num_heads) + local_heads(alibi, dim=0)  # one may shard the module
+
+    Forward and backward: those of its styles.
+    """
 
     def __init__(self, styles: list[Style]):
         self.styles = tuple(styles)
@@ -283,10 +280,3 @@ class Together(Style):
     def apply(self, site: Site, region: Region) -> None:
         for style in self.styles:
             style.apply(site, region)
-
-    def calls(self, site: Site) -> list[ParallelForward]:
-        found, call = [], site.module.__dict__.get("forward")
-        while isinstance(call, ParallelForward):
-            found.append(call)
-            call = call._inner
-        return found

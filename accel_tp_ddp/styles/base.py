@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..core.errors import PlanError
-from ..core.layout import Layout, chunk_ranges
+from ..core.layout import Layout, Ranges, chunk_ranges
 from ..core.shard import ShardInfo, remember_shards
-from .direct_reads import read_whole
+from .direct_reads import read_full
 from .forward import ParallelForward
 from .region import Region
 
@@ -84,6 +84,11 @@ class Site:
         widths = {self.head_width(), getattr(self.parent, "v_head_dim", None)}
         return self.tp_size // heads if features // heads in widths else 1
 
+    def bare_layouts(self) -> dict[str, Layout]:
+        """The layouts of the module's bare parameters that their rules shard."""
+        layouts = {name: style.bare_layout(self, name) for name, style in self.bare.items()}
+        return {name: layout for name, layout in layouts.items() if layout is not None}
+
     def head_counts(self) -> dict[str, int]:
         """The attention head counts that the config states."""
         names = ("num_attention_heads", "num_key_value_heads")
@@ -100,7 +105,14 @@ def _read(config: Any, name: str) -> Any:
 class Style:
     """How a module is run in parallel. Subclass it, and `register_style` an instance under a name for plans.
 
-    A style is stateless: one instance serves every module of every model.
+    A style is stateless: one instance serves every module of every model. What others have to know of it, it declares
+    in the attributes below; a new style takes no change elsewhere.
+
+        class ChannelScale(Style):  # each rank scales the channels that it holds: no collective
+            def layouts(self, site):
+                return {"weight": even_layout(len(site.module.weight), 0, site.tp_size)}
+
+        register_style("channel_scale", ChannelScale())  # in a plan: `blocks.*.mixer.scale: channel_scale`
     """
 
     #: Module types that the style can take.
@@ -109,14 +121,20 @@ class Style:
     uneven: bool = False
     #: Whether the module opens a tensor-parallel region on its input; its forward takes `call.entered(input)`.
     enters: bool = False
-    #: Whether other modules are expected to open the region on the same input.
-    shares_input: bool = True
+    #: Whether it leaves that region open: its output is this rank's part, of its attention heads where there are any.
+    local_output: bool = False
     #: Whether the module's replicated parameters get only a part of their gradient on each rank.
     partial_gradients: bool = False
-    #: Whether code outside the module that reads its sharded parameters means them whole, as its output is whole.
-    whole_outside: bool = False
+    #: Whether code outside the module that reads its sharded parameters means them full, as its output is full.
+    reads_full_outside: bool = False
     #: Whether the module may have bare parameters that the plan names one by one.
     takes_parameters: bool = False
+    #: Whether the module is left as it is: replicated input, parameters and output.
+    leaves_alone: bool = False
+    #: Whether the module computes on DTensors, and cuts its parameters by itself.
+    runs_on_dtensors: bool = False
+    #: Which of `styles/peft` can follow the module where it is sharded: "linear", "embedding", "experts", "tokens".
+    adapters: frozenset[str] = frozenset()
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         """The layout of each parameter that is sharded, by its name in the module; others stay replicated."""
@@ -129,6 +147,10 @@ class Style:
             "style takes modules.",
             "Name another style, or `replicate`.",
         )
+
+    def input_ranges(self, layouts: Mapping[str, Layout]) -> tuple[Ranges, ...] | None:
+        """Of the module's input features, those that each rank takes; None where each takes all of them."""
+        return None
 
     def allows_uneven(self, site: Site) -> bool:
         """Whether ranks may get parts of different length at `site`; a part is never empty."""
@@ -185,14 +207,19 @@ class Style:
         shards = {}
         for name, layout in self.layouts(site).items():
             param = site.module._parameters[name]
-            shards[name] = info = _existing(param, layout) or ShardInfo.sharded(region.mesh, param.shape, layout)
-            shard_in_place(param, info)
+            tied = getattr(param, "tp_shard", None)  # another module has cut it already
+            assert tied is None or tied.layout == layout, "the plan was to verify that tied weights agree"
+            shards[name] = tied or ShardInfo.sharded(region.mesh, param.shape, layout)
+            shard_in_place(param, shards[name])
         self.install(site.module, region, shards, self.facts(site))
 
     def calls(self, site: Site) -> list[ParallelForward]:
-        """What `apply` has installed at `site`."""
-        call = site.module.__dict__.get("forward")
-        return [call] if isinstance(call, ParallelForward) else []
+        """What `apply` has installed at `site`, the outermost first."""
+        found, call = [], site.module.__dict__.get("forward")
+        while isinstance(call, ParallelForward):
+            found.append(call)
+            call = call.wrapped
+        return found
 
     def install(
         self,
@@ -205,19 +232,12 @@ class Style:
         remember_shards(module, shards)
         call = ParallelForward(module, self, region, shards, facts)
         call.install_on(module)
-        if self.whole_outside:
-            read_whole(module, call)
+        if self.reads_full_outside:
+            read_full(module, call)
 
 
 def _spelled(kind: type) -> str:
     return getattr(kind, "spelled", f"{kind.__module__.partition('.modules.')[0]}.{kind.__name__}")
-
-
-def _existing(param: nn.Parameter, layout: Layout) -> ShardInfo | None:
-    """The shard of a tied parameter that another module has already cut."""
-    info = getattr(param, "tp_shard", None)
-    assert info is None or info.layout == layout, "the plan was to verify that tied weights agree"
-    return info
 
 
 def shard_in_place(param: nn.Parameter, info: ShardInfo) -> None:

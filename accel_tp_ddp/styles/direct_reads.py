@@ -2,7 +2,11 @@
 
 Fused losses (TRL's, Liger's) and models with an output layer of their own multiply with a weight instead of calling
 its module. A shard there gives a wrong loss and no error. So, while the model's forward runs, such a read gives the
-whole weight, gathered once a forward; the module's own forward and all code outside see this rank's shard.
+full weight, gathered once a forward; the module's own forward and all code outside see this rank's shard.
+
+The module is given a class derived from its own, with a property for each such parameter. Python looks properties up
+on the class alone, and the parameter itself has to stay in `_parameters`, where optimizers and state dicts find it;
+`torch.nn.utils.parametrize` swaps the class for the same reasons.
 """
 
 from __future__ import annotations
@@ -15,18 +19,18 @@ from torch import Tensor, nn
 from ..core.collectives import gather_from_tp
 from .forward import ParallelForward
 
-__all__ = ["read_whole"]
+__all__ = ["read_full"]
 
 
-def read_whole(module: nn.Module, call: ParallelForward) -> None:
-    """Let direct reads of the sharded parameters of `module` give whole ones, where `call.region.running`."""
+def read_full(module: nn.Module, call: ParallelForward) -> None:
+    """Let direct reads of the sharded parameters of `module` give full ones, where `call.region.running`."""
     names = tuple(name for name, info in call.shards.items() if info.layout.contiguous)
     if names:
-        module.__class__ = _type_that_reads_whole(type(module), names)
+        module.__class__ = _type_that_reads_full(type(module), names)
 
 
 @functools.cache
-def _type_that_reads_whole(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _type_that_reads_full(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """`base` with a property in the place of each parameter; the parameter itself stays in `_parameters`."""
     body: dict[str, Any] = {name: property(functools.partial(_read, name=name)) for name in names}
     body["__reduce_ex__"] = functools.partialmethod(_reduce, base=base, names=names)
@@ -39,11 +43,11 @@ def _read(module: nn.Module, name: str) -> Tensor | None:
     call = module.__dict__.get("forward")
     if not isinstance(call, ParallelForward) or not call.region.running or call.computing or call.idle:
         return param
-    whole, key = call.region.whole, (id(param), param._version)
-    if key not in whole:
+    full, key = call.region.full, (id(param), param._version)
+    if key not in full:
         layout = call.shards[name].layout
-        whole[key] = gather_from_tp(call.mesh, param, layout.dim, layout.sizes)
-    return whole[key]
+        full[key] = gather_from_tp(call.mesh, param, layout.dim, layout.sizes)
+    return full[key]
 
 
 def _reduce(module: nn.Module, protocol: int, base: type[nn.Module], names: tuple[str, ...]) -> tuple:
@@ -52,5 +56,5 @@ def _reduce(module: nn.Module, protocol: int, base: type[nn.Module], names: tupl
 
 
 def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    kind = _type_that_reads_whole(base, names)
+    kind = _type_that_reads_full(base, names)
     return kind.__new__(kind)

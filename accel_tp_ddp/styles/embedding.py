@@ -17,15 +17,17 @@ __all__ = ["EmbeddingColwise", "EmbeddingHeads", "EmbeddingRowwise"]
 
 
 class EmbeddingRowwise(Style):
-    """Vocab-parallel: each rank holds a range of the vocabulary.
+    """Vocab-parallel: each rank holds a range of the vocabulary, which need not divide by the number of ranks.
+
+        embed_tokens: embedding_rowwise  # weight [vocabulary / tp, hidden]
 
     Forward: masked lookup, all-reduce; backward: nothing.
-    The vocabulary need not divide by the number of ranks.
     """
 
     accepts = (nn.Embedding,)
     uneven = True
-    whole_outside = True
+    reads_full_outside = True
+    adapters = frozenset({"embedding", "tokens"})
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         return {"weight": even_layout(site.module.num_embeddings, 0, site.tp_size)}
@@ -42,26 +44,10 @@ class EmbeddingRowwise(Style):
         return reduce_from_tp(call.mesh, torch.masked_fill(output, elsewhere.unsqueeze(-1), 0))
 
 
-class EmbeddingColwise(Style):
-    """Each rank holds a slice of every vector. Forward: all-gather; backward: slice."""
-
-    accepts = (nn.Embedding,)
-    uneven = True
-    whole_outside = True
-
-    def layouts(self, site: Site) -> dict[str, Layout]:
-        return {"weight": even_layout(site.module.embedding_dim, 1, site.tp_size)}
-
-    def verify(self, site: Site) -> None:
-        super().verify(site)
-        refuse_options(site, "max_norm", "sparse")
-
-    def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
-        return gather_from_tp(call.mesh, call.inner(input), -1, call.shards["weight"].layout.sizes)
-
-
 class EmbeddingHeads(Style):
     """An embedding of one value for each attention head, such as of relative positions: each rank looks up its heads'.
+
+        block.0.layer.0.SelfAttention.relative_attention_bias: embedding_heads  # weight [buckets, heads / tp]
 
     Forward and backward: nothing, as the attention scores that the values are added to are cut over the heads too.
     """
@@ -74,6 +60,22 @@ class EmbeddingHeads(Style):
     def verify(self, site: Site) -> None:
         super().verify(site)
         refuse_options(site, "max_norm", "sparse")
+
+
+class EmbeddingColwise(EmbeddingHeads):
+    """Each rank holds a slice of every vector, which need not divide by the number of ranks.
+
+        embed_tokens: embedding_colwise  # weight [vocabulary, hidden / tp]
+
+    Forward: all-gather; backward: slice.
+    """
+
+    uneven = True
+    reads_full_outside = True
+    adapters = frozenset({"embedding", "tokens"})
+
+    def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
+        return gather_from_tp(call.mesh, call.inner(input), -1, call.shards["weight"].layout.sizes)
 
 
 @contextmanager

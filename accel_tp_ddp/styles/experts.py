@@ -14,7 +14,6 @@ from ..core.collectives import add_share, copy_to_tp, reduce_from_tp
 from ..core.layout import Layout
 from .base import Site, Style
 from .forward import ParallelForward
-from .latent_attention import bare_layouts
 
 __all__ = ["Experts", "IdentityExpert", "SharedBias"]
 
@@ -24,15 +23,20 @@ _ROW_BYTES = 16
 class Experts(Style):
     """The module that holds all experts as bare stacked parameters, each cut as its own rule says.
 
+        layers.*.mlp.experts: moe_tp_experts
+        layers.*.mlp.experts.gate_up_proj: packed_colwise  # [experts, gate / tp + up / tp, hidden]
+        layers.*.mlp.experts.down_proj: rowwise            # [experts, hidden, width / tp]
+
     Forward: all-reduce of the output; backward: one all-reduce of the gradients of the hidden states and the routing
     weights. The router, and a loss of its own, see replicated tensors only.
     """
 
     takes_parameters = True
+    adapters = frozenset({"experts"})
     uneven = True
 
     def layouts(self, site: Site) -> dict[str, Layout]:
-        return bare_layouts(site)
+        return site.bare_layouts()
 
     def verify(self, site: Site) -> None:
         super().verify(site)
@@ -119,7 +123,9 @@ class Experts(Style):
 class SharedBias(Style):
     """A replicated bias of a module whose output is summed over the ranks, such as of the experts' down-projection.
 
-    It is counted once; see `add_share`.
+        layers.*.mlp.experts.down_proj_bias: shared_bias  # counted once, see `add_share`; nothing is sharded
+
+    Forward: divides by the number of ranks; backward: nothing.
     """
 
     def bare_layout(self, site: Site, name: str) -> None:
@@ -131,6 +137,8 @@ class SharedBias(Style):
 
 class IdentityExpert(Style):
     """An expert that returns its input: as the experts' outputs are summed over the ranks, each gives a part of it.
+
+        layers.*.mlp.experts.identity_expert: moe_identity_expert  # nothing is sharded
 
     Forward and backward: divides by the number of ranks, as the experts sum their inputs' gradients too.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,10 @@ from ..core.layout import Shared
 from ..core.shard import ShardInfo, restore_shards, shard_info
 from .region import Region
 
+if TYPE_CHECKING:
+    from .base import Style
+
 __all__ = ["ParallelForward"]
-
-
-class Runner(Protocol):
-    """The part of a style that runs."""
-
-    enters: bool
-    shares_input: bool
-    partial_gradients: bool
-
-    def forward(self, call: ParallelForward, *args, **kwargs): ...
 
 
 class ParallelForward:
@@ -38,7 +31,7 @@ class ParallelForward:
     def __init__(
         self,
         module: nn.Module,
-        style: Runner,
+        style: Style,
         region: Region,
         shards: dict[str, ShardInfo],
         facts: dict[str, Any] | None = None,
@@ -50,7 +43,7 @@ class ParallelForward:
         self.shards = shards
         self.partners: tuple[ParallelForward, ...] = ()
         self.offered: dict[str, Tensor] = {}
-        self._inner: Callable | None = module.__dict__.get("forward")
+        self.wrapped: Callable | None = module.__dict__.get("forward")
         self._entered = False
         self.computing = False  # whether the module's own forward runs
         self.idle = False  # while a module around this one runs it under the style
@@ -78,8 +71,8 @@ class ParallelForward:
         """The module's own forward."""
         self.computing = True
         try:
-            if self._inner is not None:
-                return self._inner(*args, **kwargs)
+            if self.wrapped is not None:
+                return self.wrapped(*args, **kwargs)
             return type(self.module).forward(self.module, *args, **kwargs)
         finally:
             self.computing = False
@@ -108,7 +101,7 @@ class ParallelForward:
         self._entered = False
 
     def enter(self, tensor: Tensor) -> Tensor:
-        return self.region.enter(tensor, self.partners, self.style.shares_input, self.module.training)
+        return self.region.enter(tensor, self.partners, self.style.local_output, self.module.training)
 
     def partial_names(self) -> list[str]:
         """Own parameters whose gradients are partial and wanted."""

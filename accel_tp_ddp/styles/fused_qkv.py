@@ -8,11 +8,10 @@ from torch import Tensor, cat
 
 from ..core.collectives import copy_to_tp, gather_from_tp
 from ..core.layout import Layout, chunk_ranges
-from .around import show_local_size, whole_size
+from .around import full_size, set_local_size
 from .base import Site, Style
-from .conv1d import out_features, show_local_outputs
+from .conv1d import out_features
 from .forward import ParallelForward
-from .heads import show_local_heads
 from .linear import Colwise
 from .region import Region
 
@@ -35,14 +34,14 @@ def ranks_that_share(queries: int, keys: int, width: int, tp_size: int) -> int |
 
 
 def join_shared_keys(call: ParallelForward, output: Tensor, width: int, sharing: int) -> Tensor:
-    """The outputs of a fused projection with the whole key and value that this rank shares with others.
+    """The outputs of a fused projection with the full key and value that this rank shares with others.
 
     Forward: all-gather of keys and values; backward: all-reduce of their gradients.
 
     Args:
         call: The projection's forward.
         output: This rank's queries, then its part of the key, then its part of the value.
-        width: Features of the whole key.
+        width: Features of the full key.
         sharing: How many ranks share it.
     """
     part = width // sharing
@@ -55,17 +54,17 @@ def join_shared_keys(call: ParallelForward, output: Tensor, width: int, sharing:
 class GroupedQKVColwise(Colwise):
     """Column-parallel for outputs that are, for one key/value head after the other, its queries, its key, its value.
 
-    In a plan: `grouped_qkv_colwise(num_heads, num_kv_heads)`, with the attributes of the attention module that hold
-    these numbers; without the second each head has a key and a value of its own. The attention module is shown this
-    rank's numbers.
+        h.*.attn.query_key_value: grouped_qkv_colwise(num_heads, num_kv_heads)  # weight [(q + k + v) / tp, inputs]
+
+    Named are the attributes of the attention module that hold these numbers; without the second each head has a key
+    and a value of its own. The attention module is shown this rank's numbers.
 
     Where key/value heads are fewer than the ranks, some ranks share one: each holds some of its queries, and an equal
-    part of the columns of its key and value. Those, few, are gathered. Forward: all-gather of keys and values;
-    backward: all-reduce of their gradients, besides that of the input's.
+    part of the columns of its key and value. Those, few, are gathered. Forward: nothing, or all-gather of keys and
+    values; backward: all-reduce of the input's gradient, and of those of gathered keys and values.
     """
 
     usage = "grouped_qkv_colwise(attribute of query heads[, attribute of key/value heads])"
-    repeats_heads = False
 
     def __init__(self, heads: str, key_value_heads: str = ""):
         self.heads = heads
@@ -77,17 +76,15 @@ class GroupedQKVColwise(Colwise):
         Style.verify(self, site)
 
     def _verify_heads(self, site: Site) -> None:
-        queries, keys = self._counts(site)
-        features, tp_size = out_features(site.module), site.tp_size
+        queries, keys, width = self._heads(site)
         what = f"`{site.parameter('weight')}` of size {tuple(site.module.weight.shape)}"
-        if keys < 1 or queries % keys or features % (queries + 2 * keys):
+        if keys < 1 or queries % keys or out_features(site.module) % (queries + 2 * keys):
             raise site.error(
                 f"{what} does not hold {queries} queries ({self.heads}) with {keys} keys and values "
                 f"({self.key_value_heads}), all of one width.",
                 "Name the attributes of the attention module that hold these numbers.",
             )
-        width = features // (queries + 2 * keys)
-        if ranks_that_share(queries, keys, width, tp_size) is None:
+        if ranks_that_share(queries, keys, width, site.tp_size) is None:
             raise site.error(
                 f"{what} holds {keys} groups of {queries // keys} queries, a key and a value of width {width}, which "
                 "the ranks cannot share out evenly.",
@@ -95,29 +92,33 @@ class GroupedQKVColwise(Colwise):
                 "projections of this attention to `replicate`.",
             )
 
-    def _counts(self, site: Site) -> tuple[int, int]:
+    def _heads(self, site: Site) -> tuple[int, int, int]:
+        """Number of queries and of keys, and the features of each."""
         counts = []
         for name in (self.heads, self.key_value_heads):
-            count = whole_size(site.parent, name)
+            count = full_size(site.parent, name)
             if not isinstance(count, int):
                 raise site.error(
                     f"`{name}` of the {type(site.parent).__name__} around it is {count!r} and no number of heads.",
                     f"Write `{self.usage}`.",
                 )
             counts.append(count)
-        return counts[0], counts[1]
+        queries, keys = counts
+        return queries, keys, out_features(site.module) // max(queries + 2 * keys, 1)
+
+    def sections(self, site: Site) -> list[int]:
+        queries, keys, width = self._heads(site)
+        return [queries * width, keys * width, keys * width]
 
     def output_layout(self, site: Site) -> Layout:
-        queries, keys = self._counts(site)
-        features, tp_size = out_features(site.module), site.tp_size
+        (queries, keys, width), tp_size = self._heads(site), site.tp_size
         if keys % tp_size == 0:
-            return Layout(0, chunk_ranges(features, tp_size))
-        sharing, group = tp_size // keys, features // keys
-        width = features // (queries + 2 * keys)
+            return Layout(0, chunk_ranges(out_features(site.module), tp_size))
+        sharing, group = tp_size // keys, queries // keys + 2
         sizes = (queries // keys * width, width, width)  # of a group's queries, its key, its value
         ranges = []
         for rank in range(tp_size):
-            start, part = rank // sharing * group, rank % sharing
+            start, part = rank // sharing * group * width, rank % sharing
             own = []
             for size in sizes:
                 own.append((start + part * size // sharing, start + (part + 1) * size // sharing))
@@ -126,17 +127,13 @@ class GroupedQKVColwise(Colwise):
         return Layout(0, tuple(ranges))
 
     def apply(self, site: Site, region: Region) -> None:
-        queries, keys = self._counts(site)
-        sizes = self.output_layout(site).sizes
-        Style.apply(self, site, region)
-        show_local_outputs(site.module, sizes[region.mesh.get_local_rank()])
-        show_local_size(site.parent, self.heads, queries // site.tp_size)
-        show_local_size(site.parent, self.key_value_heads, max(keys // site.tp_size, 1))
-        show_local_heads(site)
+        super().apply(site, region)
+        queries, keys, _ = self._heads(site)
+        set_local_size(site.parent, self.heads, queries // site.tp_size)
+        set_local_size(site.parent, self.key_value_heads, max(keys // site.tp_size, 1))
 
     def facts(self, site: Site) -> dict[str, Any]:
-        queries, keys = self._counts(site)
-        width = out_features(site.module) // (queries + 2 * keys)
+        queries, keys, width = self._heads(site)
         return {"width": width, "sharing": ranks_that_share(queries, keys, width, site.tp_size)}
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:

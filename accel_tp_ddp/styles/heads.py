@@ -1,21 +1,24 @@
-"""Attention heads: a rank holds whole ones, and the attention module is shown how many."""
+"""Attention heads: a rank holds some, each in full, and the attention module is shown how many."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
-from .around import show_local_size
+from .around import full_size, set_local_size
 from .base import Site
-from .conv1d import (
-    is_linear,
-    out_features,
-)
+from .conv1d import is_linear
+
+__all__ = ["LocalHeadsConfig", "meets_a_neighbour", "show_local_heads", "verify_whole_heads"]
+
+# What attention modules call the head counts that they keep, and some of them view their activations by.
+_QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "n_head_kv")
 
 
-class LocalHeads:
+class LocalHeadsConfig:
     """A model config as one attention module should see it: this rank's head counts, everything else unchanged."""
 
     def __init__(self, config: Any, tp_size: int):
@@ -75,33 +78,29 @@ def verify_whole_heads(site: Site, features: int, side: str, repeats: bool = Tru
             )
 
 
-# What attention modules call the head counts that they keep, and some of them view their activations by.
-_QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-_KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "n_head_kv")
-
-
-def show_local_heads(site: Site) -> None:
+def show_local_heads(site: Site, sections: Sequence[int]) -> None:
     """Show this rank's head counts to the attention module around a projection, where it keeps any.
 
     One that shapes by them, as in `view(batch, -1, self.num_heads, self.head_dim)`, would take the sequence for the
-    heads that are missing. Without a config that states the counts, they are known by the projection's size.
+    heads that are missing. An attribute is such a count if it is called so, holds the number of heads that this
+    projection has just been cut out of, and the config, if it states that of queries or of keys and values, agrees.
+    Other attributes are a matter of the plan: `local_sizes`.
+
+    Args:
+        site: The projection.
+        sections: Its output features when it was unsharded, those of queries, keys and values each by themselves.
     """
-    parent, width = site.parent, site.head_width()
+    parent, width, tp_size = site.parent, site.head_width(), site.tp_size
     if parent is None or width is None:
         return
     queries, key_values = site.head_counts().get("num_attention_heads"), site.key_value_heads
-    if queries is None:
-        features = out_features(site.module)
-        counts = [((*_QUERY_COUNTS, *_KEY_VALUE_COUNTS), features // width)] if features % width == 0 else []
-    elif key_values is None:
-        counts = [
-            (_QUERY_COUNTS, queries),
-            (_KEY_VALUE_COUNTS, site.head_counts().get("num_key_value_heads", queries)),
-        ]
+    if key_values is not None:
+        parent.num_key_value_groups = queries // tp_size // max(key_values // tp_size, 1)
     else:
-        parent.num_key_value_groups = queries // site.tp_size // max(key_values // site.tp_size, 1)
-        counts = [(_QUERY_COUNTS, queries), (_KEY_VALUE_COUNTS, key_values)]
-    for names, count in counts:
+        key_values = site.head_counts().get("num_key_value_heads", queries)
+    cut = {features // width for features in sections if features % width == 0}
+    for names, stated in ((_QUERY_COUNTS, queries), (_KEY_VALUE_COUNTS, key_values)):
         for name in names:
-            if getattr(parent, name, None) == count:
-                show_local_size(parent, name, max(count // site.tp_size, 1))
+            count = full_size(parent, name)
+            if count in cut and stated in (None, count):
+                set_local_size(parent, name, max(count // tp_size, 1))

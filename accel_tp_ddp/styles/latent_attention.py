@@ -12,15 +12,17 @@ from ..core.layout import Layout, chunk_ranges
 from .base import Site, Style
 from .forward import ParallelForward
 
-__all__ = ["HeadParameters", "LatentKeyValueDown", "LocalParameters", "bare_layouts"]
+__all__ = ["HeadParameters", "LatentKeyValueDown", "LocalParameters"]
 
 
 class LocalParameters(Style):
     """Lets a module compute with this rank's part of its bare parameters, such as one attention sink for each head.
 
-    How each is cut, its own rule says. Forward and backward: nothing, as the module's activations are cut likewise.
-    Beside a style of the module's weight: `colwise_gather_output + local_params`, for an output layer that scales its
-    logits by a parameter.
+        layers.*.self_attn: local_params
+        layers.*.self_attn.sinks: colwise  # how each is cut, its own rule says: [heads / tp]
+
+    Forward and backward: nothing, as the module's activations are cut likewise. Beside a style of the module's weight:
+    `colwise_gather_output + local_params`, for an output layer that scales its logits by a parameter.
     """
 
     takes_parameters = True
@@ -29,14 +31,16 @@ class LocalParameters(Style):
         return bool(site.bare) and all(style.uneven for style in site.bare.values())
 
     def layouts(self, site: Site) -> dict[str, Layout]:
-        return bare_layouts(site)
+        return site.bare_layouts()
 
 
 class HeadParameters(Style):
     """Parameters with a row for each head, in a module that computes head by head, such as a norm of queries or keys.
 
-    Each rank keeps the rows of its heads. Forward and backward: nothing; where ranks share a key/value head, the sum
-    of its gradients rides on the all-reduce of the projections.
+        layers.*.self_attn.q_norm: head_parameters  # weight [heads / tp, width]
+
+    Forward and backward: nothing; where ranks share a key/value head, the sum of its gradients rides on the all-reduce
+    of the projections.
     """
 
     def layouts(self, site: Site) -> dict[str, Layout]:
@@ -68,12 +72,15 @@ class HeadParameters(Style):
 class LatentKeyValueDown(Style):
     """The replicated down-projection of keys and values in multi-head latent attention (arXiv:2405.04434).
 
+        layers.*.self_attn.kv_a_proj_with_mqa: mla_kv_a_proj  # nothing is sharded
+
     The last columns of its output are the rotary key that all heads share. They go to each rank's heads directly, so
     their gradient is partial. Forward: nothing; backward: all-reduce of those columns. The columns before them enter
     the region at the column-parallel up-projection, which sums their gradient.
     """
 
     accepts = (nn.Linear,)
+    adapters = frozenset({"linear"})
 
     def verify(self, site: Site) -> None:
         super().verify(site)
@@ -100,9 +107,3 @@ class LatentKeyValueDown(Style):
     def _shared_columns(site: Site) -> int | None:
         columns = getattr(site.parent, "qk_rope_head_dim", None)
         return getattr(site.config, "qk_rope_head_dim", None) if columns is None else columns
-
-
-def bare_layouts(site: Site) -> dict[str, Layout]:
-    """The layouts of the bare parameters that their rules shard."""
-    layouts = {name: style.bare_layout(site, name) for name, style in site.bare.items()}
-    return {name: layout for name, layout in layouts.items() if layout is not None}

@@ -6,32 +6,20 @@ Column-parallel: Y = X [A1 A2]; row-parallel: Y = X1 B1 + X2 B2 (Megatron-LM, ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
 
 from ..core.collectives import gather_from_tp, reduce_from_tp, split_to_tp
-from ..core.layout import Layout, chunk_ranges
+from ..core.layout import Layout, Ranges, chunk_ranges
 from .base import Site, Style, even_layout
-from .conv1d import (
-    LINEAR,
-    in_features,
-    input_dim,
-    is_linear,
-    out_features,
-    output_dim,
-    show_local_outputs,
-    without_bias,
-)
+from .conv1d import LINEAR, in_features, input_dim, out_features, output_dim, show_local_outputs, without_bias
 from .forward import ParallelForward
 from .heads import meets_a_neighbour, show_local_heads, verify_whole_heads
 from .region import Region
 
 __all__ = ["Colwise", "ColwiseGatherOutput", "Rowwise", "RowwiseSplitInput"]
-
-
-def has_bias(module: nn.Module) -> bool:
-    return module._parameters.get("bias") is not None
 
 
 def bare_output_dim(param: nn.Parameter) -> int:
@@ -40,26 +28,34 @@ def bare_output_dim(param: nn.Parameter) -> int:
 
 
 class Colwise(Style):
-    """Each rank computes a slice of the output. Forward: nothing; backward: all-reduce of the input's gradient."""
+    """Each rank computes a slice of the output.
+
+        layers.*.self_attn.q_proj: colwise  # weight [outputs / tp, inputs], bias [outputs / tp]
+
+    Where there are more ranks than key/value heads, several ranks hold the same head. Forward: nothing; backward:
+    all-reduce of the input's gradient.
+    """
 
     accepts = LINEAR
     enters = True
-    #: Whether the output leaves the module sharded, and so has to hold whole attention heads.
-    whole_heads = True
-    #: Whether several ranks may hold the same key/value head where there are more ranks than heads.
-    repeats_heads = True
+    local_output = True
+    adapters = frozenset({"linear"})
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         layout = self.output_layout(site)
         weight = {"weight": replace(layout, dim=output_dim(site.module))}
-        return {**weight, "bias": layout} if has_bias(site.module) else weight
+        return weight if site.module._parameters.get("bias") is None else {**weight, "bias": layout}
 
     def output_layout(self, site: Site) -> Layout:
         """How the outputs are dealt out, along the only dimension of the bias."""
         features = out_features(site.module)
-        copies = site.ranks_per_head(features) if self.repeats_heads else 1
+        copies = site.ranks_per_head(features) if self.local_output else 1
         (parts,) = zip(*chunk_ranges(features, site.tp_size // copies))
         return Layout(0, tuple((part,) for part in parts for _ in range(copies)))
+
+    def sections(self, site: Site) -> list[int]:
+        """Output features of each of the projections that the layer holds, such as queries, keys and values."""
+        return [out_features(site.module)]
 
     def bare_layout(self, site: Site, name: str) -> Layout:
         """Rows of a matrix or of a stack of matrices; the elements of a vector, such as one for each head."""
@@ -71,32 +67,33 @@ class Colwise(Style):
         return self.uneven or meets_a_neighbour(site, out_features(site.module), in_features)
 
     def verify(self, site: Site) -> None:
-        if is_linear(site.module) and self.whole_heads:
-            verify_whole_heads(site, out_features(site.module), "output", self.repeats_heads)
+        if isinstance(site.module, self.accepts) and self.local_output:
+            verify_whole_heads(site, out_features(site.module), "output")
         super().verify(site)
 
     def apply(self, site: Site, region: Region) -> None:
-        sizes = self.output_layout(site).sizes
+        sizes, sections = self.output_layout(site).sizes, self.sections(site)
         super().apply(site, region)
         show_local_outputs(site.module, sizes[region.mesh.get_local_rank()])
-        if self.whole_heads:
-            show_local_heads(site)
+        if self.local_output:
+            show_local_heads(site, sections)
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
         return call.inner_with_sums(call.entered(input))
 
 
 class ColwiseGatherOutput(Colwise):
-    """Column-parallel with the full output on every rank. Forward: all-gather; backward: slice, then all-reduce.
+    """Column-parallel with the full output on every rank. The features need not divide by the number of ranks.
 
-    The output features need not divide by the number of ranks.
+        lm_head: colwise_gather_output  # weight [vocabulary / tp, hidden]
+
+    Forward: all-gather; backward: slice, then all-reduce of the input's gradient.
     """
 
     uneven = True
-    shares_input = False
-    whole_heads = False
-    whole_outside = True
-    repeats_heads = False
+    local_output = False
+    reads_full_outside = True
+    adapters = frozenset({"linear", "tokens"})
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
         output = call.inner(call.entered(input))
@@ -104,13 +101,17 @@ class ColwiseGatherOutput(Colwise):
 
 
 class Rowwise(Style):
-    """Each rank takes a slice of the input features. Forward: all-reduce of the output; backward: nothing.
+    """Each rank takes a slice of the input features. The bias is replicated and added once, after the sum.
 
-    The bias is replicated and added once, after the sum.
+        layers.*.self_attn.o_proj: rowwise  # weight [outputs, inputs / tp]
+
+    Forward: all-reduce of the output; backward: nothing.
     """
 
     accepts = LINEAR
-    whole_heads = True
+    adapters = frozenset({"linear"})
+    #: Whether the input is this rank's part already, of whole attention heads where there are any.
+    local_input = True
 
     def layouts(self, site: Site) -> dict[str, Layout]:
         return {"weight": replace(self.input_layout(site), dim=input_dim(site.module))}
@@ -124,11 +125,14 @@ class Rowwise(Style):
         param = site.module._parameters[name]
         return even_layout(param.shape[-1], param.ndim - 1, site.tp_size)
 
+    def input_ranges(self, layouts: Mapping[str, Layout]) -> tuple[Ranges, ...]:
+        return layouts["weight"].ranges
+
     def allows_uneven(self, site: Site) -> bool:
         return self.uneven or meets_a_neighbour(site, in_features(site.module), out_features)
 
     def verify(self, site: Site) -> None:
-        if is_linear(site.module) and self.whole_heads:
+        if isinstance(site.module, self.accepts) and self.local_input:
             verify_whole_heads(site, in_features(site.module), "input")
         super().verify(site)
 
@@ -143,13 +147,15 @@ class Rowwise(Style):
 
 
 class RowwiseSplitInput(Rowwise):
-    """Row-parallel of a replicated input. Forward: slice, then all-reduce; backward: all-gather.
+    """Row-parallel of a replicated input, whose features need not divide by the number of ranks.
 
-    The input features need not divide by the number of ranks.
+        layers.*.mixer.out_proj: rowwise_split_input  # weight [outputs, inputs / tp]
+
+    Forward: slice of the input, then all-reduce; backward: all-gather of its gradient.
     """
 
     uneven = True
-    whole_heads = False
+    local_input = False
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
         return super().forward(call, split_to_tp(call.mesh, input, -1, call.shards["weight"].layout.sizes))

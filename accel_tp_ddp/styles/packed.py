@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..core.layout import Layout, packed_ranges
 from .base import Site, Style
 from .conv1d import in_features, is_linear, out_features
-from .heads import LocalHeads, meets_a_neighbour, verify_whole_heads
+from .heads import LocalHeadsConfig, meets_a_neighbour, verify_whole_heads
 from .linear import Colwise, Rowwise, bare_output_dim
 from .region import Region
 
@@ -15,53 +15,57 @@ __all__ = ["PackedColwise", "PackedQKVColwise", "PackedRowwise"]
 class PackedColwise(Colwise):
     """Column-parallel for a weight whose output features are `sections` equal sections, such as gate and up.
 
-    Cut as one piece, the first rank would hold all of gate and the second all of up. In a plan `packed_colwise`, or
-    `packed_colwise(3)` for queries, keys and values of equal size.
+        layers.*.mlp.gate_up_proj: packed_colwise  # weight [gate / tp + up / tp, inputs]
+        blocks.*.attn.qkv: packed_colwise(3)       # queries, keys and values of equal size
+
+    Cut as one piece, the first rank would hold all of gate and the second all of up. Forward: nothing; backward:
+    all-reduce of the input's gradient.
     """
 
     usage = "packed_colwise(sections)"
-    repeats_heads = False
 
     def __init__(self, sections: int = 2):
-        self.sections = _at_least_one(sections)
+        self.count = _at_least_one(sections)
 
-    def section_sizes(self, site: Site) -> list[int]:
-        return equal_sections(site, out_features(site.module), self.sections)
+    def sections(self, site: Site) -> list[int]:
+        return equal_sections(site, out_features(site.module), self.count)
 
     def output_layout(self, site: Site) -> Layout:
-        return Layout(0, packed_ranges(self.section_sizes(site), site.tp_size))
+        return Layout(0, packed_ranges(self.sections(site), site.tp_size))
 
     def bare_layout(self, site: Site, name: str) -> Layout:
         """Rows of a matrix or of a stack of matrices, or a stack's or a single vector's biases."""
-        return packed_bare_layout(site, name, bare_output_dim(site.module._parameters[name]), self.sections)
+        return packed_bare_layout(site, name, bare_output_dim(site.module._parameters[name]), self.count)
 
     def allows_uneven(self, site: Site) -> bool:
-        sizes = set(self.section_sizes(site))
+        sizes = set(self.sections(site))
         return len(sizes) == 1 and meets_a_neighbour(site, *sizes, in_features)
 
     def verify(self, site: Site) -> None:
         if is_linear(site.module):
-            verify_sections(site, self.section_sizes(site), self.allows_uneven(site))
-        super().verify(site)
+            verify_sections(site, self.sections(site), self.allows_uneven(site))
+            verify_whole_heads(site, out_features(site.module), "output", repeats=False)
+        Style.verify(self, site)
 
 
 class PackedQKVColwise(PackedColwise):
     """Column-parallel for queries, keys and values packed one after the other, with fewer key/value heads or not.
 
-    The attention module slices its activations by head counts, so it is shown this rank's counts.
-    """
+        layers.*.self_attn.qkv_proj: packed_qkv_colwise  # weight [(queries + keys + values) / tp, inputs]
 
-    repeats_heads = True
+    The attention module slices its activations by head counts, so it is shown this rank's counts. Forward: nothing;
+    backward: all-reduce of the input's gradient.
+    """
 
     def __init__(self):
         super().__init__(sections=3)
 
     def output_layout(self, site: Site) -> Layout:
-        queries, keys, values = self.section_sizes(site)
+        queries, keys, values = self.sections(site)
         copies = site.ranks_per_head(keys)
         return Layout(0, packed_ranges([queries, keys, values], site.tp_size, [1, copies, copies]))
 
-    def section_sizes(self, site: Site) -> list[int]:
+    def sections(self, site: Site) -> list[int]:
         width, counts = site.head_width(), site.head_counts()
         heads = counts.get("num_attention_heads")
         if width is None or heads is None:
@@ -74,7 +78,7 @@ class PackedQKVColwise(PackedColwise):
 
     def verify(self, site: Site) -> None:
         if is_linear(site.module):
-            sizes = self.section_sizes(site)
+            sizes = self.sections(site)
             verify_sum(site, sizes)
             verify_whole_heads(site, sizes[0], "queries")
         Style.verify(self, site)
@@ -82,31 +86,33 @@ class PackedQKVColwise(PackedColwise):
     def apply(self, site: Site, region: Region) -> None:
         super().apply(site, region)
         if site.parent is not None and getattr(site.parent, "config", None) is site.config:
-            site.parent.config = LocalHeads(site.config, site.tp_size)
+            site.parent.config = LocalHeadsConfig(site.config, site.tp_size)
 
 
 class PackedRowwise(Rowwise):
     """Row-parallel for a weight whose input features are `sections` equal sections.
 
-    In a plan `packed_rowwise`, or `packed_rowwise(4)` for four.
+        h.*.attn.out_proj: packed_rowwise(4)  # weight [outputs, 4 * (section / tp)]
+
+    Forward: all-reduce of the output; backward: nothing.
     """
 
     usage = "packed_rowwise(sections)"
 
     def __init__(self, sections: int = 2):
-        self.sections = _at_least_one(sections)
+        self.count = _at_least_one(sections)
 
     def input_layout(self, site: Site) -> Layout:
-        sizes = equal_sections(site, in_features(site.module), self.sections)
+        sizes = equal_sections(site, in_features(site.module), self.count)
         return Layout(1, packed_ranges(sizes, site.tp_size))
 
     def bare_layout(self, site: Site, name: str) -> Layout:
         """The last dimension: the outputs of a stack of transposed matrices."""
-        return packed_bare_layout(site, name, site.module._parameters[name].ndim - 1, self.sections)
+        return packed_bare_layout(site, name, site.module._parameters[name].ndim - 1, self.count)
 
     def verify(self, site: Site) -> None:
         if is_linear(site.module):
-            verify_sections(site, equal_sections(site, in_features(site.module), self.sections))
+            verify_sections(site, equal_sections(site, in_features(site.module), self.count))
         super().verify(site)
 
 

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..core.collectives import copy_to_tp
-from ..core.layout import Shared
 from ..core.randomness import RandomStream
 
+if TYPE_CHECKING:
+    from .forward import ParallelForward
+
 __all__ = ["Region"]
-
-
-class Partner(Protocol):
-    """A module that has replicated parameters whose gradients are partial, as its `ParallelForward` knows them."""
-
-    module: nn.Module
-    offered: dict[str, Tensor]
-
-    def partial_names(self) -> list[str]: ...
-
-    def shared(self, name: str) -> Shared | None: ...
 
 
 class Region:
@@ -41,10 +32,10 @@ class Region:
         # Held strongly only until the region is left: torch does not keep the Python object alive by itself.
         self._copy: Tensor | None = None
         self.running = 0  # forwards of the whole model under way
-        self.whole: dict[tuple[int, int], Tensor] = {}  # what `direct_reads` has gathered in this forward
+        self.full: dict[tuple[int, int], Tensor] = {}  # what `direct_reads` has gathered in this forward
 
     def enter(
-        self, tensor: Tensor, partners: tuple[Partner, ...] = (), keep: bool = True, training: bool = True
+        self, tensor: Tensor, partners: tuple[ParallelForward, ...] = (), keep: bool = True, training: bool = True
     ) -> Tensor:
         """`copy_to_tp` of `tensor`, or the copy that another module has just made of the same tensor.
 
@@ -95,9 +86,9 @@ class Region:
 
     def _end_hook(self, model: nn.Module, args: Any, output: Any) -> None:
         self.running = max(0, self.running - 1)
-        self.whole.clear()
+        self.full.clear()
         self.leave()
 
     def __getstate__(self) -> dict[str, Any]:
-        idle = {"_source": None, "_version": -1, "_copy": None, "running": 0, "whole": {}}
+        idle = {"_source": None, "_version": -1, "_copy": None, "running": 0, "full": {}}
         return {"mesh": self.mesh, "stream": self.stream, **idle}

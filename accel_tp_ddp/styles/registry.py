@@ -1,13 +1,20 @@
-"""The styles that a plan can name, and the registry that knows them by name."""
+"""The registry of styles: what a plan calls a style, and the class, or any callable, that makes it.
+
+A style becomes known by a line here, or by `register_style`. Arguments in parentheses are those of its `__init__`.
+"""
 
 from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
 
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from ..core.errors import PlanError, nearest
 from .around import LocalHeads, LocalModules, LocalSizes, Requires, Together
-from .base import Site, Style
+from .base import Style
 from .conv1d import is_linear, output_dim
 from .embedding import EmbeddingColwise, EmbeddingHeads, EmbeddingRowwise
 from .experts import Experts, IdentityExpert, SharedBias
@@ -19,53 +26,38 @@ from .replicated import AllReduce, Replicate, ReplicatedDropout, ReplicatedWithG
 from .spec import Spelled, build, parse
 from .torch_style import TorchStyle
 
-__all__ = [
-    "Replicate",
-    "Site",
-    "Style",
-    "get_style",
-    "is_known",
-    "register_style",
-    "style_label",
-    "style_names",
-    "tied_partner",
-]
+__all__ = ["get_style", "is_known", "register_style", "style_label", "style_names", "tied_partner"]
 
-_STYLES: dict[str, Style] = {
-    "all_reduce": AllReduce(),
-    "colwise": Colwise(),
-    "colwise_gather_output": ColwiseGatherOutput(),
-    "embedding_colwise": EmbeddingColwise(),
-    "embedding_heads": EmbeddingHeads(),
-    "embedding_rowwise": EmbeddingRowwise(),
-    "head_parameters": HeadParameters(),
-    "local_params": LocalParameters(),
-    "mla_kv_a_proj": LatentKeyValueDown(),
-    "moe_identity_expert": IdentityExpert(),
-    "moe_tp_experts": Experts(),
-    "packed_colwise": PackedColwise(),
-    "packed_qkv_colwise": PackedQKVColwise(),
-    "packed_rowwise": PackedRowwise(),
-    "replicate": Replicate(),
-    "replicated_dropout": ReplicatedDropout(),
-    "replicated_with_grad_allreduce": ReplicatedWithGradAllReduce(),
-    "rowwise": Rowwise(),
-    "rowwise_split_input": RowwiseSplitInput(),
-    "shared_bias": SharedBias(),
-}
-# Those that take arguments in parentheses; where a name stands above too, it may do without.
-_WITH_ARGUMENTS: dict[str, type[Style]] = {
+_STYLES: dict[str, Callable[..., Style] | None] = {
+    "all_reduce": AllReduce,
+    "colwise": Colwise,
+    "colwise_gather_output": ColwiseGatherOutput,
+    "colwise_rep": ColwiseGatherOutput,
+    "embedding_colwise": EmbeddingColwise,
+    "embedding_heads": EmbeddingHeads,
+    "embedding_rowwise": EmbeddingRowwise,
     "grouped_qkv_colwise": GroupedQKVColwise,
+    "head_parameters": HeadParameters,
     "local_heads": LocalHeads,
     "local_modules": LocalModules,
+    "local_params": LocalParameters,
     "local_sizes": LocalSizes,
+    "mla_kv_a_proj": LatentKeyValueDown,
+    "moe_identity_expert": IdentityExpert,
+    "moe_tp_experts": Experts,
     "packed_colwise": PackedColwise,
+    "packed_qkv_colwise": PackedQKVColwise,
     "packed_rowwise": PackedRowwise,
+    "replicate": Replicate,
+    "replicated_dropout": ReplicatedDropout,
+    "replicated_with_grad_allreduce": ReplicatedWithGradAllReduce,
     "requires": Requires,
+    "rowwise": Rowwise,
+    "rowwise_rep": RowwiseSplitInput,
+    "rowwise_split_input": RowwiseSplitInput,
+    "sequence_parallel": None,  # named by plans of transformers, and not supported yet
+    "shared_bias": SharedBias,
 }
-_ALIASES = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input"}
-# Named by plans of transformers, and not understood yet.
-_LATER = ("sequence_parallel",)
 
 
 def register_style(name: str, style: Style | ParallelStyle) -> None:
@@ -80,7 +72,8 @@ def register_style(name: str, style: Style | ParallelStyle) -> None:
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"a style's name is a non-empty string, got {name!r}.")
-    _STYLES[name] = as_style(style, name)
+    known = as_style(style, name)
+    _STYLES[name] = lambda: known
 
 
 def as_style(value: Style | ParallelStyle, name: str) -> Style:
@@ -102,15 +95,8 @@ def get_style(value: str | Style | ParallelStyle, rule: str) -> Style:
     """
     if not isinstance(value, str):
         return as_style(value, rule)
-    name = _ALIASES.get(value, value)
-    if name in _STYLES:
-        return _STYLES[name]
-    if name in _LATER:
-        raise PlanError(
-            f"tensor-parallel plan: the style `{value}` of `{rule}` is not supported yet. Set `{rule}` to `replicate`."
-        )
     try:
-        spelled = parse(value)
+        spelled = [Spelled(value)] if value in _STYLES else parse(value)
     except ValueError as error:
         raise PlanError(
             f"tensor-parallel plan: the style `{value}` of `{rule}` cannot be read: {error}. Write `style`, "
@@ -121,39 +107,44 @@ def get_style(value: str | Style | ParallelStyle, rule: str) -> Style:
 
 
 def _one_style(part: Spelled, value: str, rule: str) -> Style:
-    name = _ALIASES.get(part.name, part.name)
-    if not part.called and name in _STYLES:
-        return _STYLES[name]
-    if name not in _WITH_ARGUMENTS:
-        if name in _STYLES:
-            raise PlanError(
-                f"tensor-parallel plan: the style `{part.name}` of `{rule}: {value}` takes no arguments. Take the "
-                "parentheses away."
-            )
+    if part.name not in _STYLES:
         raise PlanError(
             f"tensor-parallel plan: unknown style `{part.name}` for `{rule}`.{nearest(part.name, style_names())} "
             f"Allowed: {', '.join(style_names())}."
         )
-    style = _WITH_ARGUMENTS[name]
+    factory = _STYLES[part.name]
+    if factory is None:
+        raise PlanError(
+            f"tensor-parallel plan: the style `{value}` of `{rule}` is not supported yet. Set `{rule}` to `replicate`."
+        )
+    if part.called and not inspect.signature(factory).parameters:
+        raise PlanError(
+            f"tensor-parallel plan: the style `{part.name}` of `{rule}: {value}` takes no arguments. Take the "
+            "parentheses away."
+        )
     try:
-        return build(style, part)
+        return build(factory, part.args, part.kwargs) if part.called else _without_arguments(factory)
     except ValueError as error:
         raise PlanError(
             f"tensor-parallel plan: the arguments of `{part.name}` in `{rule}: {value}` are wrong: {error}. Write "
-            f"`{style.usage}`."
+            f"`{getattr(factory, 'usage', part.name)}`."
         ) from error
+
+
+@functools.cache
+def _without_arguments(factory: Callable[..., Style]) -> Style:
+    """A style is stateless, so one object serves every rule."""
+    return build(factory)
 
 
 def is_known(value: str | Style | ParallelStyle) -> bool:
     """Whether a plan's value is a style or meant to be one with arguments, and not a name that is unknown."""
-    if not isinstance(value, str) or not value.isidentifier():
-        return True
-    return _ALIASES.get(value, value) in {*_STYLES, *_WITH_ARGUMENTS}
+    return not isinstance(value, str) or not value.isidentifier() or _STYLES.get(value) is not None
 
 
 def style_names() -> list[str]:
     """Every name that a plan may use; some take arguments in parentheses."""
-    return sorted({*_STYLES, *_ALIASES, *_WITH_ARGUMENTS})
+    return sorted(name for name, factory in _STYLES.items() if factory is not None)
 
 
 def style_label(value: str | Style | ParallelStyle) -> str:

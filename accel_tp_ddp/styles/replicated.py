@@ -1,4 +1,4 @@
-"""Modules that every rank holds whole."""
+"""Modules with replicated parameters: every rank holds all of them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from .base import Site, Style
 from .forward import ParallelForward
 from .region import Region
 
-__all__ = [
-    "AllReduce",
-    "LocalDropout",
-    "Replicate",
-    "ReplicatedDropout",
-    "ReplicatedWithGradAllReduce",
-]
+__all__ = ["AllReduce", "LocalDropout", "Replicate", "ReplicatedDropout", "ReplicatedWithGradAllReduce"]
 
 
 class Replicate(Style):
-    """Leaves the module as it is: replicated input, weights and output."""
+    """Leaves the module as it is: replicated input, weights and output.
+
+        score: replicate  # nothing is sharded
+
+    Forward and backward: nothing.
+    """
+
+    leaves_alone = True
 
     def bare_layout(self, site: Site, name: str) -> None:
         return None
@@ -31,9 +32,11 @@ class Replicate(Style):
 class ReplicatedWithGradAllReduce(Style):
     """Replicated parameters on sharded activations, such as a norm over each head's queries.
 
+        layers.*.self_attn.q_norm: replicated_with_grad_allreduce  # nothing is sharded
+
     Each rank's gradient covers its own heads only. The sum is taken in the graph, so it happens once for every
-    backward and never for what was accumulated before. Where the module sits beside column-parallel ones, the sum
-    rides on their all-reduce.
+    backward and never for what was accumulated before. Forward: nothing; backward: all-reduce of the parameters'
+    gradients, which rides on that of column-parallel modules beside this one.
     """
 
     partial_gradients = True
@@ -43,7 +46,12 @@ class ReplicatedWithGradAllReduce(Style):
 
 
 class AllReduce(Style):
-    """Sums the module's partial output over the ranks. Forward: all-reduce; backward: nothing."""
+    """Sums the module's partial output over the ranks.
+
+        layers.*.mlp: all_reduce  # of row-parallel layers that do not sum up themselves; nothing is sharded
+
+    Forward: all-reduce; backward: nothing.
+    """
 
     def forward(self, call: ParallelForward, *args, **kwargs):
         return reduce_from_tp(call.mesh, call.inner(*args, **kwargs))
@@ -69,7 +77,10 @@ class LocalDropout(Style):
 class ReplicatedDropout(LocalDropout):
     """Dropout of a replicated tensor: one mask for all ranks, also between column- and row-parallel modules.
 
-    Such as of what all heads share, after the attention's input has entered its projections.
+        encoder.layer.*.attention.self.pos_dropout: replicated_dropout  # nothing is sharded
+
+    Such as of what all heads share, after the attention's input has entered its projections. Forward and backward:
+    nothing.
     """
 
     sharded = False

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["Spelled", "build", "parse"]
 
-_PART = re.compile(r"\s*(?P<name>[A-Za-z_]\w*)\s*(?:\((?P<arguments>[^()]*)\))?\s*")
-_ARGUMENT = re.compile(r"\s*(?:(?P<key>[A-Za-z_]\w*)\s*=)?\s*(?P<value>-?\d+|[A-Za-z_]\w*)\s*")
+_NO_ARGUMENT = "is no name, number or name=value"
 _WORDS = {"true": True, "True": True, "false": False, "False": False}
 
 
@@ -31,34 +30,42 @@ def parse(value: str) -> list[Spelled]:
     Raises:
         ValueError: If it is not spelled as this file's first line says, with the part that is not.
     """
-    return [_part(text) for text in value.split("+")]
+    return [_part(text.strip()) for text in value.split("+")]
 
 
 def _part(text: str) -> Spelled:
-    match = _PART.fullmatch(text)
-    if match is None:
-        raise ValueError(f"`{text.strip()}` is no style's name, with or without arguments in parentheses")
-    inside = match["arguments"]
-    args: list[Any] = []
+    if text.isidentifier():
+        return Spelled(text)
+    refused = f"`{text}` is no style's name, with or without arguments in parentheses"
+    try:
+        call = ast.parse(text, mode="eval").body
+    except SyntaxError as error:
+        start, stop = (error.offset or 0) - 1, (error.end_offset or 0) - 1
+        if "follows keyword argument" in error.msg:
+            refused = f"an argument of `{text}` stands behind a name=value"
+        elif text.endswith(")") and 0 < text.find("(") < start < stop:
+            refused = f"`{text[start:stop]}` {_NO_ARGUMENT}"
+        raise ValueError(refused) from error
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise ValueError(refused)
     kwargs: dict[str, Any] = {}
-    for argument in inside.split(",") if inside and inside.strip() else []:
-        found = _ARGUMENT.fullmatch(argument)
-        if found is None:
-            raise ValueError(f"`{argument.strip()}` is no name, number or name=value")
-        word = found["value"]
-        value = int(word) if word.lstrip("-").isdigit() else _WORDS.get(word, word)
-        if found["key"] is None:
-            if kwargs:
-                raise ValueError(f"`{argument.strip()}` stands behind a name=value")
-            args.append(value)
-        elif found["key"] in kwargs:
-            raise ValueError(f"`{found['key']}` is given twice")
-        else:
-            kwargs[found["key"]] = value
-    return Spelled(match["name"], inside is not None, tuple(args), kwargs)
+    for keyword in call.keywords:
+        if keyword.arg is None or keyword.arg in kwargs:
+            raise ValueError(f"`{keyword.arg}` is given twice" if keyword.arg else f"`**` {_NO_ARGUMENT}")
+        kwargs[keyword.arg] = _value(text, keyword.value)
+    return Spelled(call.func.id, True, tuple(_value(text, node) for node in call.args), kwargs)
 
 
-def build(style: Callable[..., Any], spelled: Spelled) -> Any:
+def _value(text: str, node: ast.expr) -> int | str | bool:
+    word = ast.get_source_segment(text, node) or ""
+    if word.removeprefix("-").isdigit():
+        return int(word)
+    if not word.isidentifier():
+        raise ValueError(f"`{word}` {_NO_ARGUMENT}")
+    return _WORDS.get(word, word)
+
+
+def build(style: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
     """`style(*args, **kwargs)`, its arguments checked by the annotations int and str.
 
     Raises:
@@ -66,7 +73,7 @@ def build(style: Callable[..., Any], spelled: Spelled) -> Any:
     """
     signature = inspect.signature(style, eval_str=True)
     try:
-        bound = signature.bind(*spelled.args, **spelled.kwargs)
+        bound = signature.bind(*args, **(kwargs or {}))
     except TypeError as error:
         raise ValueError(str(error)) from error
     for name, value in bound.arguments.items():

@@ -13,7 +13,12 @@ __all__ = ["TorchStyle"]
 
 
 class TorchStyle(Style):
-    """Wraps a torch `ParallelStyle` object. It leaves DTensor parameters, which are localized with the whole model."""
+    """Wraps a torch `ParallelStyle` object. It leaves DTensor parameters, which are localized with the whole model.
+
+    tp_plan={"lm_head": ColwiseParallel(output_layouts=Replicate())}  # what is sharded, and sent, torch says
+    """
+
+    runs_on_dtensors = True
 
     def __init__(self, style: ParallelStyle):
         self.style = style

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import textwrap
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,8 @@ from typing import Any
 
 import transformers
 
-RESULTS = Path(__file__).parent / "results"
+SAVED = Path(__file__).parent / "results"  # a folder for each version of transformers
+RESULTS = SAVED / transformers.__version__
 ORDER = ("causal", "options", "odd", "planned", "curated", "encoders", "vision")  # of the sections; then others
 Answers = dict[str, dict[str, dict[str, Any]]]  # by case, then by column
 
@@ -29,8 +31,14 @@ def save(group: str, answers: Answers, folder: Path = RESULTS) -> None:
     path.with_suffix(".part").replace(path)
 
 
+def versions() -> list[Path]:
+    """The folders of saved results, the oldest version of transformers first."""
+    folders = filter(Path.is_dir, SAVED.iterdir())
+    return sorted(folders, key=lambda path: [int(part) for part in re.findall(r"\d+", path.name)])
+
+
 def document(groups: dict[str, ModuleType], folder: Path = RESULTS) -> str:
-    """Everything that is saved, one section a group."""
+    """Everything that is saved of the installed transformers, one section a group; of other versions what differs."""
     text = (
         f"Made by `python -m benchmarks.sweep` with transformers {transformers.__version__}: tiny models with random "
         "weights, each sharded on CPU ranks and compared with itself unsharded. What a run has to show, all in fp32, "
@@ -39,7 +47,9 @@ def document(groups: dict[str, ModuleType], folder: Path = RESULTS) -> str:
     lines = ["# Architectures", "", *textwrap.wrap(text, 119), ""]
     lines += _docstring("compare").split("\n\n", 2)[2].splitlines()
     lines += ["", *textwrap.wrap(_LEGEND, 119)]
-    for group in [*filter(groups.__contains__, ORDER), *(group for group in groups if group not in ORDER)]:
+    order = [*filter(groups.__contains__, ORDER), *(group for group in groups if group not in ORDER)]
+    lines += ["", *compared_versions(order)]
+    for group in order:
         answers = load(group, folder)
         if answers:
             lines += ["", *section(groups[group], answers)]
@@ -54,6 +64,26 @@ _LEGEND = (
     "no more. Collectives: how many calls in one forward and in one backward at the first tp. Error: the largest of "
     "all gradients' in our layouts."
 )
+
+
+def compared_versions(groups: list[str]) -> list[str]:
+    """How many cases pass in all of our layouts, by version of transformers, and the names of the others."""
+    lines = ["## Versions of transformers", "", "Cases that pass in all of our layouts.", ""]
+    lines += ["| transformers | group | of | pass | others | only there |", "| --- " * 6 + "|"]
+    answers = {path.name: {group: load(group, path) for group in groups} for path in versions()}
+    for version, by_group in answers.items():
+        for group, own in by_group.items():
+            others = [f"{name} ({kinds})" for name, columns in own.items() if (kinds := _not_passed(columns))]
+            elsewhere = set().union(*(other[group] for name, other in answers.items() if name != version))
+            new = sorted(own.keys() - elsewhere) if elsewhere else []
+            cells = [version, group, str(len(own)), str(len(own) - len(others)), ", ".join(others), ", ".join(new)]
+            lines += [f"| {' | '.join(cells)} |"] if own else []
+    return lines
+
+
+def _not_passed(columns: dict[str, dict[str, Any]]) -> str:
+    kinds = {name: answer["result"] for name, answer in columns.items() if name.startswith("tp")}
+    return ", ".join(f"{kind} at {name}" for name, kind in kinds.items() if kind != "pass")
 
 
 def section(module: ModuleType, answers: Answers) -> list[str]:

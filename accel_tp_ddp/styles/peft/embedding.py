@@ -1,33 +1,37 @@
-"""LoRA of a sharded embedding."""
+"""LoRA of a sharded embedding: y = E[x] + s B A[x].
+
+Ids and vectors are replicated, so the adapters are replicated too, and have their full gradients.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor, nn
 
 from ...core.layout import Layout
 from ...core.shard import shard_info
 from ..base import Site, Style
-from ..embedding import EmbeddingColwise, EmbeddingRowwise
-from ..forward import ParallelForward
 from ..region import Region
-from ..replicated import Replicate
 
-# --- embeddings ------------------------------------------------------------------------------------------------------
+__all__ = ["embedding_lora_style"]
+
+# Those of PEFT's variants of an embedding's LoRA that need no more of the weight than a shard.
+_VARIANTS = ("MiCAEmbeddingVariant",)
 
 
 def embedding_lora_style(site: Site, base: Style, layouts: Mapping[str, Layout]) -> Style:
-    if isinstance(base, Replicate):
-        return Replicate()
+    if base.leaves_alone:
+        return base
     name = site.parameter("base_layer")
-    if not isinstance(base, (EmbeddingRowwise, EmbeddingColwise)):
+    if "embedding" not in base.adapters:
         raise site.error(
             f"the adapters of `{name}` cannot follow its style {type(base).__name__}.",
             "Use an embedding's style of this package, or set it to `replicate`.",
         )
     for adapter, variant in site.module.lora_variant.items():
-        if type(variant).__name__ not in _EMBEDDING_VARIANTS:
+        if type(variant).__name__ not in _VARIANTS:
             raise site.error(
                 f"the adapter {adapter!r} of the embedding `{name}` is a {type(variant).__name__}, which needs the "
                 "whole weight.",
@@ -36,42 +40,26 @@ def embedding_lora_style(site: Site, base: Style, layouts: Mapping[str, Layout])
     return EmbeddingLora()
 
 
-_EMBEDDING_VARIANTS = ("MiCAEmbeddingVariant",)
-
-
 class EmbeddingLora(Style):
     """LoRA of an embedding of which each rank holds a part. Forward and backward: nothing."""
 
-    def calls(self, site: Site) -> list[ParallelForward]:
-        return []
-
     def apply(self, site: Site, region: Region) -> None:
-        site.module.get_delta_weight = DeltaOfShard(site.module)
-        site.module.unmerge = UnmergeShard(site.module)
+        layer = site.module
+        layer.get_delta_weight, layer.unmerge = partial(delta_of_shard, layer), partial(unmerge_shard, layer)
 
 
-class DeltaOfShard:
-    """`get_delta_weight` for merging: this rank's part. An object, so that it is copied with its layer."""
-
-    def __init__(self, layer: nn.Module):
-        self.layer = layer
-
-    def __call__(self, adapter: str) -> Tensor:
-        delta = type(self.layer).get_delta_weight(self.layer, adapter)
-        info = shard_info(self.layer.get_base_layer()._parameters["weight"])
-        return delta if info is None else info.local_part(delta)
+def delta_of_shard(layer: nn.Module, adapter: str) -> Tensor:
+    """`get_delta_weight` for merging: this rank's part."""
+    delta = type(layer).get_delta_weight(layer, adapter)
+    info = shard_info(layer.get_base_layer()._parameters["weight"])
+    return delta if info is None else info.local_part(delta)
 
 
-class UnmergeShard:
-    """`unmerge`, which may come within a forward, where reading the weight of the module inside gives a whole one."""
-
-    def __init__(self, layer: nn.Module):
-        self.layer = layer
-
-    def __call__(self) -> None:
-        call = self.layer.get_base_layer().__dict__["forward"]
-        call.idle = True
-        try:
-            type(self.layer).unmerge(self.layer)
-        finally:
-            call.idle = False
+def unmerge_shard(layer: nn.Module) -> None:
+    """`unmerge`, which may come within a forward, where reading the weight of the module inside gives the full one."""
+    call = layer.get_base_layer().__dict__["forward"]
+    call.idle = True
+    try:
+        type(layer).unmerge(layer)
+    finally:
+        call.idle = False

@@ -1,4 +1,13 @@
-"""LoRA of a stack of experts' weights."""
+"""LoRA of a stack of experts' weights.
+
+PEFT computes with W + s B_e A_e for each expert e, with W `[experts, out, in]` (or transposed), A `[r * experts, in]`
+and B `[out, r * experts]`:
+
+| W is cut over | A                          | B                          | backward, besides that of the experts   |
+| ------------- | -------------------------- | -------------------------- | --------------------------------------- |
+| `out`         | replicated, grad. partial  | cut over `out`, as W       | one small all-reduce of the gradient of A |
+| `in`          | cut over `in`, as W        | replicated, grad. partial  | one small all-reduce of the gradient of B |
+"""
 
 from __future__ import annotations
 
@@ -7,20 +16,18 @@ from contextlib import ExitStack
 
 from ...core.layout import Layout
 from ..base import Site, Style
-from ..experts import Experts
 from ..forward import ParallelForward
 from ..region import Region
-from ..replicated import Replicate
 from .lora import CutAdapter, OfParts, PartialAdapter, parts_of
 
-# --- experts ---------------------------------------------------------------------------------------------------------
+__all__ = ["experts_lora_style"]
 
 
 def experts_lora_style(site: Site, base: Style, layouts: Mapping[str, Layout]) -> Style:
-    if isinstance(base, Replicate):
-        return Replicate()
+    if base.leaves_alone:
+        return base
     name = site.module.parameter_name
-    if not isinstance(base, Experts) or name not in layouts or site.module.get_param().ndim != 3:
+    if "experts" not in base.adapters or name not in layouts or site.module.get_param().ndim != 3:
         raise site.error(
             f"the adapters of the parameter `{site.parameter(f'base_layer.{name}')}` (target_parameters) cannot "
             f"follow its style {type(base).__name__}.",

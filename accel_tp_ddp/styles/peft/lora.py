@@ -4,8 +4,8 @@ The style of the base layer runs around the base layer and its adapters together
 
 | base          | A                          | B                          | forward and backward       |
 | ------------- | -------------------------- | -------------------------- | -------------------------- |
-| column-wise   | whole, gradient partial    | cut over `out`, as W       | as without adapters        |
-| row-wise      | cut over `in`, as W        | whole, gradient partial    | as without adapters        |
+| column-wise   | replicated, grad. partial  | cut over `out`, as W       | as without adapters        |
+| row-wise      | cut over `in`, as W        | replicated, grad. partial  | as without adapters        |
 
 Column-wise: rank k computes W_k x + s B_k (A x), and the gradients of x and A are sums over the ranks. Row-wise: the
 sum over the ranks of W_k x_k + s B (A_k x_k) is y, so one all-reduce serves both terms, and the gradient of B is a sum
@@ -14,7 +14,7 @@ beside them make in any case, so adapters add no collective.
 
 DoRA (arXiv:2402.09353): y = m / |W + s B A| * (W x + s B A x) with m [out] and the norm of each row [out], through
 which no gradient goes. m is cut where B is cut, and its gradient is partial where B's is. A column-parallel rank holds
-whole rows, and so their norms; row-parallel ones sum up the squares of their parts, one small all-reduce a forward.
+full rows, and so their norms; row-parallel ones sum up the squares of their parts, one small all-reduce a forward.
 """
 
 from __future__ import annotations
@@ -30,12 +30,10 @@ from ...core.layout import Layout
 from ..base import Site, Style
 from ..conv1d import output_dim
 from ..forward import ParallelForward
-from ..latent_attention import LatentKeyValueDown
-from ..linear import Colwise, Rowwise
 from ..region import Region
-from ..replicated import LocalDropout, Replicate, ReplicatedDropout, ReplicatedWithGradAllReduce
+from ..replicated import LocalDropout, ReplicatedDropout, ReplicatedWithGradAllReduce
 
-__all__ = ["LayerForward", "lora_style"]
+__all__ = ["CutAdapter", "OfParts", "PartialAdapter", "lora_style", "parts_of"]
 
 # Those of PEFT's variants of LoRA that compute nothing but rows of W, A and B with a shard, DoRA's norm apart.
 _VARIANTS = ("ALoraLinearVariant", "DoraLinearVariant", "MiCALinearVariant")
@@ -52,17 +50,17 @@ def lora_style(site: Site, base: Style, layouts: Mapping[str, Layout]) -> Style:
     Raises:
         PlanError: If the adapters cannot follow that style, or are of a variant that computes otherwise.
     """
-    if isinstance(base, Replicate):
-        return WholeLora()
-    if isinstance(base, LatentKeyValueDown):
-        return EnclosedLora()
+    if base.leaves_alone:
+        return ReplicatedLora()
     name = site.parameter("base_layer")
-    if not isinstance(base, (Colwise, Rowwise)) or "weight" not in layouts:
+    if "linear" not in base.adapters:
         raise site.error(
             f"the adapters of `{name}` cannot follow its style {type(base).__name__}.",
             "Use a column-wise or row-wise style of this package, set it to `replicate`, or leave the module out of "
             "target_modules.",
         )
+    if "weight" not in layouts:
+        return EnclosedLora()
     for adapter, variant in site.module.lora_variant.items():
         if type(variant).__name__ not in _VARIANTS:
             raise site.error(
@@ -73,18 +71,15 @@ def lora_style(site: Site, base: Style, layouts: Mapping[str, Layout]) -> Style:
     return ShardedLora(layouts["weight"], outputs=layouts["weight"].dim == output_dim(site.module.base_layer))
 
 
-class WholeLora(Style):
+class ReplicatedLora(Style):
     """A LoRA layer around a replicated module: the adapters are replicated too."""
-
-    def calls(self, site: Site) -> list[ParallelForward]:
-        return []
 
     def apply(self, site: Site, region: Region) -> None:
         for dropout in dropouts(site.module):
             ReplicatedDropout().install(dropout, region, {})
 
 
-class EnclosedLora(WholeLora):
+class EnclosedLora(ReplicatedLora):
     """A LoRA layer around a replicated module whose style works on what comes out: it takes the adapters' part too."""
 
     def apply(self, site: Site, region: Region) -> None:
@@ -229,7 +224,7 @@ class LayerForward(ParallelForward):
         base = self.base_call
         super().__init__(layer.base_layer, base.style, base.region, base.shards, base.facts)
         self.layer = layer
-        self._inner = layer.__dict__.get("forward")
+        self.wrapped = layer.__dict__.get("forward")
         self._rest: tuple = ((), {})
 
     def __call__(self, x: Tensor, *args, **kwargs):
@@ -243,8 +238,8 @@ class LayerForward(ParallelForward):
 
     def inner(self, x: Tensor):
         args, kwargs = self._rest
-        if self._inner is not None:
-            return self._inner(x, *args, **kwargs)
+        if self.wrapped is not None:
+            return self.wrapped(x, *args, **kwargs)
         return type(self.layer).forward(self.layer, x, *args, **kwargs)
 
     def __getstate__(self) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +11,16 @@ from torch import Tensor, nn
 from ...core.layout import Layout
 from ...core.shard import shard_info
 from ..base import Site, Style
-from ..embedding import EmbeddingColwise, EmbeddingRowwise
-from ..forward import ParallelForward
-from ..linear import ColwiseGatherOutput
 from ..region import Region
-from ..replicated import Replicate
 
-# --- trained tokens --------------------------------------------------------------------------------------------------
+__all__ = ["trained_tokens_style"]
 
 
 def trained_tokens_style(site: Site, base: Style, layouts: Mapping[str, Layout]) -> Style:
-    if isinstance(base, Replicate):
-        return Replicate()
+    if base.leaves_alone:
+        return base
     inside = site.module.get_base_layer()
-    if not isinstance(base, (EmbeddingRowwise, EmbeddingColwise, ColwiseGatherOutput)) or not all(
-        layout.contiguous for layout in layouts.values()
-    ):
+    if "tokens" not in base.adapters or not all(layout.contiguous for layout in layouts.values()):
         raise site.error(
             f"the trained tokens of `{site.parameter('base_layer')}` cannot follow its style {type(base).__name__}.",
             "Use an embedding's style (of a head: `colwise_gather_output`), or set it to `replicate`.",
@@ -50,24 +45,9 @@ class TrainedTokens(Style):
     Forward: the rows in the place of what the module gives for these tokens; backward: nothing.
     """
 
-    def calls(self, site: Site) -> list[ParallelForward]:
-        return []
-
     def apply(self, site: Site, region: Region) -> None:
-        layer = site.module
-        for name in ("forward_adapters", "merge", "unmerge", "get_merged_weights"):
-            setattr(layer, name, OnShards(layer, name))
-
-
-class OnShards:
-    """A method of PEFT's layer of trained tokens, on this rank's part of the weight."""
-
-    def __init__(self, layer: nn.Module, name: str):
-        self.layer = layer
-        self.name = name
-
-    def __call__(self, *args, **kwargs):
-        return _ON_SHARDS[self.name](self.layer, *args, **kwargs)
+        for name, method in _ON_SHARDS.items():
+            setattr(site.module, name, partial(method, site.module))
 
 
 def _forward_tokens(layer: nn.Module, x: Tensor, active_adapters: list[str], *args, **kwargs) -> Tensor:
@@ -93,7 +73,7 @@ def _forward_tokens(layer: nn.Module, x: Tensor, active_adapters: list[str], *ar
 
 
 def _merged(layer: nn.Module, rows_of: Mapping[str, Tensor], adapters: list[str], weight: Tensor) -> Tensor:
-    """`weight`, whole or this rank's part of it, with `rows_of` the adapters in the place of its own."""
+    """`weight`, full or this rank's part of it, with `rows_of` the adapters in the place of its own."""
     info = shard_info(layer.get_base_layer()._parameters["weight"])
     if info is None or not info.is_sharded or weight.shape == info.global_shape:
         start, stop, columns = 0, weight.size(0), slice(None)
@@ -133,6 +113,7 @@ def _merged_weights(layer: nn.Module, active_adapters: list[str]) -> Tensor:
     return _merged(layer, layer.trainable_tokens_delta, active_adapters, layer.base_layer.weight)
 
 
+# Methods of PEFT's layer of trained tokens, on this rank's part of the weight.
 _ON_SHARDS: dict[str, Callable] = {
     "forward_adapters": _forward_tokens,
     "merge": _merge_tokens,

@@ -1,0 +1,390 @@
+"""`transformers.Trainer` under the plugin does what it does under plain DDP: logs, counts, checkpoints, resuming."""
+
+import atexit
+import json
+import multiprocessing
+import shutil
+import tempfile
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from accel_tp_ddp import TensorParallelDDPPlugin
+from accel_tp_ddp.core import store
+from accel_tp_ddp.plugin import trainer
+
+from ..helpers.compare import assert_tensors_close
+from ..helpers.models import VOCABULARY, build_model
+from ..helpers.ranks import RanksError, run_on_ranks
+
+PAD = 0
+TIMES = ("runtime", "per_second", "preparation_time", "step_time")
+
+
+def rows(count, seed=0, uneven=True):
+    """Token ids of uneven length, each with its labels; the first third of each row is a prompt, not to be learned."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, VOCABULARY, (count, 16), generator=generator)
+    lengths = torch.randint(6, 17, (count,), generator=generator) if uneven else torch.full((count,), 16)
+    samples = [row[:length] for row, length in zip(tokens, lengths)]
+    return [
+        {"input_ids": ids.tolist(), "labels": [-100] * (len(ids) // 3) + ids[len(ids) // 3 :].tolist()}
+        for ids in samples
+    ]
+
+
+def collate(samples, most=None):
+    if most is not None and len(samples) > most:
+        raise RuntimeError("CUDA out of memory.")  # what Trainer takes for a sign to try less
+    longest = max(len(sample["input_ids"]) for sample in samples)
+
+    def padded(key, value):
+        return torch.tensor([sample[key] + [value] * (longest - len(sample[key])) for sample in samples])
+
+    mask = padded("input_ids", PAD) != PAD
+    return {"input_ids": padded("input_ids", PAD), "labels": padded("labels", -100), "attention_mask": mask.long()}
+
+
+class Streamed(torch.utils.data.IterableDataset):
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        return iter(self.samples)
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Each sample is drawn anew from torch's random state, as augmentation in a worker does it."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        ids = torch.randint(1, VOCABULARY, (12,)).tolist()
+        return {"input_ids": ids, "labels": ids}
+
+
+def accuracy(prediction):
+    logits, labels = prediction.predictions, prediction.label_ids
+    counted = labels[:, 1:] != -100
+    hits = (logits.argmax(-1)[:, :-1] == labels[:, 1:]) & counted
+    return {"accuracy": hits.sum() / counted.sum(), "rows": len(labels), "labels": int(labels[labels != -100].sum())}
+
+
+def smooth_loss(outputs, labels, num_items_in_batch=None):
+    logits = outputs["logits"][:, :-1].flatten(0, 1)
+    total = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    return total / num_items_in_batch
+
+
+@dataclass(frozen=True)
+class Case:
+    """TrainingArguments, and what else a script gives to its Trainer."""
+
+    arguments: dict = field(default_factory=dict)
+    model: str = "llama"
+    train_rows: int = 27
+    uneven: bool = True  # rows of different length; Accelerate's own dispatching refuses those
+    data: type | None = None
+    metrics: bool = False
+    compute_loss: bool = False
+    before: bool = False  # evaluates before it trains
+    lora: bool = False
+    most_samples: int | None = None  # that fit into memory
+    weights: float = 1e-3
+    rounded: float = 2e-4
+
+
+def make_trainer(tp, folder, case):
+    from transformers import Trainer, TrainingArguments, set_seed
+
+    set_seed(0)
+    train_data, eval_data = rows(case.train_rows, 1, case.uneven), rows(27, 2)
+    arguments = {
+        "output_dir": folder,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "max_steps": 5,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.5,
+        "include_num_input_tokens_seen": "non_padding",
+        **case.arguments,
+    }
+    arguments["parallelism_config"] = TensorParallelDDPPlugin(tp_size=tp) if tp else None
+    model = build_model(case.model)
+    if case.lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM"))
+    return Trainer(
+        model,
+        TrainingArguments(**arguments),
+        train_dataset=case.data(train_data) if case.data else train_data,
+        eval_dataset=eval_data,
+        data_collator=partial(collate, most=case.most_samples),
+        compute_metrics=accuracy if case.metrics else None,
+        compute_loss_func=smooth_loss if case.compute_loss else None,
+    )
+
+
+def run(tp, folder, case, resume=None, without=None):
+    """Train, evaluate, predict and save; what the trainer has logged and counted, on every rank.
+
+    Without the mend of that name, if one is given.
+    """
+    multiprocessing.current_process()._config["daemon"] = False  # or a rank could not start data workers
+    trainer = make_trainer(tp, folder, case)
+    if without is None:
+        return _run(trainer, folder, case, resume)
+    stock = transformers.Trainer._accel_tp_ddp_stock[without]
+    with mock.patch.object(transformers.Trainer, without, stock), mock.patch.object(store, "PEERS_TIMEOUT", 1.0):
+        return _run(trainer, folder, case, resume)
+
+
+def _run(trainer, folder, case, resume):
+    first = trainer.evaluate() if case.before else None
+    trainer.train(resume_from_checkpoint=resume)
+    last = trainer.evaluate()
+    predicted = trainer.predict(rows(7, 3)).predictions if case.metrics else None
+    trainer.save_model(f"{folder}/final")
+    state = trainer.state
+    trainer.accelerator.wait_for_everyone()
+    return {
+        "logs": [_untimed(row) for row in state.log_history],
+        "evaluated": [_untimed(metrics) for metrics in (first, last) if metrics],
+        "predicted": predicted,
+        "counts": (state.global_step, state.num_input_tokens_seen, state.total_flos, state.epoch),
+        "batch": trainer.get_total_train_batch_size(trainer.args),
+    }
+
+
+def _untimed(metrics):
+    return {name: value for name, value in metrics.items() if not any(time in name for time in TIMES)}
+
+
+def assert_same(actual, expected, relative):
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.keys() == theirs.keys(), f"{ours} against {theirs}"
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=relative, abs=1e-7), f"{name} in {ours} against {theirs}"
+
+
+def assert_same_checkpoint(ours, theirs, tolerance=1e-3):
+    """The same files, and in them the same weights, optimizer state and counts."""
+    ours, theirs = Path(ours), Path(theirs)
+    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+    for weights in theirs.glob("*.safetensors"):
+        assert_tensors_close(load_file(ours / weights.name), load_file(weights), tolerance)
+    if (theirs / "config.json").exists():
+        assert json.loads((ours / "config.json").read_text()) == json.loads((theirs / "config.json").read_text())
+    if (theirs / "optimizer.pt").exists():
+        got, wanted = (torch.load(folder / "optimizer.pt", weights_only=True) for folder in (ours, theirs))
+        assert got["param_groups"] == wanted["param_groups"] and got["state"].keys() == wanted["state"].keys()
+        for index, state in wanted["state"].items():
+            ours, theirs = ({k: torch.as_tensor(v) for k, v in s.items()} for s in (got["state"][index], state))
+            assert_tensors_close(ours, theirs, tolerance)
+
+
+@cache
+def plain(case_name, dp=2):
+    """What a case gives under plain DDP, and the folder it wrote. Computed once a session."""
+    folder = tempfile.mkdtemp(prefix="plain_ddp_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    # Plain DDP never wraps a model that was evaluated before training, so there the reference is not evaluated then.
+    case = replace(CASES[case_name], before=False)
+    return run_on_ranks(run, dp, None, folder, case), Path(folder)
+
+
+def assert_invisible(case_name, folder, dp=2, **options):
+    case, (theirs, reference) = CASES[case_name], plain(case_name, dp)
+    ours = run_on_ranks(run, 2 * dp, 2, str(folder), case, **options)
+    for rank, got in enumerate(ours):
+        wanted = theirs[rank // 2]
+        assert len(wanted["logs"]) > 4 and wanted["logs"][0].keys() & {"loss", "eval_loss"}
+        assert_same(got["logs"], wanted["logs"], case.rounded)
+        assert_same(got["evaluated"][1 if case.before else 0 :], wanted["evaluated"], case.rounded)
+        assert got["counts"] == pytest.approx(wanted["counts"], rel=1e-9) and got["batch"] == wanted["batch"]
+        if case.metrics:
+            assert got["predicted"].shape == wanted["predicted"].shape == (7, *wanted["predicted"].shape[1:])
+            assert torch.allclose(torch.tensor(got["predicted"]), torch.tensor(wanted["predicted"]), atol=1e-3)
+    assert_same_checkpoint(folder / "final", reference / "final", case.weights)
+    saved = {path.name for path in reference.glob("checkpoint-*")}
+    assert {path.name for path in folder.glob("checkpoint-*")} == saved
+    assert bool(saved) == (case.arguments.get("save_strategy") == "steps")
+    for name in saved:
+        assert_same_checkpoint(folder / name, reference / name)
+
+
+WORST_AT_THE_END = {"load_best_model_at_end": True, "greater_is_better": True}  # the best would be the last
+CASES = {
+    "base": Case({"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}),
+    "accumulation": Case({"gradient_accumulation_steps": 2, "num_train_epochs": 2, "max_steps": -1}, train_rows=22),
+    "tokens counted on each device": Case({"average_tokens_across_devices": False}),
+    "grouped by length": Case({"train_sampling_strategy": "group_by_length"}),
+    "rebalanced batches": Case({"train_sampling_strategy": "batch_rebalance"}, train_rows=40),
+    "streaming": Case(data=Streamed, uneven=False),
+    "two workers": Case({"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "fork"}, data=Augmented),
+    "metrics": Case({"eval_strategy": "steps", "eval_steps": 2}, metrics=True),
+    "evaluation on start": Case({"eval_on_start": True}),
+    "best model at the end": Case(
+        {
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            **WORST_AT_THE_END,
+        }
+    ),
+    "gradient checkpointing": Case({"gradient_checkpointing": True}),
+    "adafactor": Case({"optim": "adafactor"}),
+    "label smoothing": Case({"label_smoothing_factor": 0.1}),
+    "own loss": Case({"gradient_accumulation_steps": 2}, compute_loss=True),
+    "no clipping": Case({"max_grad_norm": 0.0}),
+    "only the model saved": Case({"save_strategy": "steps", "save_steps": 4, "save_only_model": True}),
+    "evaluated before training": Case(before=True),
+    "LoRA": Case(
+        {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, **WORST_AT_THE_END},
+        lora=True,
+    ),
+    "bf16": Case({"bf16": True}, rounded=2e-2, weights=3e-2),
+    "a batch size that fits": Case(
+        {"per_device_train_batch_size": 8, "auto_find_batch_size": True, "eval_strategy": "no"}, most_samples=6
+    ),
+    "compiled": Case({"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3}, uneven=False),
+    "noise on the embeddings": Case({"neftune_noise_alpha": 5.0}),
+}
+
+
+SLOW = {"compiled"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
+def test_a_run_is_that_of_plain_ddp(name, tmp_path):
+    assert_invisible(name, tmp_path)
+
+
+def test_one_replica_is_a_single_process(tmp_path):
+    assert_invisible("base", tmp_path, dp=1)
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+# The state of torch's generators decides over the noise, so it shows whether that was saved and restored.
+RESUMED = {"save_strategy": "steps", "save_steps": 3, "neftune_noise_alpha": 5.0, "lr_scheduler_type": "constant"}
+RANKS_AND_TP = {"plain DDP": (2, None), "tp2 x dp2": (4, 2)}
+
+
+def steps_logged(layout, folder, steps, **options):
+    """What each replica's first rank logs at each step, and in the evaluation at the end."""
+    ranks, tp = RANKS_AND_TP[layout]
+    results = run_on_ranks(run, ranks, tp, str(folder), Case({**RESUMED, "max_steps": steps}), **options)
+    return [[row for row in result["logs"] if "train_loss" not in row] for result in results[:: tp or 1]]
+
+
+@cache
+def uninterrupted():
+    with tempfile.TemporaryDirectory() as folder:
+        return steps_logged("plain DDP", folder, 6)
+
+
+def assert_resumes(before, after, folder, **options):
+    """Train to step 3 in one layout, and go on in another, with all objects made anew."""
+    steps_logged(before, folder, 3)
+    resumed = steps_logged(after, folder, 6, resume=f"{folder}/checkpoint-3", **options)
+    for logs, expected in zip(resumed, uninterrupted(), strict=True):
+        assert len(expected) == 7
+        assert_same(logs, expected, 2e-4)
+
+
+@pytest.mark.parametrize(
+    "before, after", [("tp2 x dp2", "tp2 x dp2"), ("plain DDP", "tp2 x dp2"), ("tp2 x dp2", "plain DDP")]
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(before, after, tmp_path):
+    assert_resumes(before, after, tmp_path)
+
+
+# --- teeth -----------------------------------------------------------------------------------------------------------
+
+# What shows that a mend is needed: the case that is off without it.
+NEEDED_BY = {
+    "_get_dataloader": "two workers",
+    "_get_num_items_in_batch": "tokens counted on each device",
+    "_track_num_input_tokens": "base",
+    "store_flos": "base",
+    "train": "evaluated before training",
+    "_save": "base",
+    "_save_optimizer_and_scheduler": "base",
+    "_save_rng_state": "base",
+}
+
+
+def test_each_mend_is_tried():
+    others = {"_load_rng_state", "hyperparameter_search", "evaluation_loop"}  # seen further down
+    assert NEEDED_BY.keys() | others == trainer._MENDS["transformers.trainer", "Trainer"].keys()
+
+
+@pytest.mark.parametrize("mend", NEEDED_BY)
+def test_without_a_mend_the_run_is_another(mend, tmp_path):
+    with pytest.raises((AssertionError, RanksError)):
+        assert_invisible(NEEDED_BY[mend], tmp_path, without=mend)
+
+
+def test_without_the_replicas_random_state_a_resumed_run_is_another(tmp_path):
+    with pytest.raises(AssertionError):
+        assert_resumes("tp2 x dp2", "tp2 x dp2", tmp_path, without="_load_rng_state")
+
+
+def searched(folder):
+    make_trainer(2, folder, Case()).hyperparameter_search(backend="optuna", n_trials=1)
+
+
+def test_a_hyperparameter_search_is_refused(tmp_path):
+    for raised in run_on_ranks(searched, 2, str(tmp_path), expect_raise=True):
+        assert raised.type_name == "NotImplementedError" and "tp_size=2" in raised.message
+
+
+# --- generation in evaluation ----------------------------------------------------------------------------------------
+
+
+def generated(tp, folder):
+    """Greedy and sampled, by the trainer that generates in evaluation."""
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
+
+    set_seed(0)
+    results = []
+    for sampled in (False, True):
+        arguments = Seq2SeqTrainingArguments(
+            folder,
+            per_device_eval_batch_size=2,
+            predict_with_generate=True,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            parallelism_config=TensorParallelDDPPlugin(tp_size=tp) if tp else None,
+        )
+        data = [{"input_ids": row["input_ids"][:6], "labels": row["input_ids"][:6]} for row in rows(7, 5)]
+        trainer = Seq2SeqTrainer(build_model("qwen3"), arguments, data_collator=collate, eval_dataset=data)
+        prediction = trainer.predict(data, max_new_tokens=6, do_sample=sampled, pad_token_id=PAD)
+        results.append(prediction.predictions.tolist())
+    return results
+
+
+def test_predictions_that_are_generated_are_those_of_plain_ddp(tmp_path):
+    expected = run_on_ranks(generated, 2, None, str(tmp_path))
+    assert len(expected[0][0]) == 8 and expected[0][0] != expected[0][1]  # upstream, with one to fill up the batch
+    for results in run_on_ranks(generated, 4, 2, str(tmp_path)):
+        assert results == expected[0]

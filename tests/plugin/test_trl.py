@@ -1,0 +1,162 @@
+"""TRL's trainers under the plugin log what they log under plain DDP."""
+
+import pytest
+import torch
+
+from accel_tp_ddp import TensorParallelDDPPlugin
+
+from ..helpers.compare import assert_tensors_close
+from ..helpers.models import VOCABULARY, build_model
+from ..helpers.ranks import RanksError, run_on_ranks
+from .test_trainer import _untimed, assert_same
+
+pytest.importorskip("trl")
+
+WORDS = [f"w{index}" for index in range(VOCABULARY - 3)]
+ROWS = 27
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: index + 3 for index, word in enumerate(WORDS)}
+    words.update({"<pad>": 0, "<eos>": 1, "<unk>": 2})
+    bare = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def dataset(*columns):
+    """Texts of uneven length, seeded; all but a prompt begin with a space, as completions do."""
+    from datasets import Dataset
+
+    generator = torch.Generator().manual_seed(1)
+
+    def text(name):
+        count = 4 if name == "prompt" else int(torch.randint(3, 9, (), generator=generator))
+        return " ".join(WORDS[i] for i in torch.randint(0, 60, (count,), generator=generator))
+
+    return Dataset.from_list(
+        [{name: ("" if name in ("prompt", "text") else " ") + text(name) for name in columns} for _ in range(ROWS)]
+    )
+
+
+def reward(completions, **kwargs):
+    return [
+        sum(completion.count(word) for word in ("w1", "w2", "w3")) + len(completion) / 50 for completion in completions
+    ]
+
+
+def make_trainer(kind, tp, folder):
+    import trl
+    from transformers import AutoModelForSequenceClassification, set_seed
+
+    set_seed(0)
+    model = build_model("llama")
+    arguments = {
+        "output_dir": folder,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.5,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "parallelism_config": TensorParallelDDPPlugin(tp_size=tp) if tp else None,
+    }
+    shared = {"processing_class": tokenizer()}
+    if kind.startswith("SFT"):
+        data = dataset("prompt", "completion") if "completions" in kind else dataset("text")
+        arguments |= {"max_length": 16, "packing": "packed" in kind}
+        if "LoRA" in kind:
+            from peft import LoraConfig
+
+            shared["peft_config"] = LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")
+        return trl.SFTTrainer(model, trl.SFTConfig(**arguments), train_dataset=data, eval_dataset=data, **shared)
+    if kind == "reward":
+        model.config.num_labels, model.config.pad_token_id = 1, 0
+        set_seed(0)
+        model = AutoModelForSequenceClassification.from_config(model.config)
+        data = dataset("chosen", "rejected")
+        return trl.RewardTrainer(model, trl.RewardConfig(**arguments), train_dataset=data, eval_dataset=data, **shared)
+    if kind == "DPO":
+        data, reference = dataset("prompt", "chosen", "rejected"), build_model("llama")
+        config = trl.DPOConfig(**arguments)
+        return trl.DPOTrainer(model, reference, config, train_dataset=data, eval_dataset=data, **shared)
+    model.config._name_or_path = f"{folder}/model"  # from where GRPO loads its reference model
+    arguments |= {"num_generations": 8 if "over replicas" in kind else 4, "max_completion_length": 6, "beta": 0.1}
+    arguments["gradient_accumulation_steps"] = 2 if "over replicas" in kind else 1
+    return trl.GRPOTrainer(model, reward, trl.GRPOConfig(**arguments), train_dataset=dataset("prompt"), **shared)
+
+
+@pytest.fixture
+def folder_with_model(tmp_path):
+    build_model("llama").save_pretrained(tmp_path / "model")
+    return str(tmp_path)
+
+
+def run(kind, tp, folder):
+    trainer = make_trainer(kind, tp, folder)
+    trainer.train()
+    if not kind.startswith("GRPO"):
+        trainer.evaluate()
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return [_untimed(row) for row in trainer.state.log_history], {name: w.clone() for name, w in weights.items()}
+
+
+KINDS = ["SFT", "SFT packed", "SFT completions", "SFT LoRA", "DPO", "reward", "GRPO", "GRPO, a group over replicas"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_is_that_of_plain_ddp(kind, folder_with_model):
+    plain = run_on_ranks(run, 2, kind, None, folder_with_model)
+    ours = run_on_ranks(run, 4, kind, 2, folder_with_model)
+    for rank, (logs, weights) in enumerate(ours):
+        expected, expected_weights = plain[rank // 2]
+        assert sum("loss" in row for row in expected) == 3
+        assert_same(logs, expected, 5e-4)
+        if rank == 0:
+            assert_tensors_close(weights, expected_weights, 1e-3)
+
+
+def run_without_whole_reads(kind, tp, folder):
+    from unittest import mock
+
+    from accel_tp_ddp.styles import base
+
+    with mock.patch.object(base, "read_full", lambda module, call: None):
+        return run(kind, tp, folder)
+
+
+def test_without_whole_reads_the_loss_of_trl_is_another(folder_with_model):
+    plain = run_on_ranks(run, 2, "SFT", None, folder_with_model)
+    with pytest.raises((AssertionError, RanksError)):
+        ours = run_on_ranks(run_without_whole_reads, 4, "SFT", 2, folder_with_model)
+        assert_same(ours[0][0], plain[0][0], 5e-3)
+
+
+def run_without(mends, tp, folder):
+    from unittest import mock
+
+    import trl
+
+    trainer = make_trainer("GRPO, a group over replicas", tp, folder)
+    stock = trl.GRPOTrainer._accel_tp_ddp_stock
+    with mock.patch.multiple(trl.GRPOTrainer, **{name: stock[name] for name in mends}):
+        trainer.train()
+    return [_untimed(row) for row in trainer.state.log_history]
+
+
+@pytest.mark.parametrize(
+    "mends", [("get_train_dataloader",), ("_generate_and_score_completions",), ("_compute_loss",)], ids=lambda m: m[0]
+)
+def test_without_a_mend_grpo_is_another(mends, folder_with_model):
+    plain = run_on_ranks(run, 2, "GRPO, a group over replicas", None, folder_with_model)
+    with pytest.raises((AssertionError, RanksError)):
+        assert_same(run_on_ranks(run_without, 4, mends, 2, folder_with_model)[0], plain[0][0], 5e-3)
