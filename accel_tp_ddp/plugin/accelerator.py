@@ -95,6 +95,7 @@ class _Hooks:
     def prepare(
         self, stock: Callable, accelerator: Accelerator, /, *args: Any, device_placement: list[bool] | None = None
     ) -> Any:
+        """Mesh -> plan -> shard -> localize -> optimizer, and then Accelerate's own: DDP over the replicas."""
         models = [arg for arg in args if isinstance(arg, nn.Module) and not _is_prepared(arg)]
         optimizers = [arg for arg in args if isinstance(arg, Optimizer) and not _is_prepared(arg)]
         self._shard(models, optimizers)
