@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from .checkpoint.merge import merge
 from .core.errors import BadInputError, CheckpointError, PlanError
+from .plugin.overrides import as_markdown, as_rows
 
 __all__ = ["BAD_INPUT", "CHECK_FAILED", "main"]
 
@@ -36,12 +37,27 @@ def _add_merge(commands: Any) -> None:
     parser.add_argument("--model", type=int, metavar="N", help="which model, where the state holds several: 0, ...")
     parser.add_argument("--config", type=Path, help="folder or config.json of the model, for states without one")
     parser.add_argument("--no-verify", action="store_true", help="do not compare checksums first")
-    parser.set_defaults(run=_merge, text="{out}: {kind}, {tensors} tensors, {bytes:,} bytes in {files} files".format)
+    parser.set_defaults(run=_merge, text=_merged)
 
 
 def _merge(args: argparse.Namespace) -> dict[str, Any]:
     sizes = {"max_shard_size": args.max_shard_size, "model": args.model, "config": args.config}
     return merge(args.state, args.out, **sizes, verify=not args.no_verify, progress=True)
+
+
+def _merged(result: dict[str, Any]) -> str:
+    counts = {name: len(value) if isinstance(value, list) else value for name, value in result.items()}
+    return "{out}: {kind}, {tensors} tensors, {bytes:,} bytes in {files} files".format(**counts)
+
+
+def _add_overrides(commands: Any) -> None:
+    text = "list what this package replaces in Accelerate, transformers, TRL and PEFT, and why"
+    parser = commands.add_parser("overrides", help=text, description=text)
+    parser.set_defaults(run=_overrides, text=lambda result: as_markdown())
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    return {"overrides": as_rows()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="accel-tp-ddp", description="Tools for tensor parallelism inside plain DDP.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_merge(commands)
+    _add_overrides(commands)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     try:
@@ -59,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(BAD_INPUT, error, "--json" in argv)
     except CheckpointError as error:
         return _failed(CHECK_FAILED, error, "--json" in argv)
-    counts = {name: len(value) if isinstance(value, list) else value for name, value in result.items()}
-    print(json.dumps(result) if args.json else args.text(**counts))
+    print(json.dumps(result) if args.json else args.text(result))
     return 0
 
 

@@ -122,7 +122,7 @@ def install_for_all(rows: Iterable[Override], context_of: Callable[[Any], tuple[
         if row.is_loaded():
             owner = row.upstream()
             if getattr(vars(owner).get(row.name), "row", None) != row:
-                setattr(owner, row.name, _stand_in(row, getattr(owner, row.name), context_of))
+                setattr(owner, row.name, _method(row, getattr(owner, row.name), context_of))
 
 
 @contextmanager
@@ -131,19 +131,22 @@ def overridden(rows: Iterable[Override], *context: Any) -> Iterator[None]:
     with ExitStack() as stack:
         for row in rows:
             owner = row.upstream()
-            stand_in = _stand_in(row, getattr(owner, row.name), lambda _: context)
-            stack.enter_context(attributes(owner, **{row.name: stand_in}))
+            stock = getattr(owner, row.name)
+            if isinstance(owner, ModuleType):
+                replacement: Any = _function(row, stock, context)
+            elif isinstance(inspect.getattr_static(owner, row.name), staticmethod):
+                replacement = staticmethod(_function(row, stock, context))
+            else:
+                replacement = _method(row, stock, lambda _: context)
+            stack.enter_context(attributes(owner, **{row.name: replacement}))
         yield
 
 
-def _stand_in(row: Override, stock: Callable, context_of: Callable[[Any], tuple[Any, ...] | None]) -> Callable:
-    owner = row.upstream()
-    static = isinstance(owner, ModuleType) or isinstance(inspect.getattr_static(owner, row.name), staticmethod)
+def _function(row: Override, stock: Callable, context: tuple[Any, ...]) -> Callable:
+    return functools.wraps(stock)(functools.partial(row.function, *context, stock))
 
-    @functools.wraps(stock)
-    def function(*args: Any, **kwargs: Any) -> Any:
-        return row.function(*context_of(None), stock, *args, **kwargs)
 
+def _method(row: Override, stock: Callable, context_of: Callable[[Any], tuple[Any, ...] | None]) -> Callable:
     @functools.wraps(stock)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         context = context_of(self)
@@ -151,9 +154,8 @@ def _stand_in(row: Override, stock: Callable, context_of: Callable[[Any], tuple[
             return stock(self, *args, **kwargs)
         return row.function(*context, functools.partial(stock, self), self, *args, **kwargs)
 
-    stand_in = function if static else method
-    stand_in.row = row
-    return staticmethod(stand_in) if static and not isinstance(owner, ModuleType) else stand_in
+    vars(method)["row"] = row
+    return method
 
 
 _MISSING = object()

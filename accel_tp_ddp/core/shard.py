@@ -20,6 +20,7 @@ __all__ = [
     "ShardInfo",
     "elements_elsewhere",
     "full_shape",
+    "holds_shards",
     "remember_everywhere",
     "remember_shards",
     "remembered_shards",
@@ -205,3 +206,9 @@ def restore_shards(model: nn.Module) -> None:
             param = module._parameters.get(name)
             if param is not None and shard_info(param) is None:
                 param.tp_shard = info
+
+
+def holds_shards(model: nn.Module) -> bool:
+    """Whether `model` has been sharded: some of its parameters say of what they are a part."""
+    restore_shards(model)
+    return any(shard_info(param) is not None for param in model.parameters())

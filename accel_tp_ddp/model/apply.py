@@ -20,16 +20,11 @@ def apply_plan(model: nn.Module, mesh: DeviceMesh, plan: Plan) -> None:
     """Shard the parameters of `model` in place, and let its modules run on their parts. Collective over the mesh."""
     region = Region(mesh, draws_dropout(model))
     with slices_become_shards(model, plan.layouts_by_parameter):
-        _agree_on_weights(model, mesh)
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if not tensor.is_meta:  # what stands in for a slice, which is no other rank's
+                send_first_rank(mesh, tensor)  # as DDP does it over its ranks: seeds may differ, shards must fit
         for entry in plan.entries:
             entry.style.apply(entry.site, region)
     for called in {model, adapted_model(model)}:  # either may be, and the second is what unloading adapters leaves
         region.attach(called)
         return_all_heads(called, plan, region)
-
-
-def _agree_on_weights(model: nn.Module, mesh: DeviceMesh) -> None:
-    """The first rank's values everywhere, as DDP does it over its ranks: seeds may differ, slices must fit."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if not tensor.is_meta:  # what stands in for a slice, which is no other rank's
-            send_first_rank(mesh, tensor)

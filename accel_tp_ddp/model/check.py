@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from ..core.errors import PlanError
-from ..core.shard import restore_shards, shard_info
+from ..core.shard import holds_shards
 from ..core.slices import check_slices_mesh, full_on_meta
 from ..core.wrappers import unwrap
 from ..plans.peft import check_adapters
 from ..plans.plan import Plan, resolve_plan
 from ..plans.rules import PlanLike, load_plan
-from .dtensor import has_dtensor_parameters
+from .dtensor import check_mesh, has_dtensor_parameters
 
-__all__ = ["check_mesh", "check_model", "is_parallelized"]
+__all__ = ["check_model"]
 
 
 def check_model(model: nn.Module, mesh: DeviceMesh, plan: PlanLike = "auto") -> Plan | None:
@@ -33,7 +31,7 @@ def check_model(model: nn.Module, mesh: DeviceMesh, plan: PlanLike = "auto") -> 
         )
     model = unwrap(model)
     check_adapters(model)
-    if is_parallelized(model):
+    if holds_shards(model):
         raise ValueError(
             f"this {type(model).__name__} is sharded already (tp_size={tp_size}). Prepare a model once, and use what "
             "`prepare` returned; to train it anew, build or load it again."
@@ -57,29 +55,3 @@ def check_model(model: nn.Module, mesh: DeviceMesh, plan: PlanLike = "auto") -> 
     check_slices_mesh(model, mesh)
     with full_on_meta(model):
         return resolve_plan(model, tp_size, plan)
-
-
-def check_mesh(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Raise unless what is sharded of `model` already is sharded over the ranks of `mesh`.
-
-    Raises:
-        ValueError: With the first parameter that is not, its ranks, and those of `mesh`.
-    """
-    wanted = dist.get_process_group_ranks(mesh.get_group())
-    for name, param in model.named_parameters():
-        own = param.device_mesh if isinstance(param, DTensor) else getattr(shard_info(param), "mesh", None)
-        if own is None or own.ndim != 1:
-            continue  # `localize` has its own word for meshes of several dimensions
-        ranks = dist.get_process_group_ranks(own.get_group())
-        if ranks != wanted:
-            raise ValueError(
-                f"`{name}` of size {tuple(param.shape)} is sharded over {len(ranks)} ranks {ranks} of another mesh, "
-                f"but tp_size={mesh.size()} and the `tp` mesh has the ranks {wanted} here. Parallelize the model with "
-                '`accelerator.torch_device_mesh["tp"]`, or pass it unsharded.'
-            )
-
-
-def is_parallelized(model: nn.Module) -> bool:
-    """Whether `model` holds localized parameters."""
-    restore_shards(model)
-    return any(shard_info(param) is not None for param in model.parameters())

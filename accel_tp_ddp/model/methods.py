@@ -19,14 +19,14 @@ from ..core.slices import RESIZING
 from .generation import generate
 from .initialization import init_weights, reset_parameters
 from .peft_methods import OVERRIDES as PEFT_OVERRIDES
-from .peft_methods import peft_models_in, refuse_adapters_from_now_on
+from .peft_methods import watch_adapters
 
 __all__ = ["INITIALIZING", "OVERRIDES", "SAVING", "install_methods", "install_saving"]
 
 
 def install_methods(model: nn.Module, mesh: DeviceMesh) -> None:
     """Let the methods of a sharded model, and of the models inside it, take that into account."""
-    adapted = peft_models_in(model)
+    adapted = watch_adapters(model)
     for owner in (model, *(each.get_base_model() for each in adapted)):
         install_saving(owner)
         install(owner, (RESIZING,))
@@ -35,7 +35,6 @@ def install_methods(model: nn.Module, mesh: DeviceMesh) -> None:
     install(model, (GENERATING,), mesh)
     for module in model.modules():
         install(module, INITIALIZING, mesh)
-    refuse_adapters_from_now_on(model)
 
 
 def install_saving(model: nn.Module) -> None:

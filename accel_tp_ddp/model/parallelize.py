@@ -59,15 +59,15 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
     Returns:
         Old parameter to new one, for those whose object had to change: none for a plain model.
     """
-    if plan is None:
-        mapping = localize_with_map(model)
-        adopt(model, mesh)
-    else:
-        plain = dict(model.named_parameters(remove_duplicate=False))
+    plain = dict(model.named_parameters(remove_duplicate=False)) if plan is not None else None
+    if plan is not None:
         apply_plan(model, mesh, plan)
-        mapping = localize_with_map(model, keep=plain)
-        link_partial_gradients(plan)
+    mapping = localize_with_map(model, keep=plain)
     remember_everywhere(model)
+    if plan is not None:
+        link_partial_gradients(plan)
+    else:
+        adopt(model, mesh)
     install_methods(model, mesh)
     if plan is not None and dist.get_rank() == 0:
         logger.info("%s", plan)

@@ -17,18 +17,15 @@ from ..core.shard import elements_elsewhere, shard_info
 from ..plans.peft import _KNOWN, Wrappings, _configs, _peft_models, _refuse_late_adapters
 from ..styles.conv1d import is_linear
 
-__all__ = ["OVERRIDES", "peft_models_in", "refuse_adapters_from_now_on"]
+__all__ = ["OVERRIDES", "watch_adapters"]
 
 
-def peft_models_in(model: nn.Module) -> list[nn.Module]:
-    """The `PeftModel`s among the modules of `model`, itself included."""
-    return (
-        [module for module in model.modules() if isinstance(module, _peft_models())] if "peft" in sys.modules else []
-    )
+def watch_adapters(model: nn.Module) -> list[nn.Module]:
+    """Let the forward of a sharded model raise where an adapter has been added to it since.
 
-
-def refuse_adapters_from_now_on(model: nn.Module) -> None:
-    """Let the forward of a sharded model raise where an adapter has been added to it since."""
+    Returns:
+        The `PeftModel`s in it.
+    """
     for found in (wrappings := Wrappings(model)):
         found.module.__dict__[_KNOWN] = found.adapter_names()
     for module in model.modules():  # one that no forward can do without
@@ -36,6 +33,8 @@ def refuse_adapters_from_now_on(model: nn.Module) -> None:
         if is_linear(module) and shard_info(weight) is not None:
             module.register_forward_pre_hook(_LookForLateAdapters(wrappings.base), prepend=True)
             break
+    kinds = _peft_models() if "peft" in sys.modules else ()
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 class _LookForLateAdapters:

@@ -159,12 +159,10 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
                     chosen[target] = (value, unmarked(rule), source)
                     claimed[target] = rule.count("*")
     check_shipped(names, shipped, user, tp_size)
-    _check_supported(model, chosen, tp_size)
+    _check_supported(names, chosen, tp_size)
     bare = _bare_styles(names, chosen, own, tp_size)
-    entries = [
-        _entry(model, names, name, *chosen[name], tp_size, bare.get(name)) for name in names.modules if name in chosen
-    ]
-    entries = _settle_tied(model, names, entries, tp_size)
+    entries = [_entry(names, name, *chosen[name], tp_size, bare.get(name)) for name in names.modules if name in chosen]
+    entries = _settle_tied(names, entries, tp_size)
     entries = _with_adapters(names, entries, tp_size)
     result = Plan(
         type(model).__name__,
@@ -187,13 +185,14 @@ def refuse_empty(plan: Plan) -> None:
         )
 
 
-def _check_supported(model: nn.Module, chosen: dict[str, tuple[Any, str, str]], tp_size: int) -> None:
+def _check_supported(names: Names, chosen: dict[str, tuple[Any, str, str]], tp_size: int) -> None:
     """Raise for styles of the model's own plan that are still to come."""
     missing = {rule: style_label(value) for value, rule, _ in chosen.values() if not is_known(value)}
     if missing:
         listed = ", ".join(f"`{rule}: {style}`" for rule, style in missing.items())
+        model = type(names.modules[""]).__name__
         raise PlanError(
-            f"tensor-parallel plan: the plan of {type(model).__name__} has rules that are not supported yet "
+            f"tensor-parallel plan: the plan of {model} has rules that are not supported yet "
             f"(tp_size={tp_size}): {listed}. To train with these parts whole on every rank, set each of these rules "
             "to `replicate` in tp_plan."
         )
@@ -230,7 +229,6 @@ def _bare_styles(
 
 
 def _entry(
-    model: nn.Module,
     names: Names,
     name: str,
     value: Any,
@@ -264,7 +262,7 @@ def _with_adapters(names: Names, entries: list[PlanEntry], tp_size: int) -> list
     return [*result, *(entry for left in around.values() for entry in left)]
 
 
-def _settle_tied(model: nn.Module, names: Names, entries: list[PlanEntry], tp_size: int) -> list[PlanEntry]:
+def _settle_tied(names: Names, entries: list[PlanEntry], tp_size: int) -> list[PlanEntry]:
     """A tied weight is one parameter, so all modules that use it have to cut it alike.
 
     A module that the plan does not name follows the one that it does name.
@@ -293,7 +291,7 @@ def _settle_tied(model: nn.Module, names: Names, entries: list[PlanEntry], tp_si
                 layout = sharded[0][0].layouts[sharded[0][1]]
                 value = tied_partner(names.modules[name], layout.dim)
                 if value is not None:
-                    entry = by_name[name] = _entry(model, names, name, value, name, "tied", tp_size)
+                    entry = by_name[name] = _entry(names, name, value, name, "tied", tp_size)
             alike = entry is not None and (
                 entry.style.runs_on_dtensors
                 if torch_styled

@@ -33,9 +33,10 @@ from ..core.agreement import Ranks
 from ..core.collectives import gather_replicas
 from ..core.override import Override, attributes, install
 from ..core.randomness import agree_as_processes, draw_by_replica
-from ..core.shard import full_shape
+from ..core.shard import full_shape, holds_shards
 from ..core.wrappers import unwrap
-from ..model.check import check_mesh, check_model, is_parallelized
+from ..model.check import check_model
+from ..model.dtensor import check_mesh
 from ..model.parallelize import parallelize_with_map
 from ..plans.peft import check_adapters
 from ..plans.plan import Plan
@@ -94,6 +95,7 @@ class _Hooks:
     def prepare(
         self, stock: Callable, accelerator: Accelerator, /, *args: Any, device_placement: list[bool] | None = None
     ) -> Any:
+        """Mesh -> plan -> shard -> localize -> optimizer, and then Accelerate's own: DDP over the replicas."""
         models = [arg for arg in args if isinstance(arg, nn.Module) and not _is_prepared(arg)]
         optimizers = [arg for arg in args if isinstance(arg, Optimizer) and not _is_prepared(arg)]
         self._shard(models, optimizers)
@@ -123,7 +125,7 @@ class _Hooks:
         plans = self._agree(models, lambda: self._check(models, optimizers))
         mapping: dict[nn.Parameter, nn.Parameter] = {}
         for model, plan in zip(models, plans):
-            if not is_parallelized(model):
+            if not holds_shards(model):
                 mapping.update(parallelize_with_map(unwrap(model), self.tp_mesh, plan))
             self._sharded.append(model)
             self._watch(unwrap(model))
@@ -143,7 +145,7 @@ class _Hooks:
                     "without device_map: the plugin spreads it over the devices itself."
                 )
             check_adapters(unwrap(model))
-            by_hand = is_parallelized(model) and not isinstance(model, nn.parallel.DistributedDataParallel)
+            by_hand = holds_shards(model) and not isinstance(model, nn.parallel.DistributedDataParallel)
             if by_hand:
                 check_mesh(model, self.tp_mesh)
             plans.append(None if by_hand else check_model(model, self.tp_mesh, self.plugin.tp_plan))

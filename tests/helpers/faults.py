@@ -319,7 +319,7 @@ STYLE_FAULTS = tuple(_STYLE_FAULTS)
 _LORA_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "LoRA A not summed": [(lora.PartialAdapter, "forward", lambda self, call, input: call.inner(input))],
     "LoRA A drawn by each rank": [
-        (apply, "_agree_on_weights", lambda model, mesh: None),
+        (apply, "send_first_rank", _nothing),
         (drift.DriftGuard, "agree_on_gradients", lambda self, optimizer: None),
     ],
 }

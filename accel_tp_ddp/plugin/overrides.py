@@ -1,0 +1,53 @@
+"""Everything of other packages that this one replaces, in one list: where a maintainer starts when they change."""
+
+from __future__ import annotations
+
+from ..checkpoint import from_pretrained
+from ..core import slices
+from ..core.override import Override
+from ..model import methods, peft_methods
+from . import accelerator, trainer
+
+__all__ = ["TABLES", "as_markdown", "as_rows"]
+
+#: By the object that has them, or the time for which they hold.
+TABLES: dict[str, tuple[Override, ...]] = {
+    "Accelerator": accelerator.OVERRIDES,
+    "Accelerator with tp_size=1": accelerator.OVERRIDES_WITHOUT_TP,
+    "Trainer and TRL": trainer.OVERRIDES,
+    "TRL while GRPO compares completions": trainer.OVERRIDES_AMONG_REPLICAS,
+    "Model": methods.OVERRIDES,
+    "Model that holds slices": slices.OVERRIDES,
+    "PeftModel": peft_methods.OVERRIDES,
+    "transformers while sharded_loading is active": from_pretrained.OVERRIDES,
+}
+
+
+def as_rows() -> list[dict[str, str]]:
+    """Each override as strings: the import path of what is replaced, its name, where it stands, what it does wrong."""
+    return [
+        {"table": table, "owner": row.owner, "name": row.name, "place": row.place, "reason": row.reason}
+        for table, rows in TABLES.items()
+        for row in rows
+    ]
+
+
+def as_markdown() -> str:
+    """The tables, as `docs/overrides.md` has them."""
+    lines = [
+        "# What is replaced upstream",
+        "",
+        "Written by `accel-tp-ddp overrides`; a test compares it. Methods are replaced on one object each (an",
+        "accelerator with the plugin, a sharded model), Trainer's for trainers with the plugin, and functions within",
+        "a block. How: `accel_tp_ddp/core/override.py`. A line number is that of the release named.",
+    ]
+    for table, rows in TABLES.items():
+        lines += [
+            "",
+            f"## {table}",
+            "",
+            "| upstream | place | what it does under tensor parallelism |",
+            "| --- | --- | --- |",
+        ]
+        lines += [f"| `{row.owner}.{row.name}` | {row.place} | {row.reason} |" for row in rows]
+    return "\n".join(lines)
