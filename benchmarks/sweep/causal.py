@@ -1,8 +1,8 @@
 """Causal language models
 
 All of transformers whose config has a `base_model_tp_plan` (100 of them in 5.23, 115 in 5.24), and gpt_oss, whose
-config has none and for which this package ships one. A config of several parts has a case of its own only where its own config has the plan
-(llama4, phi4_multimodal); otherwise its text part is the case.
+config has none and for which this package ships one. A config of several parts has a case of its own only where its
+own config has the plan (llama4, phi4_multimodal); otherwise its text part is the case.
 Eight query heads and two key/value heads, where a config allows it: as many as ranks at tp 2, fewer at tp 4. Layers
 are at least two, and of every kind that the default config has.
 """
