@@ -84,7 +84,16 @@ def own_plan(model: nn.Module) -> dict[str, Any]:
     for name, part in parts.items():
         if not name or name.rpartition(".")[0] not in parts or not _is_model(model) and "." not in name:
             rules |= inside(name, getattr(part, "tp_plan", None) or {})
-    return rules
+    # Since 5.23 at the latest, transformers itself adds this to a plan that does not name the input embedding.
+    embeddings = [name for name, part in parts.items() if _has_unnamed_embedding(part)]
+    added = [inside(name, {"embed_tokens": "embedding_rowwise"}) for name in embeddings]
+    return {rule: style for each in (*added, rules) for rule, style in each.items()}
+
+
+def _has_unnamed_embedding(part: nn.Module) -> bool:
+    plan, embedding = getattr(part, "tp_plan", None), part._modules.get("embed_tokens")
+    is_base = getattr(part, "base_model", None) is part
+    return bool(plan) and is_base and isinstance(embedding, nn.Embedding) and "embed_tokens" not in plan
 
 
 def parts_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
