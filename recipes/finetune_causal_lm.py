@@ -301,7 +301,7 @@ def main():
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=48, do_sample=True, top_k=20
         )
         print("a generated sample\n  prompt: ", repr(tokenizer.decode(generated[0, : prompt.shape[1]])))
-        print("  goes on:", repr(tokenizer.decode(generated[0, prompt.shape[1] :])))
+        print("  continues:", repr(tokenizer.decode(generated[0, prompt.shape[1] :])))
 
         results = {
             "perplexity_before": before,

@@ -1,4 +1,4 @@
-"""How one tensor dimension is dealt out to the tensor-parallel ranks: index ranges, uneven, packed or repeated."""
+"""How one tensor dimension is divided over the tensor-parallel ranks: index ranges, uneven, packed or repeated."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Shared(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """One dimension of a tensor, dealt out to the ranks.
+    """One dimension of a tensor, divided over the ranks.
 
     Attributes:
         dim: Tensor dimension that is cut (non-negative).

@@ -77,7 +77,7 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
 def localize(model: nn.Module) -> nn.Module:
     """Turn every DTensor parameter of `model` into a local `nn.Parameter` that carries its `ShardInfo`.
 
-    Works in place and returns the model. The modules go on computing on DTensors, so a model that
+    Works in place and returns the model. The modules still compute on DTensors, so a model that
     `torch.distributed.tensor.parallel.parallelize_module` or transformers has parallelized runs as it did.
 
     Raises:

@@ -2,7 +2,7 @@
 
 PEFT wraps modules in place: the module `x` becomes `x.base_layer` inside a LoRA layer, or `x.original_module` beside
 the trained copies `x.modules_to_save.<adapter>`, and the whole model becomes `base_model.model` of a `PeftModel`.
-Plans go on naming `x`. This file and `styles/peft` are the only ones that know PEFT; a model can hold adapters only
+Plans still name `x`. This file and `styles/peft` are the only ones that know PEFT; a model can hold adapters only
 if peft has been imported already, so nothing here imports it for others.
 """
 
@@ -163,7 +163,7 @@ def check_adapters(model: nn.Module) -> None:
         if (option := _made_of_whole_weights(config)) is not None and holds_slices(model):
             raise PlanError(
                 f"tensor parallelism: the adapter {adapter!r} of this {type(model).__name__} has {option}, which is "
-                "made of whole weights, but the model was loaded in slices. Load it without sharded_loading, or take "
+                "made of full weights, but the model was loaded in slices. Load it without sharded_loading, or take "
                 "adapters that are drawn at random (init_lora_weights=True)."
             )
     if list(wrappings) and any(isinstance(param, DTensor) for param in model.parameters()):

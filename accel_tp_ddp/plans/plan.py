@@ -86,7 +86,7 @@ class Plan:
                 else f"{name} tied"
                 for name, layout in names.items()
             ]
-            row = (wildcards(entry.site.name), entry.label, entry.source, ", ".join(cells) or "whole on every rank")
+            row = (wildcards(entry.site.name), entry.label, entry.source, ", ".join(cells) or "replicated")
             rows[row] = rows.get(row, 0) + 1
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
         lines = [
@@ -193,7 +193,7 @@ def _check_supported(names: Names, chosen: dict[str, tuple[Any, str, str]], tp_s
         model = type(names.modules[""]).__name__
         raise PlanError(
             f"tensor-parallel plan: the plan of {model} has rules that are not supported yet "
-            f"(tp_size={tp_size}): {listed}. To train with these parts whole on every rank, set each of these rules "
+            f"(tp_size={tp_size}): {listed}. To train with these parts replicated, set each of these rules "
             "to `replicate` in tp_plan."
         )
 

@@ -106,5 +106,5 @@ def _is_model(module: nn.Module) -> bool:
 
 
 def inside(name: str, rules: Mapping[str, Any]) -> dict[str, Any]:
-    """The rules of a part as rules of the whole."""
+    """The rules of a part as rules of the outer model."""
     return {f"{name}.{rule}" if name else rule: style for rule, style in rules.items()}

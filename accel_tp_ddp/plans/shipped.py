@@ -31,7 +31,7 @@ class ShippedPlan:
 
     Attributes:
         model_type: Whose rules they are.
-        part: Name of the model inside; "" for the whole.
+        part: Name of the model inside; "" for the outermost.
         kind: Its class.
         own: Styles by names in the part, with the marks of the data.
     """
@@ -53,7 +53,7 @@ def shipped_plans(model: nn.Module) -> list[ShippedPlan]:
     A model type without such rules has those of the type which the model's class was written for.
 
     A model may be made of models, as one for images and text is: each has a config of its own, and the plan that this
-    package ships for it. First the plan of the whole, then those of its parts, the outer before the inner.
+    package ships for it. First the plan of the outermost, then those of its parts, the outer before the inner.
     """
     plans = []
     for name, part in parts_of(model):

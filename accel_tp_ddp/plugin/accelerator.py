@@ -377,7 +377,7 @@ OVERRIDES = (
     _row(_Hooks.prepare, 1415, "wraps the unsharded model, and an optimizer of its parameters"),
     _row(_Hooks.prepare_model, 1770, "wraps a model unsharded, and averages gradients over all ranks"),
     _row(_Hooks.prepare_data_loader, 2685, "shuffles and dispatches by process, not by replica"),
-    _row(_Hooks.skip_first_batches, 4314, "builds a new loader that deals out batches by process"),
+    _row(_Hooks.skip_first_batches, 4314, "builds a new loader that distributes batches by process"),
     _row(_Hooks.prepare_optimizer, 2744, "lets replicated parameters drift, and one rank skip a step by itself"),
     _row(_Hooks.prepare_scheduler, 2788, "steps once for every process, and not for every replica"),
     _row(_Hooks.clip_grad_norm_, 2989, "takes the norm of each rank's own shards"),

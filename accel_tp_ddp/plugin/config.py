@@ -48,7 +48,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             0: never. Env `ACCEL_TP_DDP_REPLICA_CHECK_STEPS`, default 100.
         replica_drift: What happens if replicated parameters differ: `"heal"` sends the first rank's values to the
             others and logs their names, `"raise"` raises. Env `ACCEL_TP_DDP_REPLICA_DRIFT`, default `"heal"`.
-        async_save: Whether `accelerator.save_state` writes in the background while training goes on; its argument
+        async_save: Whether `accelerator.save_state` writes in the background while training continues; its argument
             `async_save` beats this. Env `ACCEL_TP_DDP_ASYNC_SAVE`, default False.
 
     Raises:

@@ -106,7 +106,7 @@ def _view_type(base: type) -> type:
 
 
 def _train(plugin: Sizes, stock: Callable, trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """`evaluation_loop` marks the model as prepared, and training then goes on without DDP (so it does upstream)."""
+    """`evaluation_loop` marks the model as prepared, and training then continues without DDP (so it does upstream)."""
     trainer.model.__dict__.pop("_is_accelerate_prepared", None)
     return stock(*args, **kwargs)
 
@@ -160,7 +160,7 @@ def _load_rng_state(plugin: Sizes, stock: Callable, trainer: Any, /, checkpoint:
 
 
 def _get_train_dataloader(plugin: Sizes, stock: Callable, trainer: Any, /) -> Any:
-    """GRPO's `get_train_dataloader` deals out prompts for as many completions as all processes together would make.
+    """GRPO's `get_train_dataloader` distributes prompts for as many completions as all processes together would make.
 
     Raises:
         ValueError: If the completions of one prompt do not fit a generation batch of the replicas.
@@ -229,7 +229,7 @@ OVERRIDES = (
     _trainer("_save_optimizer_and_scheduler", _save_optimizer_and_scheduler, 3513, "writes the main process's state"),
     _trainer("_save_rng_state", _save_rng_state, 3462, "writes a file for each process, not for each replica"),
     _trainer("_load_rng_state", _load_rng_state, 3841, "reads a file for each process, not for each replica"),
-    _grpo("get_train_dataloader", _get_train_dataloader, 1258, "deals out prompts by process"),
+    _grpo("get_train_dataloader", _get_train_dataloader, 1258, "distributes prompts by process"),
     _grpo("_generate_and_score_completions", _among_replicas, 2324, "compares completions of all processes"),
     _grpo("_compute_loss", _among_replicas, 3020, "compares completions of all processes"),
 )

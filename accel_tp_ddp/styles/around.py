@@ -188,7 +188,7 @@ class LocalModules(Style):
             )
         if len(members) % site.tp_size and site.tp_size % len(members):
             raise site.error(
-                f"the {len(members)} modules of `{self.name}` cannot be dealt out evenly.",
+                f"the {len(members)} modules of `{self.name}` cannot be divided evenly.",
                 f"Choose a tp_size that divides {len(members)}.",
             )
 

@@ -19,7 +19,7 @@ __all__ = ["GroupedQKVColwise"]
 
 
 def ranks_that_share(queries: int, keys: int, width: int, tp_size: int) -> int | None:
-    """How many ranks share each key/value head of a fused projection; None if the heads cannot be dealt out evenly.
+    """How many ranks share each key/value head of a fused projection; None if the heads cannot be divided evenly.
 
     Args:
         queries: Number of query heads.

@@ -47,7 +47,7 @@ class Colwise(Style):
         return weight if site.module._parameters.get("bias") is None else {**weight, "bias": layout}
 
     def output_layout(self, site: Site) -> Layout:
-        """How the outputs are dealt out, along the only dimension of the bias."""
+        """How the outputs are divided over the ranks, along the only dimension of the bias."""
         features = out_features(site.module)
         copies = site.ranks_per_head(features) if self.local_output else 1
         (parts,) = zip(*chunk_ranges(features, site.tp_size // copies))
@@ -117,7 +117,7 @@ class Rowwise(Style):
         return {"weight": replace(self.input_layout(site), dim=input_dim(site.module))}
 
     def input_layout(self, site: Site) -> Layout:
-        """How the inputs are dealt out, along the last dimension of torch's weight."""
+        """How the inputs are divided over the ranks, along the last dimension of torch's weight."""
         return even_layout(in_features(site.module), 1, site.tp_size)
 
     def bare_layout(self, site: Site, name: str) -> Layout:

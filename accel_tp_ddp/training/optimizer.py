@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 
-#: Optimizers whose step looks at a whole matrix, or at a norm or a dot product over many elements: on a shard each
+#: Optimizers whose step looks at a full matrix, or at a norm or a dot product over many elements: on a shard each
 #: would do something else. Those that `steps_on_full_tensors` knows are right nevertheless.
 LOOKS_AT_MATRICES = frozenset(
     "AdaLomo Adafactor AdamMini APOLLO CAME DAdaptAdaGrad DAdaptAdam DAdaptLion DAdaptSGD Dion DistributedShampoo "
@@ -71,7 +71,7 @@ def check_step(optimizer: Optimizer) -> None:
     for kind in type(optimizer).__mro__:
         if kind.__name__ in LOOKS_AT_MATRICES:
             raise ValueError(
-                f"the optimizer {kind.__name__} works on whole matrices (factored moments, orthogonalisation, norms), "
+                f"the optimizer {kind.__name__} works on full matrices (factored moments, orthogonalisation, norms), "
                 "and a tensor-parallel rank holds parts of them: its steps would differ from those without tensor "
                 "parallelism. Use one that works element by element, such as AdamW, SGD or Lion, or Adafactor, or set "
                 "tp_size=1. If its update of a parameter depends on no other parameter, "

@@ -1,4 +1,4 @@
-"""Saving in the background: training goes on, the moment of the call is saved, and nothing fails unheard."""
+"""Saving in the background: training continues, the moment of the call is saved, and nothing fails unheard."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..helpers.compare import assert_tensors_close
 from ..helpers.ranks import run_on_ranks
 from ..helpers.resuming import SAVED_AFTER, Prepared, Run, Saved, go_on_from, message_of
 
-PATIENCE = 30.0  # seconds after which a held writer goes on, so that a failing test ends
+PATIENCE = 30.0  # seconds after which a held writer continues, so that a failing test ends
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def rank():
     return int(os.environ.get("RANK", "0"))
 
 
-# --- training goes on ------------------------------------------------------------------------------------------------
+# --- training continues ----------------------------------------------------------------------------------------------
 
 
 def save_behind_and_go_on(run, folder, stage=True):

@@ -1,4 +1,4 @@
-"""A run that was saved at one tp x dp goes on at any other as if nothing had happened."""
+"""A run that was saved at one tp x dp resumes at any other as if nothing had happened."""
 
 from __future__ import annotations
 

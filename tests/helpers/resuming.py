@@ -1,4 +1,4 @@
-"""A run that is saved after three steps and goes on, and runs that go on from what it has saved."""
+"""A run that is saved after three steps and continues, and runs that resume from what it has saved."""
 
 from __future__ import annotations
 

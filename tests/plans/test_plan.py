@@ -465,13 +465,13 @@ def test_a_printed_plan_shows_styles_sizes_and_what_a_rank_holds(architecture, t
     assert f"{VOCABULARY}x{HIDDEN} -> 33x{HIDDEN}" in text
     if architecture == "qwen3":
         (norm,) = (line for line in lines if "q_norm" in line)
-        assert "whole on every rank" in norm
+        assert "replicated" in norm
 
 
 def test_a_printed_plan_shows_the_sizes_of_a_tied_head():
     text = str(resolve_plan(build_model("gpt_neox", tied=True), 4))
     (head,) = (line for line in text.splitlines() if "lm_head" in line)
-    assert "whole on every rank" not in head
+    assert "replicated" not in head
 
 
 def test_rules_of_the_model_that_match_nothing_are_shown_and_no_error():

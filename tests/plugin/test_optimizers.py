@@ -1,4 +1,4 @@
-"""An optimizer that was built, and has stepped, before `prepare` goes on as in one process."""
+"""An optimizer that was built, and has stepped, before `prepare` continues as in one process."""
 
 import pytest
 import torch

@@ -208,5 +208,5 @@ def refuse(name: str, order: str):
 def test_optimizers_that_need_full_matrices_are_refused_by_name(name, order):
     for error in run_on_ranks(refuse, 2, name, order, expect_raise=True):
         assert error.type_name == "ValueError"
-        assert f"the optimizer {name} works on whole matrices" in error.message and "AdamW" in error.message
+        assert f"the optimizer {name} works on full matrices" in error.message and "AdamW" in error.message
         assert f"register_whole_step({name})" in error.message

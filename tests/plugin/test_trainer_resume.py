@@ -1,4 +1,4 @@
-"""Trainer goes on from its newest checkpoint at another tp x dp, with what it keeps and the model it loads at the end.
+"""Trainer resumes from its newest checkpoint at another tp x dp, with what it keeps and the model it loads at the end.
 
 At as many replicas it is the run that was never stopped; at another number it is what plain DDP makes of its own
 checkpoint there.

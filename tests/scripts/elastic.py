@@ -1,4 +1,4 @@
-"""Saves after every step and goes on from its newest checkpoint: `torchrun --max-restarts 2 elastic.py DIR [STEP]`.
+"""Saves after every step and resumes from its newest checkpoint: `torchrun --max-restarts 2 elastic.py DIR [STEP]`.
 
 At STEP, in the first attempt, the last rank damages the newest checkpoint and kills itself.
 """
@@ -41,7 +41,7 @@ def train(folder: str, killed_at: int = -1, async_save: bool = False) -> None:
         tp_size=2, tp_plan={"up": "colwise", "down": "rowwise"}, async_save=async_save, replica_check_steps=0
     )
     config = ProjectConfiguration(project_dir=folder, automatic_checkpoint_naming=True, total_limit=2)
-    loading = DataLoaderConfiguration(use_seedable_sampler=True)  # so that the order of the samples goes on, too
+    loading = DataLoaderConfiguration(use_seedable_sampler=True)  # so that the order of the samples resumes, too
     accelerator = Accelerator(cpu=True, parallelism_config=plugin, project_config=config, dataloader_config=loading)
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

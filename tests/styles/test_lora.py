@@ -560,7 +560,7 @@ def load_into_sharded(what: str, folder: str) -> None:
     model = parallelize(adapted(build_model(architecture), lora(**LOADED[what])), tp_mesh())
     objects = list(map(id, model.parameters()))
     model.load_adapter(folder, "default", is_trainable=True, low_cpu_mem_usage=True)
-    assert list(map(id, model.parameters())) == objects, "an optimizer made before goes on"
+    assert list(map(id, model.parameters())) == objects, "an optimizer made before stays valid"
     expected = reference.state_dict()
     for each in (model, loaded_before):
         state = full_state_dict(each)
@@ -643,7 +643,7 @@ def assert_merging_is_right(what: str) -> None:
     assert not [name for name, _ in merged.named_modules() if "lora" in name]
     assert relative_error(logits_of(merged, batch), wanted) < 1e-5
     assert_tensors_close(full_state_dict(merged), plain.state_dict(), 1e-5)
-    with torch.enable_grad(), tempfile.TemporaryDirectory() as folder:  # the base model goes on by itself
+    with torch.enable_grad(), tempfile.TemporaryDirectory() as folder:  # the base model runs by itself
         for each in (merged, plain):
             each.requires_grad_(True)
             each(**batch).loss.backward()
@@ -887,7 +887,7 @@ def test_trainer_trains_saves_and_loads_the_best_peft_model_as_under_plain_ddp(t
     )
     assert all(torch.equal(saved[name], tensor) for name, tensor in checkpoint.items())
     assert_tensors_close(saved, wanted, WEIGHT_TOLERANCE)
-    from_plain = str(tmp_path / "plain/checkpoint-3")  # a run of plain DDP goes on under tensor parallelism
+    from_plain = str(tmp_path / "plain/checkpoint-3")  # a run of plain DDP resumes under tensor parallelism
     history, _, _ = run_on_ranks(train_with_trainer, 4, 2, str(tmp_path / "resumed"), from_plain)[0]
     for row, wanted in zip(history[-2:], expected[-2:], strict=True):
         assert row == pytest.approx(wanted, rel=1e-3)

@@ -1,4 +1,4 @@
-"""`torchrun --max-restarts` starts a run again whose rank was killed, and it goes on as if nothing had happened."""
+"""`torchrun --max-restarts` starts a run again whose rank was killed, and it resumes as if nothing had happened."""
 
 from __future__ import annotations
 

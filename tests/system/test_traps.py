@@ -458,7 +458,7 @@ TRAPS = {
         (("the main process gathers alone", Check(saved_alone, 2, seconds=20.0)),),
     ),
     22: Trap(
-        "a resumed run goes on with the optimizer state of its own shards, and where the schedule was",
+        "a resumed run continues with the optimizer state of its own shards, and where the schedule was",
         (
             ("optimizer state of the first peer", "checkpoint.test_checkpoint.test_a_wrongly_resumed_run_is_another"),
             ("scheduler not loaded", "checkpoint.test_checkpoint.test_a_wrongly_resumed_run_is_another"),

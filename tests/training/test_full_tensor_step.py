@@ -1,4 +1,4 @@
-"""Optimizers whose step looks at whole matrices do under tensor parallelism what they do without it."""
+"""Optimizers whose step looks at full matrices do under tensor parallelism what they do without it."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def embedding_lora_style(site: Site, base: Style, layouts: Mapping[str, Layout])
         if type(variant).__name__ not in _VARIANTS:
             raise site.error(
                 f"the adapter {adapter!r} of the embedding `{name}` is a {type(variant).__name__}, which needs the "
-                "whole weight.",
+                "full weight.",
                 "Leave the embedding out of target_modules, use plain LoRA, or set it to `replicate`.",
             )
     return EmbeddingLora()

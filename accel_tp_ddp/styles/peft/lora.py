@@ -64,7 +64,7 @@ def lora_style(site: Site, base: Style, layouts: Mapping[str, Layout]) -> Style:
     for adapter, variant in site.module.lora_variant.items():
         if type(variant).__name__ not in _VARIANTS:
             raise site.error(
-                f"the adapter {adapter!r} of `{name}` is a {type(variant).__name__}, which needs the whole weight or "
+                f"the adapter {adapter!r} of `{name}` is a {type(variant).__name__}, which needs the full weight or "
                 "its input.",
                 "Use plain LoRA, DoRA, aLoRA or MiCA, or set the module to `replicate`.",
             )
@@ -163,7 +163,7 @@ class CutAdapter(Style):
         if held[self.layout.dim] != own:
             raise ValueError(
                 f"an adapter's weight has the size {tuple(held)}, and not {own} in dimension {self.layout.dim} "
-                "as this rank's part. Something has put a whole one in its place, as hotswap_adapter does: use "
+                "as this rank's part. Something has put a full one in its place, as hotswap_adapter does: use "
                 "`load_adapter`, which takes this rank's part."
             )
         return call.inner_with_sums(*args, **kwargs)  # where several ranks hold the same key/value head

@@ -33,7 +33,7 @@ def trained_tokens_style(site: Site, base: Style, layouts: Mapping[str, Layout])
     if inside._parameters["weight"].is_meta:
         raise site.error(
             f"`{site.parameter('base_layer')}` was loaded in slices, so that PEFT cannot have read the rows of "
-            "trainable_token_indices from the whole weight.",
+            "trainable_token_indices from the full weight.",
             "Load the model without sharded_loading.",
         )
     return TrainedTokens()
