@@ -296,7 +296,7 @@ BAD = {
     "local_heads(bias, dim=1, heads=width)": ("number of heads, 12, is not divisible",),
     "local_heads(alibi, dim=1, heads=num_heads)": ("no argument `alibi`", "hidden, bias"),
     "local_modules(norms)": ("`norms` of the Attention is NoneType and no ModuleList",),
-    "local_modules(list)": ("the 6 modules of `list` cannot be dealt out evenly",),
+    "local_modules(list)": ("the 6 modules of `list` cannot be divided evenly",),
     "requires(kind=False)": ("has kind=True, which cannot be sharded", "Build the model with kind=False"),
     "requires()": ("it names no attribute",),
     "replicate(2)": ("`replicate` of", "takes no arguments"),
