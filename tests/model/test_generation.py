@@ -117,7 +117,7 @@ def copies():
     model = parallelize(build_model("llama"), tp_mesh()).eval()
     twin = copy.deepcopy(model)
     loaded = pickle.loads(pickle.dumps(model))
-    assert twin.generate.model is twin and loaded.generate.model is loaded
+    assert twin.generate.owner is twin and loaded.generate.owner is loaded
     assert inspect.signature(model.generate) == inspect.signature(build_model("llama").generate)
     results = []
     for each in (model, twin, loaded):
