@@ -18,13 +18,16 @@ __all__ = ["apply_plan"]
 
 def apply_plan(model: nn.Module, mesh: DeviceMesh, plan: Plan) -> None:
     """Shard the parameters of `model` in place, and let its modules run on their parts. Collective over the mesh."""
-    region = Region(mesh, draws_dropout(model))
+    dropout = draws_dropout(model)
+    region = Region(mesh, dropout)
+    forwards = {model, adapted_model(model)}  # either may be called, and the second is what unloading adapters leaves
+    for called in forwards:
+        region.attach(called)
     with slices_become_shards(model, plan.layouts_by_parameter):
         for tensor in [*model.parameters(), *model.buffers()]:
             if not tensor.is_meta:  # what stands in for a slice, which is no other rank's
                 send_first_rank(mesh, tensor)  # as DDP does it over its ranks: seeds may differ, shards must fit
         for entry in plan.entries:
             entry.style.apply(entry.site, region)
-    for called in {model, adapted_model(model)}:  # either may be, and the second is what unloading adapters leaves
-        region.attach(called)
+    for called in forwards:
         return_all_heads(called, plan, region)

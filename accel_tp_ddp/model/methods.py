@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -19,14 +19,12 @@ from ..core.slices import RESIZING
 from .generation import generate
 from .initialization import init_weights, reset_parameters
 from .peft_methods import OVERRIDES as PEFT_OVERRIDES
-from .peft_methods import watch_adapters
 
 __all__ = ["INITIALIZING", "OVERRIDES", "SAVING", "install_methods", "install_saving"]
 
 
-def install_methods(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Let the methods of a sharded model, and of the models inside it, take that into account."""
-    adapted = watch_adapters(model)
+def install_methods(model: nn.Module, mesh: DeviceMesh, adapted: Sequence[nn.Module]) -> None:
+    """Let the methods of a sharded model, and of the `PeftModel`s in it, take that into account."""
     for owner in (model, *(each.get_base_model() for each in adapted)):
         install_saving(owner)
         install(owner, (RESIZING,))

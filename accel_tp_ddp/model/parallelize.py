@@ -20,6 +20,7 @@ from .check import check_model
 from .dtensor import localize_with_map
 from .methods import install_methods, install_saving
 from .partial_gradients import link_partial_gradients
+from .peft_methods import watch_adapters
 from .transformers_tp import adopt
 
 __all__ = ["localize", "parallelize", "parallelize_with_map"]
@@ -68,7 +69,7 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
         link_partial_gradients(plan)
     else:
         adopt(model, mesh)
-    install_methods(model, mesh)
+    install_methods(model, mesh, watch_adapters(model))
     if plan is not None and dist.get_rank() == 0:
         logger.info("%s", plan)
     return mapping
