@@ -57,13 +57,12 @@ class Part:
 
     def __init__(self, local: Tensor, info: ShardInfo | None = None):
         self.local, self.info = local.detach(), info
-        sharded = info is not None and info.is_sharded
-        self.global_shape = Size(info.global_shape) if sharded else local.shape
         self._views: dict[Size, Tensor] = {}
-        if not sharded:
+        if info is None or not info.is_sharded:
+            self.global_shape = local.shape
             self._add(Size([0] * local.dim()), self.local)
             return
-        taken = 0
+        self.global_shape, taken = Size(info.global_shape), 0
         for start, stop in own_ranges(info):
             offset = Size(start if dim == info.layout.dim else 0 for dim in range(local.dim()))
             self._add(offset, self.local.narrow(info.layout.dim, taken, stop - start))
@@ -188,13 +187,15 @@ def write_tensors_in_background(
     folder: Path, values: Mapping[str, Any], group: dist.ProcessGroup | None
 ) -> ConcurrentFuture:
     """As `write_tensors`, in a thread of torch's; `values` as from `staged`, `group` for that thread alone."""
-    return dcp.async_save(
+    writing = dcp.async_save(
         _with_contents(values),
         storage_writer=_Writer(folder),
         planner=_SavePlanner(),
         process_group=group,
         async_stager=_Staged(),
     )
+    assert isinstance(writing, ConcurrentFuture), "staging leaves nothing to wait for"
+    return writing
 
 
 def await_tensors(writing: ConcurrentFuture) -> None:
@@ -262,7 +263,7 @@ class StoredTensors:
 
     def tensor(self, name: str) -> Tensor:
         """All of it. Takes the memory of the tensor and of one of the parts that it was saved in."""
-        full = torch.empty(self.shape(name), dtype=self.dtype(name))
+        full = torch.empty(self._stored[name].size, dtype=self.dtype(name))
         read_tensors(self._folder, {name: Part(full)}, self._reader)
         return full
 

@@ -29,7 +29,7 @@ class DeferredTensor(Tensor):
     Values are kept as long as anything else holds them, and computed again after that.
     """
 
-    _values: _Values
+    _source: _Values
     _meta: Tensor
 
     @staticmethod
@@ -39,29 +39,29 @@ class DeferredTensor(Tensor):
         return DeferredTensor._made(meta, _Origin(meta, values))
 
     @staticmethod
-    def _made(meta: Tensor, values: _Values) -> DeferredTensor:
+    def _made(meta: Tensor, source: _Values) -> DeferredTensor:
         made = Tensor._make_subclass(DeferredTensor, meta)
-        made._meta, made._values = meta, values
+        made._meta, made._source = meta, source
         return made
 
     def materialize(self) -> Tensor:
         """The ordinary CPU tensor."""
-        return self._values.tensor()
+        return self._source.tensor()
 
     # What tells tensors and storages apart, for whoever looks for shared ones.
 
     device = property(lambda self: torch.device("lazy"))
     is_meta = property(lambda self: False)
 
-    def untyped_storage(self) -> _Origin:
-        return self._values.origin
+    def untyped_storage(self) -> _Origin:  # type: ignore[override]  # without contents, on purpose
+        return self._source.origin
 
     def data_ptr(self) -> int:
         if not self._meta.numel():  # so says torch
             return 0
-        return self._values.origin.data_ptr() + self._meta.storage_offset() * self._meta.element_size()
+        return self._source.origin.data_ptr() + int(self._meta.storage_offset()) * self._meta.element_size()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # mypy loses keyword names
         return f"DeferredTensor({tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
@@ -101,7 +101,7 @@ def _output(meta: Tensor, call: _Call, inputs: list[DeferredTensor]) -> Deferred
         if meta is source._meta:  # `contiguous` of what is contiguous
             return source
         if meta.untyped_storage()._cdata == source._meta.untyped_storage()._cdata:
-            return DeferredTensor._made(meta, _View(call, source._values.origin))
+            return DeferredTensor._made(meta, _View(call, source._source.origin))
     return DeferredTensor._made(meta, _Origin(meta, call))
 
 
@@ -139,7 +139,7 @@ class _Origin(_Values):
         self._dtype = meta.dtype
         self._nbytes = meta.untyped_storage().nbytes()
         self._make = make
-        self._kept: tuple[StorageWeakRef, Size, tuple[int, ...], int] | None = None
+        self._kept: tuple[StorageWeakRef, Size, tuple[int, ...], int | torch.SymInt] | None = None
         self._address = _Origin._next_address
         _Origin._next_address += -(-self._nbytes // 64) * 64 + 64
 

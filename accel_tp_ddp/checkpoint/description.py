@@ -94,7 +94,7 @@ def describe_model(model: nn.Module, kept: Iterable[str], folder: Path) -> None:
         if isinstance(part, Part) and name in names
     }
     aliases = {name: to for name, to in state.aliases.items() if name in names}
-    saved_by = "save_pretrained" if takes_state_dict(model) else "save_model"
+    saved_by: str | None = "save_pretrained" if takes_state_dict(model) else "save_model"
     if saved_by == "save_model" and hasattr(type(model), "save_pretrained"):
         saved_by = None
     described = ModelDescription(type(model).__name__, type(model).__module__, names, aliases, tensors, saved_by)
@@ -110,7 +110,7 @@ def describe_model(model: nn.Module, kept: Iterable[str], folder: Path) -> None:
 
 
 def _write_configs(model: nn.Module, folder: Path) -> None:
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     if isinstance(getattr(model, "dtype", None), torch.dtype):
         config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]

@@ -138,10 +138,12 @@ class _Loader:
             return stock(model, state_dict, checkpoint_files, load_config, expected_keys)
         _check(model, load_config)
         plan = _plan_on_meta(model, self.mesh.size(), self.settings.tp_plan)
-        if state_dict is None:
-            state_dict = _lazily(checkpoint_files, load_config)
-        else:
+        if state_dict is not None:
             state_dict = {name: _lazy(tensor) for name, tensor in state_dict.items()}
+        elif checkpoint_files is not None:
+            state_dict = _lazily(checkpoint_files, load_config)
+        else:  # transformers' own error says it best
+            return stock(model, state_dict, checkpoint_files, load_config)
         contents = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in sorted(state_dict.items())]
         self.ranks.same([*plan.signature().split("\n"), *contents], _DIFFERENT, "what is to be loaded")
         # The place of the values is settled below, and transformers' allocation ahead is for the full model.
@@ -240,7 +242,7 @@ class _Load:
         own = own_part(value, layout, self.mesh.get_local_rank(), self.device)
         module._parameters[leaf] = nn.Parameter(torch.empty_like(own, device="meta"), expected.requires_grad)
         stock(name, own, *args, **kwargs)
-        self._hold(module._parameters[leaf], ShardInfo.sharded(self.mesh, value.shape, layout))
+        self._hold(module.get_parameter(leaf), ShardInfo.sharded(self.mesh, value.shape, layout))
 
     def is_cut(self, param: Any) -> bool:
         return id(param) in self._cut
@@ -252,7 +254,7 @@ class _Load:
     def finish(self) -> None:
         """Cut what was not read but initialised, as it is on the first rank. Collective over the mesh."""
         for (module, name), (layout, shape) in self._layouts.items():
-            param = module._parameters[name]
+            param = module.get_parameter(name)
             if not self.is_cut(param):
                 assert param.shape == shape, "a missing weight was to be initialised in full"
                 info = ShardInfo.sharded(self.mesh, shape, layout)
@@ -324,8 +326,7 @@ def _lazily(files: Sequence[str], load_config: Any) -> dict[str, LazyTensor]:
         for name in opened.keys():  # a safe_open is no mapping
             part = opened.get_slice(name)
             dtype = modeling_utils.str_to_torch_dtype.get(part.get_dtype())
-            known = dtype is not None
-            state[name] = LazyTensor.of(part, part.get_shape(), dtype) if known else _lazy(opened.get_tensor(name))
+            state[name] = LazyTensor.of(part, part.get_shape(), dtype) if dtype else _lazy(opened.get_tensor(name))
     return state
 
 

@@ -28,9 +28,11 @@ aten = torch.ops.aten
 class LazyTensor(torch.Tensor):
     """Stands for a tensor in a file, or for what was made of some of them; knows its shape and dtype."""
 
+    node: _Node
+
     @staticmethod
     def __new__(cls, node: _Node) -> LazyTensor:
-        self = torch.Tensor._make_wrapper_subclass(cls, node.shape, dtype=node.dtype, device="cpu")
+        self = torch.Tensor._make_wrapper_subclass(cls, node.shape, dtype=node.dtype, device=torch.device("cpu"))
         self.node = node
         return self
 
@@ -46,11 +48,13 @@ class LazyTensor(torch.Tensor):
         self.node.read_into(out, box)
         return out
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # mypy loses keyword names
         return f"LazyTensor({type(self.node).__name__}, {tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares no classmethod
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if (follow := _FOLLOWED.get(func)) is not None:
             result = follow(*args, **(kwargs or {}))
             if result is not NotImplemented:
@@ -110,9 +114,10 @@ class _Stored(_Node):
         (first, last), rest = box[0], box[1:]
         row = self.dtype.itemsize * math.prod(stop - start for start, stop in rest)
         step = max(_PIECE // max(row, 1), 1)
+        others = tuple(slice(*bounds) for bounds in rest)
         for start in range(first, last, step):
             stop = min(start + step, last)
-            piece = self.source[(slice(start, stop), *(slice(*bounds) for bounds in rest))]
+            piece = self.source[(slice(start, stop),) + others]
             out.narrow(0, start - first, stop - start).copy_(piece)
 
 
@@ -255,14 +260,14 @@ def _stack(tensors: list[Tensor], dim: int = 0) -> Any:
 
 def _joined(kind: type[_Cat | _Stack], tensors: list[Tensor], dim: int, added: int) -> Any:
     first = tensors[0]
-    alike = all(isinstance(x, LazyTensor) and x.dtype == first.dtype and x.ndim == first.ndim for x in tensors)
-    if not alike or first.ndim + added == 0:
+    lazy = [x for x in tensors if isinstance(x, LazyTensor) and x.dtype == first.dtype and x.ndim == first.ndim]
+    if len(lazy) < len(tensors) or first.ndim + added == 0:
         return NotImplemented
     dim %= first.ndim + added
     ignored = () if added else (dim,)
     if any(a != b for x in tensors for i, (a, b) in enumerate(zip(x.shape, first.shape)) if i not in ignored):
         return NotImplemented  # torch's own error says it best
-    return LazyTensor(kind([x.node for x in tensors], dim))
+    return LazyTensor(kind([x.node for x in lazy], dim))
 
 
 def _transpose(x: LazyTensor, dim0: int, dim1: int) -> LazyTensor:

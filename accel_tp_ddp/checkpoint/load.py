@@ -205,9 +205,9 @@ class _StateLoader:
         for index, obj in enumerate(accelerator._custom_objects):
             load_custom_state(obj, str(self.path), index)
         if accelerator.device.type == "cuda" and source not in (-1, self.ranks.rank):
-            states, index = load(self._random_states(source)).get("torch_cuda_manual_seed", []), self.device_of(source)
-            if index is not None and index < len(states):
-                torch.cuda.set_rng_state(states[index], accelerator.device)
+            states, gpu = load(self._random_states(source)).get("torch_cuda_manual_seed", []), self.device_of(source)
+            if gpu is not None and gpu < len(states):
+                torch.cuda.set_rng_state(states[gpu], accelerator.device)
 
     def _random_states(self, rank: int) -> Path:
         return self.path / f"random_states_{rank}.pkl"
@@ -246,10 +246,10 @@ class _Sharded(_StateLoader):
             if index not in self.about["models"]:
                 raise CheckpointError(f"{self.path} holds no weights of model {index}.")
             state.check(stored, self.strict)
-        names = {state.summary_name: None for state in self.optimizers}
+        names = {optimizer.summary_name: None for optimizer in self.optimizers}
         self.summaries = read_tensors(self.path / TENSORS, names)
-        for state in self.optimizers:
-            state.check(self.summaries[state.summary_name], stored)
+        for optimizer in self.optimizers:
+            optimizer.check(self.summaries[optimizer.summary_name], stored)
         self.stored = stored
 
     def load(self) -> None:
@@ -257,13 +257,13 @@ class _Sharded(_StateLoader):
         for state in self.models.values():
             values.update(state.values())
         dtypes = read_dtypes(self.path / TENSORS)
-        for state in self.optimizers:
-            values.update(state.targets(self.summaries[state.summary_name], self.stored, dtypes))
+        for optimizer in self.optimizers:
+            values.update(optimizer.targets(self.summaries[optimizer.summary_name], self.stored, dtypes))
         loaded = read_tensors(self.path / TENSORS, {n: v for n, v in values.items() if n in self.stored})
         for state in self.models.values():
             state.take_objects(loaded)
-        for state in self.optimizers:
-            state.take(self.summaries[state.summary_name])
+        for optimizer in self.optimizers:
+            optimizer.take(self.summaries[optimizer.summary_name])
 
     def random_state_of(self) -> int:
         replica, peer = divmod(self.ranks.rank, self.tp_size)
@@ -289,14 +289,14 @@ class _Plain(_StateLoader):
             load_pickled(plain_file(self.path, "optimizer", "bin", index), **(self.load_kwargs or {}))
             for index in range(len(self.optimizers))
         ]
-        for state, saved in zip(self.optimizers, self.states):
-            state.check_plain(saved)
+        for optimizer, saved in zip(self.optimizers, self.states):
+            optimizer.check_plain(saved)
 
     def load(self) -> None:
         for index, state in self.models.items():
             self.weights[index].load(state)
-        for state, saved in zip(self.optimizers, self.states):
-            state.take_plain(saved)
+        for optimizer, saved in zip(self.optimizers, self.states):
+            optimizer.take_plain(saved)
 
 
 class _WeightsOnly(_StateLoader):

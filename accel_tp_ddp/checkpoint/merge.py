@@ -158,7 +158,9 @@ class _StoredModel:
     def _shape(self, name: str) -> torch.Size:
         if self.description is not None:
             return torch.Size(self.description.tensors[name][1])
-        return self._tensors.shape(self.prefix + name)
+        shape = self._tensors.shape(self.prefix + name)
+        assert shape is not None, "objects were refused when the state was opened"
+        return shape
 
     def _dtype(self, name: str) -> torch.dtype:
         return (
@@ -246,9 +248,10 @@ class _StoredModel:
             kind = _class_of(description.kind, description.module)
         config = _config_from(source, getattr(kind, "config_class", None) or transformers.AutoConfig)
         if kind is None:
-            self.kind = next(iter(getattr(config, "architectures", None) or []), None)
-            if self.kind is None:
+            architectures = getattr(config, "architectures", None)
+            if not architectures:
                 raise BadInputError(f'{source} names no class: add `architectures`, such as ["LlamaForCausalLM"].')
+            self.kind = architectures[0]
             kind = _class_of(self.kind, "transformers")
         with torch.device("meta"):
             model = kind(config)

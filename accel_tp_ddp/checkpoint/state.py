@@ -198,8 +198,8 @@ class OptimizerState:
             own = self._loaded[name] = {}
             for key in keys:
                 full = self._tensor_name(name, key)
-                info = state_shard(self.optimizer, param)
-                shape = param.shape if info is not None or full not in stored else stored[full]
+                info, size = state_shard(self.optimizer, param), stored.get(full)
+                shape = param.shape if info is not None or size is None else size
                 own[key] = self._room(param, key, shape, dtypes.get(full, param.dtype))
                 parts[full] = state_part(own[key], info)
         return parts

@@ -17,7 +17,7 @@ Only `send_first_rank`, which is for set-up and between steps and has no backwar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,8 @@ __all__ = [
     "scatter_to_tp",
     "send_first_rank",
 ]
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 def copy_to_tp(mesh: DeviceMesh, *tensors: Tensor, shared: Sequence[Shared | None] = ()) -> tuple[Tensor, ...]:
@@ -189,7 +191,7 @@ class _ScatterToTP(torch.autograd.Function):
         return None, _all_gather(ctx.mesh, grad, ctx.dim, ctx.sizes), None, None
 
 
-def laid_out(tensor: Tensor | None, shared: Shared | None) -> Tensor | None:
+def laid_out(tensor: MaybeTensor, shared: Shared | None) -> MaybeTensor:
     """The pieces of `tensor` that other ranks hold too, among all such pieces.
 
     Those that this rank does not hold stay zero, so one sum over all ranks is a sum for each piece.
@@ -205,7 +207,7 @@ def laid_out(tensor: Tensor | None, shared: Shared | None) -> Tensor | None:
     return everyone
 
 
-def with_shared(tensor: Tensor | None, everyone: Tensor | None, shared: Shared | None) -> Tensor | None:
+def with_shared(tensor: MaybeTensor, everyone: MaybeTensor, shared: Shared | None) -> MaybeTensor:
     """A copy of `tensor` with its shared pieces taken from what `laid_out` has made and the ranks have summed."""
     if tensor is None or shared is None:
         return everyone
@@ -226,18 +228,19 @@ def _all_reduce(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
 def _all_reduce_together(mesh: DeviceMesh, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """One all-reduce per data type, whatever the number of tensors; `None` stays `None`."""
     results: list[Tensor | None] = list(tensors)
-    by_dtype: dict[torch.dtype, list[int]] = {}
+    by_dtype: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
     for index, tensor in enumerate(tensors):
         if tensor is not None:
-            by_dtype.setdefault(tensor.dtype, []).append(index)
-    for indices in by_dtype.values():
-        if len(indices) == 1:
-            results[indices[0]] = _all_reduce(mesh, tensors[indices[0]])
+            by_dtype.setdefault(tensor.dtype, []).append((index, tensor))
+    for alike in by_dtype.values():
+        if len(alike) == 1:
+            ((index, own),) = alike
+            results[index] = _all_reduce(mesh, own)
             continue
-        flat = torch.cat([tensors[index].reshape(-1) for index in indices])
+        flat = torch.cat([own.reshape(-1) for _, own in alike])
         dist.all_reduce(flat, group=mesh.get_group())
-        for index, part in zip(indices, flat.split([tensors[index].numel() for index in indices])):
-            results[index] = part.view(tensors[index].shape)
+        for (index, own), part in zip(alike, flat.split([own.numel() for _, own in alike])):
+            results[index] = part.view(own.shape)
     return results
 
 

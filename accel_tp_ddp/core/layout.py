@@ -18,13 +18,13 @@ class Piece(NamedTuple):
     """A range that several ranks hold, as one of them does.
 
     Attributes:
-        index: Its number among the repeated ranges of the layout.
+        number: Its number among the repeated ranges of the layout.
         offset: Where it begins if all of those are laid one after the other.
         start: Where it begins in the rank's own part.
         length: How long it is.
     """
 
-    index: int
+    number: int
     offset: int
     start: int
     length: int

@@ -143,7 +143,7 @@ def agree_as_processes(mesh: DeviceMesh) -> None:
         mesh: Two-dimensional mesh of replicas and tensor-parallel ranks, in rank order.
     """
     on_gpu = mesh.device_type == "cuda"
-    own = (random.getstate(), np.random.get_state(), torch.get_rng_state().numpy().tobytes())
+    own: tuple[Any, ...] = (random.getstate(), np.random.get_state(), torch.get_rng_state().numpy().tobytes())
     own += (torch.cuda.get_rng_state().numpy().tobytes(),) if on_gpu else ()
     states: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(states, pickle.dumps(own))

@@ -21,6 +21,7 @@ __all__ = [
     "elements_elsewhere",
     "full_shape",
     "holds_shards",
+    "mark_shard",
     "remember_everywhere",
     "remember_shards",
     "remembered_shards",
@@ -64,8 +65,10 @@ class ShardInfo:
     @property
     def shared(self) -> Shared:
         """What other ranks hold too of this rank's part."""
-        total = sum(stop - start for start, stop in self.layout.repeated)
-        return Shared(self.layout.dim, total, self.layout.pieces(self.mesh.get_local_rank()))
+        layout = self.layout
+        assert layout is not None, "only a shard has parts in common"
+        total = sum(stop - start for start, stop in layout.repeated)
+        return Shared(layout.dim, total, layout.pieces(self.mesh.get_local_rank()))
 
     def counted(self, local: Tensor) -> list[Tensor]:
         """The slices of this rank's `local` part that it counts where all parts are counted together."""
@@ -149,6 +152,11 @@ def shard_info(param: Tensor) -> ShardInfo | None:
     return getattr(param, "tp_shard", None)
 
 
+def mark_shard(param: Tensor, info: ShardInfo | None) -> None:
+    """Let `param` answer to `tp_shard`; None: every rank holds all of it."""
+    setattr(param, "tp_shard", info)
+
+
 def full_shape(param: nn.Parameter) -> torch.Size:
     """The shape of the unsharded parameter."""
     info = shard_info(param)
@@ -184,7 +192,7 @@ def remember_everywhere(model: nn.Module) -> None:
         held = {name: shard_info(param) for name, param in module._parameters.items() if param is not None}
         remember_shards(module, {name: info for name, info in held.items() if info is not None and name not in known})
     for param in model.parameters():
-        param.tp_shard = shard_info(param)
+        mark_shard(param, shard_info(param))
 
 
 def _cut_full_tensors(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -205,7 +213,7 @@ def restore_shards(model: nn.Module) -> None:
         for name, info in remembered_shards(module).items():
             param = module._parameters.get(name)
             if param is not None and shard_info(param) is None:
-                param.tp_shard = info
+                mark_shard(param, info)
 
 
 def holds_shards(model: nn.Module) -> bool:

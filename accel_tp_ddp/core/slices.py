@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .layout import Layout
 from .override import Override, Refusal, install, uninstall
-from .shard import ShardInfo
+from .shard import ShardInfo, mark_shard, shard_info
 
 __all__ = [
     "OVERRIDES",
@@ -69,20 +69,22 @@ def full_on_meta(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]
     Yields:
         The stand-in of each slice.
     """
-    held = [(module, name, info) for module in model.modules() for name, info in _of(module).items()]
+    held = [
+        (module, name, module.get_parameter(name), info)
+        for module in model.modules()
+        for name, info in _of(module).items()
+    ]
     stand_ins: dict[nn.Parameter, nn.Parameter] = {}
-    for module, name, info in held:
-        own = module._parameters[name]
+    for _, _, own, info in held:
         if own not in stand_ins:
             full = torch.empty(info.global_shape, dtype=own.dtype, device="meta")
             stand_ins[own] = nn.Parameter(full, requires_grad=own.requires_grad)
-    places = [(module, name, module._parameters[name]) for module, name, _ in held]
-    for module, name, own in places:
+    for module, name, own, _ in held:
         module._parameters[name] = stand_ins[own]
     try:
         yield stand_ins
     finally:
-        for module, name, own in places:
+        for module, name, own, _ in held:
             module._parameters[name] = own
 
 
@@ -97,7 +99,7 @@ def slices_become_shards(model: nn.Module, layouts: Mapping[nn.Parameter, Layout
         yield
     for own, stand_in in stand_ins.items():
         assert own.shape == stand_in.shape, "a slice that the plan cuts otherwise was to be restored before"
-        own.tp_shard = stand_in.tp_shard
+        mark_shard(own, shard_info(stand_in))
     for module in model.modules():
         uninstall(module, OVERRIDES)
         if module.__dict__.pop(_SLICES, None) is not None:
@@ -115,7 +117,7 @@ def _restore_full(model: nn.Module, layouts: Mapping[nn.Parameter, Layout]) -> N
     done: set[nn.Parameter] = set()
     for module in model.modules():
         for name, info in list(_of(module).items()):
-            param = module._parameters[name]
+            param = module.get_parameter(name)
             if layouts.get(param) == info.layout:
                 continue
             if param not in done:

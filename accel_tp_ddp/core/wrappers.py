@@ -13,6 +13,6 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif "_orig_mod" in model._modules:
-            model = model._orig_mod
+            model = model.get_submodule("_orig_mod")
         else:
             return model

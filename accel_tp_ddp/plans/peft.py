@@ -127,9 +127,9 @@ class Wrappings:
             self._walk(child, _join(name, key), plain, names)
         if not inside:
             names[name] = plain
-            for key, child in module._modules.items():
-                if child is not None:
-                    self._walk(child, _join(name, key), _join(plain, key), names)
+            for key, inner in module._modules.items():
+                if inner is not None:
+                    self._walk(inner, _join(name, key), _join(plain, key), names)
 
 
 def adapted_model(model: nn.Module) -> nn.Module:
@@ -192,9 +192,9 @@ def _peft_models() -> tuple[type[nn.Module], ...]:
 
 def _configs(module: nn.Module) -> dict[str, Any]:
     """The adapters' configs by name; PEFT keeps them on its own models and on the model that it adapts."""
-    if "peft" in sys.modules and isinstance(module, _peft_models()):
-        return dict(module.peft_config)
-    return dict(module.__dict__.get("peft_config") or {})
+    outer = "peft" in sys.modules and isinstance(module, _peft_models())
+    configs: Any = module.peft_config if outer else module.__dict__.get("peft_config")
+    return dict(configs or {})
 
 
 def _made_of_whole_weights(config: Any) -> str | None:
@@ -220,9 +220,9 @@ def _wrapped_in(module: nn.Module) -> list[tuple[str, nn.Module]]:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     if isinstance(module, BaseTunerLayer):
-        return [("base_layer", module.base_layer)]
+        return [("base_layer", module.get_submodule("base_layer"))]
     if isinstance(module, AuxiliaryTrainingWrapper):
-        copies = module._modules.get("modules_to_save", {})
+        copies: Any = module._modules.get("modules_to_save", {})
         inside = [(key, child) for key, child in module._modules.items() if child is not None and child is not copies]
         return [*inside, *((f"modules_to_save.{adapter}", copied) for adapter, copied in copies.items())]
     return []

@@ -86,10 +86,10 @@ class DriftGuard:
                     continue
                 if is_replicated(param):
                     grads.setdefault(param.grad.dtype, []).append(param.grad)
-                elif shard_info(param).is_repeated:
-                    repeated.setdefault(param.grad.dtype, []).append((param.grad, shard_info(param)))
-        for same_dtype in repeated.values():
-            send_first_holders(self.mesh, same_dtype)
+                elif (info := _repeated(param)) is not None:
+                    repeated.setdefault(param.grad.dtype, []).append((param.grad, info))
+        for shards in repeated.values():
+            send_first_holders(self.mesh, shards)
         for same_dtype in grads.values():
             flat = torch.cat([grad.reshape(-1) for grad in same_dtype])
             send_first_rank(self.mesh, flat)
@@ -182,7 +182,7 @@ def _checksums(tensor: Tensor, info: ShardInfo | None) -> tuple[Tensor, Tensor]:
     both = torch.full((2, len(info.layout.repeated)), _NONE, dtype=torch.int64)
     for piece in info.shared.pieces:
         total = checksum(tensor.narrow(info.layout.dim, piece.start, piece.length))
-        both[:, piece.index] = torch.stack([total, -total])
+        both[:, piece.number] = torch.stack([total, -total])
     return both[0], both[1]
 
 
@@ -191,7 +191,7 @@ def send_first_holders(mesh: DeviceMesh, parts: list[tuple[Tensor, ShardInfo]]) 
     rank, buffers = mesh.get_local_rank(), []
     for tensor, info in parts:
         shared, layout = info.shared, info.layout
-        first = [piece for piece in shared.pieces if layout.holds_first(rank, layout.repeated[piece.index])]
+        first = [piece for piece in shared.pieces if layout.holds_first(rank, layout.repeated[piece.number])]
         buffers.append(laid_out(tensor, shared._replace(pieces=tuple(first))))
     flat = torch.cat([buffer.reshape(-1) for buffer in buffers]).to(mesh.device_type)
     dist.all_reduce(flat, group=mesh.get_group())  # to all others it adds nothing but zeros

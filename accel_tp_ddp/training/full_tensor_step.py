@@ -68,8 +68,8 @@ class FullTensorStep:
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         self._give_back()  # what a step that raised has left
         args, kwargs = _with_closure_called(args, kwargs)
-        for group, param in _with_gradient(optimizer):
-            self._step_on_full(optimizer, group, param, shard_info(param))
+        for group, param, info in _with_gradient(optimizer):
+            self._step_on_full(optimizer, group, param, info)
             if param.grad is not None:
                 self._gradients.append((param, param.grad))
                 param.grad = None  # the step that follows passes it over
@@ -112,17 +112,17 @@ def _alone(optimizer: Optimizer, group: dict[str, Any], param: nn.Parameter, ful
             state[param] = state.pop(full)
 
 
-def _with_gradient(optimizer: Optimizer) -> list[tuple[dict[str, Any], nn.Parameter]]:
-    """The sharded parameters that some rank has a gradient of, with their groups; the same on all ranks."""
+def _with_gradient(optimizer: Optimizer) -> list[tuple[dict[str, Any], nn.Parameter, ShardInfo]]:
+    """The sharded parameters that some rank has a gradient of, with their groups and shards; the same on all ranks."""
     sharded = [
-        (group, param)
+        (group, param, info)
         for group in optimizer.param_groups
         for param in group["params"]
         if (info := shard_info(param)) is not None and info.is_sharded
     ]
     by_mesh: dict[Any, list[int]] = {}
-    for index, (_, param) in enumerate(sharded):
-        by_mesh.setdefault(shard_info(param).mesh, []).append(index)
+    for index, (_, _, shard) in enumerate(sharded):
+        by_mesh.setdefault(shard.mesh, []).append(index)
     found: set[int] = set()
     for mesh, indices in by_mesh.items():
         # A rank that holds nothing of a small parameter may have no gradient either.

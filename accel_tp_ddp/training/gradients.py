@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
@@ -22,7 +22,7 @@ __all__ = ["clip_grad_norm_", "full_grad_norm", "grad_scaler"]
 
 @torch.no_grad()
 def full_grad_norm(
-    parameters: Iterable[nn.Parameter],
+    parameters: Iterable[Tensor],
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
@@ -45,19 +45,19 @@ def full_grad_norm(
     norm_type = float(norm_type)
     if not norm_type > 0:
         raise ValueError(f"norm_type is {norm_type}; the norm of a sharded gradient needs one greater than 0, or inf.")
-    with_grad = [param for param in parameters if param.grad is not None]
+    with_grad = [(param, param.grad) for param in parameters if param.grad is not None]
     if not with_grad:
         return torch.tensor(0.0)
     replicated: list[Tensor] = []
     by_mesh: dict[DeviceMesh, list[Tensor]] = {}
-    for param in with_grad:
+    for param, grad in with_grad:
         info = shard_info(param)
         if info is not None and info.is_sharded:
-            by_mesh.setdefault(info.mesh, []).extend(info.counted(param.grad))
+            by_mesh.setdefault(info.mesh, []).extend(info.counted(grad))
         else:
-            replicated.append(param.grad)
-    device = with_grad[0].grad.device
-    dtype = reduce(torch.promote_types, (param.grad.dtype for param in with_grad))
+            replicated.append(grad)
+    device = with_grad[0][1].device
+    dtype = reduce(torch.promote_types, (grad.dtype for _, grad in with_grad))
     total = _power(replicated, norm_type, foreach, device, dtype)
     for mesh, grads in by_mesh.items():
         part = _power(grads, norm_type, foreach, device, dtype)
@@ -89,7 +89,7 @@ def _power(
 
 
 def clip_grad_norm_(
-    parameters: Iterable[nn.Parameter] | nn.Parameter,
+    parameters: Iterable[Tensor] | Tensor,
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
