@@ -84,7 +84,7 @@ def localize_with_map(
                         by_kept[id(kept)] = mapping[param]
             module._parameters[key] = mapping[param]
         if params:
-            shards = {key: shard_info(mapping[param]) for key, param in params.items()}
+            shards = {key: info for key, param in params.items() if (info := shard_info(mapping[param])) is not None}
             remember_shards(module, shards)
             hook = _ReconstructHook(shards)
             module.register_forward_pre_hook(hook.reconstruct, prepend=True)
@@ -98,10 +98,10 @@ class _ReconstructHook:
     def __init__(self, shards: dict[str, ShardInfo]):
         self.shards = shards
         self.strides = {key: torch.empty(info.global_shape, device="meta").stride() for key, info in shards.items()}
-        self._locals: list[dict[str, nn.Parameter]] = []
+        self._locals: list[dict[str, Any]] = []
 
     def reconstruct(self, module: nn.Module, args: Any) -> None:
-        params = module._parameters
+        params: dict[str, Any] = module._parameters
         local = {key: params[key] for key in self.shards if not isinstance(params[key], DTensor)}
         self._locals.append(local)
         for key, param in local.items():
@@ -125,7 +125,7 @@ class _ReconstructHook:
         return {**self.__dict__, "_locals": []}
 
 
-def _local_parameter(param: nn.Parameter, kept: nn.Parameter | None) -> nn.Parameter:
+def _local_parameter(param: Any, kept: nn.Parameter | None) -> nn.Parameter:
     info = shard_info_of_dtensor(param)
     local = param.detach().to_local().contiguous()
     if kept is None:
@@ -135,12 +135,13 @@ def _local_parameter(param: nn.Parameter, kept: nn.Parameter | None) -> nn.Param
     if param.grad is not None:
         grad = param.grad.redistribute(placements=param.placements) if isinstance(param.grad, DTensor) else param.grad
         result.grad = grad.to_local() if isinstance(grad, DTensor) else info.local_part(grad)
-    result.tp_shard = info
+    setattr(result, "tp_shard", info)
     return result
 
 
 def shard_info_of_dtensor(tensor: DTensor) -> ShardInfo:
     """The layout of a DTensor on a one-dimensional mesh; exact for every placement that cuts one dimension."""
+    placement: Any  # replicated, or one of several kinds of shards
     (placement,) = tensor.placements
     shape, mesh = tensor.shape, tensor.device_mesh
     if isinstance(placement, Replicate):

@@ -81,7 +81,8 @@ def _in_order(attention: Tensor, ranges: tuple[Ranges, ...] | None) -> Tensor:
     width = features // attention.size(1)
     if not width:
         return attention
-    order = torch.tensor([start // width for held in ranges for span in held for start in range(*span, width)])
+    spans = [span for held in ranges or () for span in held]
+    order = torch.tensor([start // width for first, stop in spans for start in range(first, stop, width)])
     heads = torch.arange(attention.size(1))
     if len(order) != len(heads) or torch.equal(order, heads):
         return attention

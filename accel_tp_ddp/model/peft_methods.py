@@ -7,7 +7,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -16,6 +16,9 @@ from ..core.override import Override
 from ..core.shard import elements_elsewhere, shard_info
 from ..plans.peft import _KNOWN, Wrappings, _configs, _peft_models, _refuse_late_adapters
 from ..styles.conv1d import is_linear
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = ["OVERRIDES", "watch_adapters"]
 
@@ -30,7 +33,7 @@ def watch_adapters(model: nn.Module) -> list[nn.Module]:
         found.module.__dict__[_KNOWN] = found.adapter_names()
     for module in model.modules():  # one that no forward can do without
         weight = module._parameters.get("weight")
-        if is_linear(module) and shard_info(weight) is not None:
+        if is_linear(module) and weight is not None and shard_info(weight) is not None:
             module.register_forward_pre_hook(_LookForLateAdapters(wrappings.base), prepend=True)
             break
     kinds = _peft_models() if "peft" in sys.modules else ()
@@ -56,12 +59,12 @@ class _LookForLateAdapters:
 
 def save_adapters(
     stock: Callable,
-    model: nn.Module,
+    model: PeftModel,
     /,
     save_directory: str | os.PathLike,
     safe_serialization: bool = True,
     selected_adapters: list[str] | None = None,
-    save_embedding_layers: str | bool = "auto",
+    save_embedding_layers: bool | Literal["auto"] = "auto",
     is_main_process: bool = True,
     path_initial_model_for_weight_conversion: str | None = None,
     **kwargs: Any,
@@ -88,7 +91,7 @@ def save_adapters(
         write(kwargs["state_dict"])
 
 
-def _written(model: nn.Module, adapters: list[str], save_embedding_layers: str | bool) -> dict[str, Any]:
+def _written(model: PeftModel, adapters: list[str], save_embedding_layers: bool | Literal["auto"]) -> dict[str, Any]:
     """Of the model's own state dict, what PEFT will write."""
     from peft import get_peft_model_state_dict
 

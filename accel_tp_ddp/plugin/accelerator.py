@@ -268,7 +268,7 @@ class _Hooks:
 
     def join_uneven_inputs(
         self, stock: Callable, accelerator: Accelerator, /, joinables: list[Any], even_batches: bool | None = None
-    ) -> AbstractContextManager[None]:
+    ) -> AbstractContextManager[Any]:
         if self.dp_size == 1:  # a bare model cannot be joined, and there is nobody to join with
             return nullcontext(joinables)
         return stock(joinables, even_batches)

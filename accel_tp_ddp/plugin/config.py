@@ -65,7 +65,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
     def __post_init__(self):
         self._as_plain_ddp = False
         self._dp_is_open = False
-        self.tp_size = _whole("tp_size", self.tp_size, "PARALLELISM_CONFIG_TP_SIZE", 1, least=1)
+        self.tp_size: int = _whole("tp_size", self.tp_size, "PARALLELISM_CONFIG_TP_SIZE", 1, least=1)
         for name in ("dp_shard_size", "cp_size", "sp_size"):
             size = _whole(name, getattr(self, name), f"PARALLELISM_CONFIG_{name.upper()}", 1, least=1)
             if size != 1:
@@ -95,7 +95,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             raise ValueError(f'replica_drift is {self.replica_drift!r}; it has to be "heal" or "raise".')
         self.async_save = _flag("async_save", self.async_save, "ACCEL_TP_DDP_ASYNC_SAVE")
         # The base class refuses tensor parallelism with replicas, which is what this plugin is for.
-        self.dp_replicate_size = 1
+        self.dp_replicate_size: int | None = 1
         super().__post_init__()
         self._set_size("dp_replicate", dp_size)
 
@@ -198,13 +198,15 @@ class TensorParallelDDPPlugin(ParallelismConfig):
                 "ACCELERATE_USE_CPU=true, or pass Accelerator(cpu=True)."
             )
         if accelerator.num_processes > 1:
-            outlive(self.device_mesh["dp_replicate"].get_group() if self.tp_size > 1 else dist.group.WORLD)
+            group = self.device_mesh["dp_replicate"].get_group() if self.tp_size > 1 else dist.group.WORLD
+            assert group is not None, "several processes have a group"
+            outlive(group)
         if self.tp_size > 1:
             _adopt_timeout(accelerator, self.device_mesh)
             hook_accelerator(accelerator, self)
             override_trainers(TensorParallelDDPPlugin)
         else:
-            hook_without_tp(accelerator, self.async_save)
+            hook_without_tp(accelerator, bool(self.async_save))
 
 
 def _whole(name: str, value: Any, variable: str | None, default: int, least: int) -> int:

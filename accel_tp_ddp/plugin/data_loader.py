@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate.data_loader import DataLoaderDispatcher, SeedableRandomSampler, get_sampler
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, SeedableRandomSampler, get_sampler
 from accelerate.utils import initialize_tensors
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
@@ -64,7 +64,7 @@ def _sampler_of(loader: DataLoader) -> Any:
     return getattr(batches, "sampler", None) or get_sampler(loader)
 
 
-def _agree_on_order(loader: DataLoader, mesh: DeviceMesh) -> None:
+def _agree_on_order(loader: DataLoaderShard, mesh: DeviceMesh) -> None:
     sampler = _sampler_of(loader)
     if isinstance(sampler, SeedableRandomSampler):
         seed = torch.tensor(sampler.initial_seed, dtype=torch.int64)
@@ -78,7 +78,7 @@ def _agree_on_order(loader: DataLoader, mesh: DeviceMesh) -> None:
 class _AgreeAndBegin:
     """A loader's own `begin`, called before its sampler draws, on one random state in each replica."""
 
-    def __init__(self, loader: DataLoader, mesh: DeviceMesh):
+    def __init__(self, loader: DataLoaderShard, mesh: DeviceMesh):
         self.loader = loader
         self.mesh = mesh
 

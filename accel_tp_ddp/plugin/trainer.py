@@ -33,7 +33,7 @@ class Sizes(Protocol):
     device_mesh: DeviceMesh
 
 
-def override_trainers(plugin_type: type) -> None:
+def override_trainers(plugin_type: type[Any]) -> None:
     """Replace methods of the trainer classes that have been imported, for trainers with a plugin of this type."""
 
     def context_of(trainer: Any) -> tuple[Sizes] | None:
@@ -87,7 +87,7 @@ def _gather_over_replicas(plugin: Sizes) -> Callable:
 def _replicas_as_processes(trainer: Any, plugin: Sizes, **changed: Any) -> AbstractContextManager[None]:
     """Let the trainer's arguments count replicas where they count processes, and have these values."""
     view = copy.copy(trainer.args)
-    view.__class__ = _view_type(type(trainer.args))
+    view.__class__ = _view_type(trainer.args.__class__)
     replicas = (plugin.dp_replicate_size, plugin.device_mesh.get_local_rank("dp_replicate"))
     view.__dict__.update(changed, _replicas=replicas)
     return attributes(trainer, args=view)

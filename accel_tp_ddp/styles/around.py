@@ -194,7 +194,7 @@ class LocalModules(Style):
 
     def forward(self, call: ParallelForward, *args, **kwargs):
         module, rank, ranks = call.module, call.mesh.get_local_rank(), call.mesh.size()
-        members = module._modules[self.name]
+        members: Any = module._modules[self.name]
         first, count = rank * len(members) // ranks, max(len(members) // ranks, 1)
         names = [name for name, param in members[0]._parameters.items() if param is not None]
         # One tensor for all members, or the ranks would disagree on which gradients there are to sum.
@@ -262,7 +262,7 @@ class Together(Style):
         self.styles = tuple(styles)
 
     @property
-    def takes_parameters(self) -> bool:
+    def takes_parameters(self) -> bool:  # type: ignore[override]  # its styles decide
         return any(style.takes_parameters for style in self.styles)
 
     def layouts(self, site: Site) -> dict[str, Layout]:

@@ -53,6 +53,17 @@ class Site:
     def parameter(self, name: str) -> str:
         return f"{self.name}.{name}" if self.name else name
 
+    def held(self, name: str) -> nn.Parameter:
+        """The module's own parameter of this name."""
+        param = self.module._parameters[name]
+        assert param is not None, self.parameter(name)
+        return param
+
+    @property
+    def weight(self) -> Any:
+        """What the module shows as its weight."""
+        return self.module.weight
+
     def error(self, problem: str, fix: str) -> PlanError:
         return PlanError(
             f"tensor-parallel plan: `{self.name}: {self.style}` with tp_size={self.tp_size}: {problem} {fix}"
@@ -116,7 +127,7 @@ class Style:
     """
 
     #: Module types that the style can take.
-    accepts: tuple[type[nn.Module], ...] = (nn.Module,)
+    accepts: tuple[type, ...] = (nn.Module,)
     #: Whether the dimension that is cut may leave ranks with parts of different length.
     uneven: bool = False
     #: Whether the module opens a tensor-parallel region on its input; its forward takes `call.entered(input)`.
@@ -143,7 +154,7 @@ class Style:
     def bare_layout(self, site: Site, name: str) -> Layout | None:
         """The layout of a bare parameter of `site.module` under this style; None where it stays replicated."""
         raise site.error(
-            f"`{site.parameter(name)}` of size {tuple(site.module._parameters[name].shape)} is a bare parameter, the "
+            f"`{site.parameter(name)}` of size {tuple(site.held(name).shape)} is a bare parameter, the "
             "style takes modules.",
             "Name another style, or `replicate`.",
         )
@@ -176,7 +187,7 @@ class Style:
             self._verify_parameter(site, name, layout)
 
     def _verify_parameter(self, site: Site, name: str, layout: Layout) -> None:
-        param = site.module._parameters[name]
+        param = site.held(name)
         size = f"`{site.parameter(name)}` of size {tuple(param.shape)}"
         if not (param.is_floating_point() or param.is_complex()):
             raise site.error(
@@ -206,7 +217,7 @@ class Style:
         """Shard the module's parameters in place (each keeps its identity) and install the style's forward."""
         shards = {}
         for name, layout in self.layouts(site).items():
-            param = site.module._parameters[name]
+            param = site.held(name)
             tied = getattr(param, "tp_shard", None)  # another module has cut it already
             assert tied is None or tied.layout == layout, "the plan was to verify that tied weights agree"
             shards[name] = tied or ShardInfo.sharded(region.mesh, param.shape, layout)
@@ -248,7 +259,7 @@ def shard_in_place(param: nn.Parameter, info: ShardInfo) -> None:
     param.data = info.local_part(param.data)
     if grad is not None:
         param.grad = info.local_part(grad)
-    param.tp_shard = info
+    setattr(param, "tp_shard", info)
 
 
 def even_layout(size: int, dim: int, tp_size: int) -> Layout:

@@ -6,6 +6,7 @@ import sys
 from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,8 @@ class TransposedLinear(ABC):
     """
 
     spelled = "transformers.pytorch_utils.Conv1D"
+    nf: int  # outputs
+    nx: int  # inputs
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
@@ -56,12 +59,12 @@ def input_dim(module: nn.Module) -> int:
     return 1 - output_dim(module)
 
 
-def out_features(module: nn.Module) -> int:
+def out_features(module: Any) -> int:
     """Number of outputs of a linear layer that has not been sharded."""
     return module.nf if isinstance(module, TransposedLinear) else module.out_features
 
 
-def in_features(module: nn.Module) -> int:
+def in_features(module: Any) -> int:
     return module.nx if isinstance(module, TransposedLinear) else module.in_features
 
 
@@ -74,6 +77,6 @@ def show_local_outputs(module: nn.Module, features: int) -> None:
 @contextmanager
 def without_bias(call: ParallelForward) -> Iterator[None]:
     """Let a linear layer compute without its bias; one whose forward cannot do without gets a bias of zeros."""
-    bias = call.module._parameters["bias"]
+    bias = call.held("bias")
     with call.replacing(bias=torch.zeros_like(bias) if isinstance(call.module, TransposedLinear) else None):
         yield

@@ -26,7 +26,7 @@ def read_full(module: nn.Module, call: ParallelForward) -> None:
     """Let direct reads of the sharded parameters of `module` give full ones, where `call.region.running`."""
     names = tuple(name for name, info in call.shards.items() if info.layout.contiguous)
     if names:
-        module.__class__ = _type_that_reads_full(type(module), names)
+        module.__class__ = _type_that_reads_full(type(module), names)  # type: ignore[arg-type]  # classes are hashable
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def _read(module: nn.Module, name: str) -> Tensor | None:
     full, key = call.region.full, (id(param), param._version)
     if key not in full:
         layout = call.shards[name].layout
-        full[key] = gather_from_tp(call.mesh, param, layout.dim, layout.sizes)
+        full[key] = gather_from_tp(call.mesh, call.held(name), layout.dim, layout.sizes)
     return full[key]
 
 
@@ -56,5 +56,5 @@ def _reduce(module: nn.Module, protocol: int, base: type[nn.Module], names: tupl
 
 
 def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    kind = _type_that_reads_full(base, names)
+    kind = _type_that_reads_full(base, names)  # type: ignore[arg-type]  # classes are hashable
     return kind.__new__(kind)

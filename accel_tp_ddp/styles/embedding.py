@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ class EmbeddingRowwise(Style):
     adapters = frozenset({"embedding", "tokens"})
 
     def layouts(self, site: Site) -> dict[str, Layout]:
-        return {"weight": even_layout(site.module.num_embeddings, 0, site.tp_size)}
+        module: Any = site.module
+        return {"weight": even_layout(module.num_embeddings, 0, site.tp_size)}
 
     def verify(self, site: Site) -> None:
         super().verify(site)
@@ -55,7 +57,8 @@ class EmbeddingHeads(Style):
     accepts = (nn.Embedding,)
 
     def layouts(self, site: Site) -> dict[str, Layout]:
-        return {"weight": even_layout(site.module.embedding_dim, 1, site.tp_size)}
+        module: Any = site.module
+        return {"weight": even_layout(module.embedding_dim, 1, site.tp_size)}
 
     def verify(self, site: Site) -> None:
         super().verify(site)
@@ -79,7 +82,7 @@ class EmbeddingColwise(EmbeddingHeads):
 
 
 @contextmanager
-def local_padding_idx(module: nn.Embedding, start: int, stop: int) -> Iterator[None]:
+def local_padding_idx(module: Any, start: int, stop: int) -> Iterator[None]:
     """Let the module see the padding row by its local number, or not at all where another rank holds it."""
     padding_idx = module.padding_idx
     if padding_idx is not None:
@@ -101,7 +104,7 @@ def refuse_options(site: Site, *names: str) -> None:
     for name in names:
         if getattr(site.module, name):
             raise site.error(
-                f"`{site.parameter('weight')}` of size {tuple(site.module.weight.shape)} is an embedding with "
+                f"`{site.parameter('weight')}` of size {tuple(site.weight.shape)} is an embedding with "
                 f"{name}={getattr(site.module, name)}, which a shard cannot follow.",
                 f"Build the embedding without {name}, or set the style to `replicate`.",
             )

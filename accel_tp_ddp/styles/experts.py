@@ -112,7 +112,7 @@ class Experts(Style):
         copies = dict(zip(map(id, tensors), copy_to_tp(call.mesh, *tensors)))
         args = tuple(copies.get(id(value), value) for value in args)
         kwargs = {name: copies.get(id(value), value) for name, value in kwargs.items()}
-        shares = {name: add_share(call.mesh, call.module._parameters[name]) for name in call.facts["shared"]}
+        shares = {name: add_share(call.mesh, call.held(name)) for name in call.facts["shared"]}
         call.region.open(call.module.training)
         with call.replacing(**shares):
             output = call.inner(*args, **kwargs)

@@ -56,9 +56,16 @@ class ParallelForward:
         if self.idle:
             return self.inner(*args, **kwargs)
         params = self.module._parameters  # without those that PEFT has put a parametrization in the place of
-        if any(name in params and shard_info(params[name]) is None for name in self.shards):
+        own = (params[name] for name in self.shards if name in params)
+        if any(param is not None and shard_info(param) is None for param in own):
             restore_shards(self.module)
         return self.style.forward(self, *args, **kwargs)
+
+    def held(self, name: str) -> Tensor:
+        """What the module holds under this name; its attribute may be read otherwise."""
+        param = self.module._parameters[name]
+        assert param is not None, name
+        return param
 
     def install_on(self, module: nn.Module) -> None:
         """Become the forward of `module`."""
@@ -129,7 +136,7 @@ class ParallelForward:
         missing = [name for name in names if name not in offered]
         own = copy_to_tp(
             self.mesh,
-            *(self.module._parameters[name] for name in missing),
+            *(self.held(name) for name in missing),
             shared=[self.shared(name) for name in missing],
         )
         return {**{name: offered[name] for name in names if name in offered}, **dict(zip(missing, own))}
@@ -144,12 +151,13 @@ class ParallelForward:
     @contextmanager
     def replacing(self, **params: Tensor | None) -> Iterator[None]:
         """Let the module compute with other tensors in place of some of its parameters."""
-        saved = {name: self.module._parameters[name] for name in params}
-        self.module._parameters.update(params)
+        own: dict[str, Any] = self.module._parameters
+        saved = {name: own[name] for name in params}
+        own.update(params)
         try:
             yield
         finally:
-            self.module._parameters.update(saved)
+            own.update(saved)
 
     def __getstate__(self) -> dict[str, Any]:
         idle = {"offered": {}, "_entered": False, "computing": False, "idle": False}

@@ -77,7 +77,7 @@ class GroupedQKVColwise(Colwise):
 
     def _verify_heads(self, site: Site) -> None:
         queries, keys, width = self._heads(site)
-        what = f"`{site.parameter('weight')}` of size {tuple(site.module.weight.shape)}"
+        what = f"`{site.parameter('weight')}` of size {tuple(site.weight.shape)}"
         if keys < 1 or queries % keys or out_features(site.module) % (queries + 2 * keys):
             raise site.error(
                 f"{what} does not hold {queries} queries ({self.heads}) with {keys} keys and values "
@@ -129,6 +129,7 @@ class GroupedQKVColwise(Colwise):
     def apply(self, site: Site, region: Region) -> None:
         super().apply(site, region)
         queries, keys, _ = self._heads(site)
+        assert site.parent is not None, "it has just told the number of heads"
         set_local_size(site.parent, self.heads, queries // site.tp_size)
         set_local_size(site.parent, self.key_value_heads, max(keys // site.tp_size, 1))
 

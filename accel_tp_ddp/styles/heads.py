@@ -67,10 +67,9 @@ def verify_whole_heads(site: Site, features: int, side: str, repeats: bool = Tru
     for what, count in counts.items():
         few = what == "num_key_value_heads" or (count < site.tp_size and count != queries)
         if count % site.tp_size and not (few and repeats and site.tp_size % count == 0):
-            weight = site.module.weight
             what = what.replace("_", " ").removeprefix("num ") if what in site.head_counts() else what
             raise site.error(
-                f"`{site.parameter('weight')}` of size {tuple(weight.shape)} has heads of width {width}, and "
+                f"`{site.parameter('weight')}` of size {tuple(site.weight.shape)} has heads of width {width}, and "
                 f"{what} = {count} is not divisible by tp_size.",
                 f"Choose a tp_size that divides {count}"
                 + (f" or is a multiple of {count}." if few and repeats else ".")
@@ -95,7 +94,7 @@ def show_local_heads(site: Site, sections: Sequence[int]) -> None:
         return
     queries, key_values = site.head_counts().get("num_attention_heads"), site.key_value_heads
     if key_values is not None:
-        parent.num_key_value_groups = queries // tp_size // max(key_values // tp_size, 1)
+        setattr(parent, "num_key_value_groups", queries // tp_size // max(key_values // tp_size, 1))
     else:
         key_values = site.head_counts().get("num_key_value_heads", queries)
     cut = {features // width for features in sections if features % width == 0}

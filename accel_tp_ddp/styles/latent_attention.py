@@ -87,7 +87,7 @@ class LatentKeyValueDown(Style):
         columns = self._shared_columns(site)
         if not isinstance(columns, int) or not 0 <= columns < site.module.out_features:
             raise site.error(
-                f"`{site.parameter('weight')}` of size {tuple(site.module.weight.shape)} has columns that all heads "
+                f"`{site.parameter('weight')}` of size {tuple(site.weight.shape)} has columns that all heads "
                 f"share, and neither the module around it nor its config says how many (qk_rope_head_dim={columns}).",
                 "Set the style to `replicate`, and those of the projections after it.",
             )

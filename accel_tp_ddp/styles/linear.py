@@ -59,7 +59,7 @@ class Colwise(Style):
 
     def bare_layout(self, site: Site, name: str) -> Layout:
         """Rows of a matrix or of a stack of matrices; the elements of a vector, such as one for each head."""
-        param = site.module._parameters[name]
+        param = site.held(name)
         dim = bare_output_dim(param)
         return even_layout(param.shape[dim], dim, site.tp_size)
 

@@ -35,11 +35,11 @@ class PackedColwise(Colwise):
 
     def bare_layout(self, site: Site, name: str) -> Layout:
         """Rows of a matrix or of a stack of matrices, or a stack's or a single vector's biases."""
-        return packed_bare_layout(site, name, bare_output_dim(site.module._parameters[name]), self.count)
+        return packed_bare_layout(site, name, bare_output_dim(site.held(name)), self.count)
 
     def allows_uneven(self, site: Site) -> bool:
-        sizes = set(self.sections(site))
-        return len(sizes) == 1 and meets_a_neighbour(site, *sizes, in_features)
+        sizes = self.sections(site)
+        return len(set(sizes)) == 1 and meets_a_neighbour(site, sizes[0], in_features)
 
     def verify(self, site: Site) -> None:
         if is_linear(site.module):
@@ -86,7 +86,7 @@ class PackedQKVColwise(PackedColwise):
     def apply(self, site: Site, region: Region) -> None:
         super().apply(site, region)
         if site.parent is not None and getattr(site.parent, "config", None) is site.config:
-            site.parent.config = LocalHeadsConfig(site.config, site.tp_size)
+            setattr(site.parent, "config", LocalHeadsConfig(site.config, site.tp_size))
 
 
 class PackedRowwise(Rowwise):
@@ -108,7 +108,7 @@ class PackedRowwise(Rowwise):
 
     def bare_layout(self, site: Site, name: str) -> Layout:
         """The last dimension: the outputs of a stack of transposed matrices."""
-        return packed_bare_layout(site, name, site.module._parameters[name].ndim - 1, self.count)
+        return packed_bare_layout(site, name, site.held(name).ndim - 1, self.count)
 
     def verify(self, site: Site) -> None:
         if is_linear(site.module):
@@ -123,7 +123,7 @@ def _at_least_one(sections: int) -> int:
 
 
 def packed_bare_layout(site: Site, name: str, dim: int, sections: int) -> Layout:
-    param = site.module._parameters[name]
+    param = site.held(name)
     section, rest = divmod(param.shape[dim], sections)
     if rest:
         raise site.error(
@@ -137,15 +137,14 @@ def packed_bare_layout(site: Site, name: str, dim: int, sections: int) -> Layout
 def equal_sections(site: Site, features: int, sections: int) -> list[int]:
     if features % sections:
         raise site.error(
-            f"`{site.parameter('weight')}` of size {tuple(site.module.weight.shape)} is not {sections} equal "
-            "sections.",
+            f"`{site.parameter('weight')}` of size {tuple(site.weight.shape)} is not {sections} equal sections.",
             "Register a style with the right number of sections, or use `colwise_gather_output`.",
         )
     return [features // sections] * sections
 
 
 def verify_sum(site: Site, sizes: list[int]) -> None:
-    weight = site.module.weight
+    weight = site.weight
     if not any(sum(sizes) == size for size in weight.shape):
         raise site.error(
             f"`{site.parameter('weight')}` of size {tuple(weight.shape)} does not hold sections of {sizes}.",
@@ -155,7 +154,7 @@ def verify_sum(site: Site, sizes: list[int]) -> None:
 
 def verify_sections(site: Site, sizes: list[int], uneven: bool = False) -> None:
     verify_sum(site, sizes)
-    weight = site.module.weight
+    weight = site.weight
     for size in sizes:
         if size % site.tp_size and not uneven:
             raise site.error(

@@ -50,13 +50,14 @@ class Region:
             self.open(training)
         if not torch.is_grad_enabled():
             return tensor
-        if self._copy is not None and self._source() is tensor and self._version == tensor._version:
-            return self._copy
+        if self._copy is not None and self._source is not None and self._source() is tensor:
+            if self._version == tensor._version:
+                return self._copy
         partial = [(partner, name) for partner in partners for name in partner.partial_names()]
         copy, *params = copy_to_tp(
             self.mesh,
             tensor,
-            *(partner.module._parameters[name] for partner, name in partial),
+            *(partner.held(name) for partner, name in partial),
             shared=[None, *(partner.shared(name) for partner, name in partial)],
         )
         for (partner, name), param in zip(partial, params):
@@ -90,5 +91,5 @@ class Region:
         self.leave()
 
     def __getstate__(self) -> dict[str, Any]:
-        idle = {"_source": None, "_version": -1, "_copy": None, "running": 0, "full": {}}
+        idle: dict[str, Any] = {"_source": None, "_version": -1, "_copy": None, "running": 0, "full": {}}
         return {"mesh": self.mesh, "stream": self.stream, **idle}

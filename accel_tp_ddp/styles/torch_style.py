@@ -6,6 +6,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from .base import Site, Style, even_layout
+from .conv1d import in_features, out_features
 from .heads import verify_whole_heads
 from .region import Region
 
@@ -36,7 +37,7 @@ class TorchStyle(Style):
         linear, colwise = isinstance(site.module, nn.Linear), isinstance(self.style, ColwiseParallel)
         sharded = self.style.output_layouts[0] if colwise else self.style.input_layouts[0]
         if linear and sharded.is_shard(-1):
-            verify_whole_heads(site, site.module.out_features if colwise else site.module.in_features, "weight", False)
+            verify_whole_heads(site, (out_features if colwise else in_features)(site.module), "weight", False)
         dim = int(colwise != linear)
         self._verify_parameter(site, "weight", even_layout(site.module.weight.shape[dim], dim, site.tp_size))
 

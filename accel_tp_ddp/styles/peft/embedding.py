@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...core.layout import Layout
 from ...core.shard import shard_info
@@ -44,18 +45,18 @@ class EmbeddingLora(Style):
     """LoRA of an embedding of which each rank holds a part. Forward and backward: nothing."""
 
     def apply(self, site: Site, region: Region) -> None:
-        layer = site.module
+        layer: Any = site.module
         layer.get_delta_weight, layer.unmerge = partial(delta_of_shard, layer), partial(unmerge_shard, layer)
 
 
-def delta_of_shard(layer: nn.Module, adapter: str) -> Tensor:
+def delta_of_shard(layer: Any, adapter: str) -> Tensor:
     """`get_delta_weight` for merging: this rank's part."""
     delta = type(layer).get_delta_weight(layer, adapter)
     info = shard_info(layer.get_base_layer()._parameters["weight"])
     return delta if info is None else info.local_part(delta)
 
 
-def unmerge_shard(layer: nn.Module) -> None:
+def unmerge_shard(layer: Any) -> None:
     """`unmerge`, which may come within a forward, where reading the weight of the module inside gives the full one."""
     call = layer.get_base_layer().__dict__["forward"]
     call.idle = True

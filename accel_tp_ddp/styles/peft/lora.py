@@ -20,6 +20,7 @@ full rows, and so their norms; row-parallel ones sum up the squares of their par
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,8 @@ def lora_style(site: Site, base: Style, layouts: Mapping[str, Layout]) -> Style:
                 "its input.",
                 "Use plain LoRA, DoRA, aLoRA or MiCA, or set the module to `replicate`.",
             )
-    return ShardedLora(layouts["weight"], outputs=layouts["weight"].dim == output_dim(site.module.base_layer))
+    inside: Any = site.module.base_layer
+    return ShardedLora(layouts["weight"], outputs=layouts["weight"].dim == output_dim(inside))
 
 
 class ReplicatedLora(Style):
@@ -219,7 +221,7 @@ class LayerForward(ParallelForward):
     unloaded, the base layer is left, and runs by itself as if there had never been any.
     """
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: Any):
         self.base_call: ParallelForward = layer.base_layer.__dict__["forward"]
         base = self.base_call
         super().__init__(layer.base_layer, base.style, base.region, base.shards, base.facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class TrainedTokens(Style):
             setattr(site.module, name, partial(method, site.module))
 
 
-def _forward_tokens(layer: nn.Module, x: Tensor, active_adapters: list[str], *args, **kwargs) -> Tensor:
+def _forward_tokens(layer: Any, x: Tensor, active_adapters: list[str], *args, **kwargs) -> Tensor:
     if layer.disable_adapters or not active_adapters or layer.merged:
         return type(layer).forward_adapters(layer, x, active_adapters, *args, **kwargs)
     layer._check_overlapping_tokens(active_adapters)
@@ -72,7 +73,7 @@ def _forward_tokens(layer: nn.Module, x: Tensor, active_adapters: list[str], *ar
     return result
 
 
-def _merged(layer: nn.Module, rows_of: Mapping[str, Tensor], adapters: list[str], weight: Tensor) -> Tensor:
+def _merged(layer: Any, rows_of: Mapping[str, Tensor], adapters: list[str], weight: Tensor) -> Tensor:
     """`weight`, full or this rank's part of it, with `rows_of` the adapters in the place of its own."""
     info = shard_info(layer.get_base_layer()._parameters["weight"])
     if info is None or not info.is_sharded or weight.shape == info.global_shape:
@@ -89,7 +90,7 @@ def _merged(layer: nn.Module, rows_of: Mapping[str, Tensor], adapters: list[str]
     return weight
 
 
-def _merge_tokens(layer: nn.Module, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+def _merge_tokens(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
     from peft.tuners.tuners_utils import check_adapters_to_merge
 
     adapters = check_adapters_to_merge(layer, adapter_names)
@@ -103,13 +104,13 @@ def _merge_tokens(layer: nn.Module, safe_merge: bool = False, adapter_names: lis
         layer.merged_adapters.extend(adapters)
 
 
-def _unmerge_tokens(layer: nn.Module) -> None:
+def _unmerge_tokens(layer: Any) -> None:
     weight = layer.base_layer._parameters["weight"]
     adapters, layer.merged_adapters = layer.merged_adapters[::-1], []
     weight.data = _merged(layer, layer.trainable_tokens_original, adapters, weight.data)
 
 
-def _merged_weights(layer: nn.Module, active_adapters: list[str]) -> Tensor:
+def _merged_weights(layer: Any, active_adapters: list[str]) -> Tensor:
     return _merged(layer, layer.trainable_tokens_delta, active_adapters, layer.base_layer.weight)
 
 
