@@ -143,6 +143,25 @@ def _hyperparameter_search(stock: Callable, trainer: Any, plugin: Sizes, *args: 
 # ---- saving and loading ---------------------------------------------------------------------------------------------
 
 
+def _save_model(
+    stock: Callable, trainer: Any, plugin: Sizes, output_dir: str | None = None, *args: Any, **kwargs: Any
+) -> None:
+    """`save_model` calls `_save` on every rank; in older transformers (5.20), on the main process alone."""
+    saved = []
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        saved.append(True)
+        type(trainer)._save(trainer, *args, **kwargs)
+
+    trainer._save = save
+    try:
+        stock(output_dir, *args, **kwargs)
+    finally:
+        del trainer._save
+    if not saved:
+        trainer._save(output_dir or trainer.args.output_dir)
+
+
 def _save(
     stock: Callable, trainer: Any, plugin: Sizes, output_dir: str | None = None, state_dict: dict | None = None
 ) -> None:
@@ -243,6 +262,7 @@ _MENDS: dict[tuple[str, str], dict[str, Callable]] = {
         "evaluation_loop": _evaluation_loop,
         "train": _train,
         "hyperparameter_search": _hyperparameter_search,
+        "save_model": _save_model,
         "_save": _save,
         "_save_optimizer_and_scheduler": _save_optimizer_and_scheduler,
         "_save_rng_state": _save_rng_state,

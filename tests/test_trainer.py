@@ -332,6 +332,7 @@ NEEDED_BY = {
 
 def test_each_mend_is_tried():
     others = {"_load_rng_state", "hyperparameter_search", "evaluation_loop"}  # seen further down
+    others |= {"save_model"}  # changes nothing in 5.23; in 5.20 every case that saves hangs without it
     assert NEEDED_BY.keys() | others == trainer._MENDS["transformers.trainer", "Trainer"].keys()
 
 
