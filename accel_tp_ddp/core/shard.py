@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Placement, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 from .collectives import gather_parts
 from .layout import Layout, Shared
 
 __all__ = [
+    "check_mesh",
+    "has_dtensor_parameters",
     "ShardInfo",
     "elements_elsewhere",
     "full_shape",
@@ -220,3 +222,27 @@ def holds_shards(model: nn.Module) -> bool:
     """Whether `model` has been sharded: some of its parameters say of what they are a part."""
     restore_shards(model)
     return any(shard_info(param) is not None for param in model.parameters())
+
+
+def has_dtensor_parameters(model: nn.Module) -> bool:
+    return any(isinstance(param, DTensor) for param in model.parameters())
+
+
+def check_mesh(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Raise unless what is sharded of `model` already is sharded over the ranks of `mesh`.
+
+    Raises:
+        ValueError: With the first parameter that is not, its ranks, and those of `mesh`.
+    """
+    wanted = dist.get_process_group_ranks(mesh.get_group())
+    for name, param in model.named_parameters():
+        own = param.device_mesh if isinstance(param, DTensor) else getattr(shard_info(param), "mesh", None)
+        if own is None or own.ndim != 1:
+            continue  # `localize` has its own word for meshes of several dimensions
+        ranks = dist.get_process_group_ranks(own.get_group())
+        if ranks != wanted:
+            raise ValueError(
+                f"`{name}` of size {tuple(param.shape)} is sharded over {len(ranks)} ranks {ranks} of another mesh, "
+                f"but tp_size={mesh.size()} and the `tp` mesh has the ranks {wanted} here. Parallelize the model with "
+                '`accelerator.torch_device_mesh["tp"]`, or pass it unsharded.'
+            )

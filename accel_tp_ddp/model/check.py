@@ -6,13 +6,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..core.errors import PlanError
-from ..core.shard import holds_shards
+from ..core.shard import check_mesh, has_dtensor_parameters, holds_shards
 from ..core.slices import check_slices_mesh, full_on_meta
 from ..core.wrappers import unwrap
 from ..plans.peft import check_adapters
 from ..plans.plan import Plan, resolve_plan
 from ..plans.rules import PlanLike, load_plan
-from .dtensor import check_mesh, has_dtensor_parameters
 
 __all__ = ["check_model"]
 

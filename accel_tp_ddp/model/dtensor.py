@@ -11,39 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from ..core.layout import Layout, Ranges
 from ..core.shard import ShardInfo, remember_shards, restore_shards, shard_info
 
-__all__ = ["check_mesh", "has_dtensor_parameters", "localize_with_map"]
-
-
-def has_dtensor_parameters(model: nn.Module) -> bool:
-    return any(isinstance(param, DTensor) for param in model.parameters())
-
-
-def check_mesh(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Raise unless what is sharded of `model` already is sharded over the ranks of `mesh`.
-
-    Raises:
-        ValueError: With the first parameter that is not, its ranks, and those of `mesh`.
-    """
-    wanted = dist.get_process_group_ranks(mesh.get_group())
-    for name, param in model.named_parameters():
-        own = param.device_mesh if isinstance(param, DTensor) else getattr(shard_info(param), "mesh", None)
-        if own is None or own.ndim != 1:
-            continue  # `localize` has its own word for meshes of several dimensions
-        ranks = dist.get_process_group_ranks(own.get_group())
-        if ranks != wanted:
-            raise ValueError(
-                f"`{name}` of size {tuple(param.shape)} is sharded over {len(ranks)} ranks {ranks} of another mesh, "
-                f"but tp_size={mesh.size()} and the `tp` mesh has the ranks {wanted} here. Parallelize the model with "
-                '`accelerator.torch_device_mesh["tp"]`, or pass it unsharded.'
-            )
+__all__ = ["localize_with_map"]
 
 
 def localize_with_map(

@@ -33,10 +33,9 @@ from ..core.agreement import Ranks
 from ..core.collectives import gather_replicas
 from ..core.override import Override, attributes, install
 from ..core.randomness import agree_as_processes, draw_by_replica
-from ..core.shard import full_shape, holds_shards
+from ..core.shard import check_mesh, full_shape, holds_shards
 from ..core.wrappers import unwrap
 from ..model.check import check_model
-from ..model.dtensor import check_mesh
 from ..model.parallelize import parallelize_with_map
 from ..plans.peft import check_adapters
 from ..plans.plan import Plan

@@ -122,6 +122,22 @@ def _hyperparameter_search(plugin: Sizes, stock: Callable, trainer: Any, /, *arg
 # ---- saving and loading ---------------------------------------------------------------------------------------------
 
 
+def _save_model(
+    plugin: Sizes, stock: Callable, trainer: Any, /, output_dir: str | None = None, *args: Any, **kwargs: Any
+) -> None:
+    """`save_model` calls `_save` on every rank; in older transformers (5.20), on the main process alone."""
+    saved, save = [], trainer._save
+
+    def save_and_tell(*args: Any, **kwargs: Any) -> None:
+        saved.append(True)
+        save(*args, **kwargs)
+
+    with attributes(trainer, _save=save_and_tell):
+        stock(output_dir, *args, **kwargs)
+    if not saved:
+        save(output_dir or trainer.args.output_dir)
+
+
 def _save(
     plugin: Sizes, stock: Callable, trainer: Any, /, output_dir: str | None = None, state_dict: dict | None = None
 ) -> None:
@@ -225,6 +241,7 @@ OVERRIDES = (
     _trainer("evaluation_loop", _evaluation_loop, 2896, "gathers the copies of peers, and what fills up the batch"),
     _trainer("train", _train, 1450, "takes a model that was only evaluated for one that is wrapped in DDP"),
     _trainer("hyperparameter_search", _hyperparameter_search, 4502, "starts trials on the main process alone"),
+    _trainer("save_model", _save_model, 4077, "in older releases (5.20) calls _save on the main process alone"),
     _trainer("_save", _save, 4131, "writes the main process's shards"),
     _trainer("_save_optimizer_and_scheduler", _save_optimizer_and_scheduler, 3513, "writes the main process's state"),
     _trainer("_save_rng_state", _save_rng_state, 3462, "writes a file for each process, not for each replica"),

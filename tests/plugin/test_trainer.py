@@ -203,6 +203,7 @@ NEEDED_BY = {
 
 def test_each_override_of_trainer_has_a_run_that_needs_it():
     others = {"_load_rng_state", "hyperparameter_search", "evaluation_loop"}  # seen further down
+    others |= {"save_model"}  # changes nothing in 5.23; in 5.20 every case that saves hangs without it
     assert NEEDED_BY.keys() | others == {
         row.name for row in trainer.OVERRIDES if row.owner == "transformers.trainer.Trainer"
     }
