@@ -1,6 +1,6 @@
 # make train   fine-tune a small causal LM at tp 2 x dp 2, on 4 CPU ranks: about five minutes on two cores, no network
 #              other than pip's. CONFIG=recipes/configs/node8_tp2_dp4.yaml picks another layout, ARGS="..." goes to the script.
-# make test    ruff and pytest; PYTEST_ARGS="tests/system/test_recipe.py -k name" narrows it.
+# make test    ruff, mypy and pytest; PYTEST_ARGS="tests/system/test_recipe.py -k name" narrows it.
 # make clean   remove the virtual environments and outputs.
 # make constraints   make constraints.txt again, with the newest releases of what constraints/chosen.txt does not hold.
 #
@@ -33,6 +33,8 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Installed again only when what there is to install changes. pip first: older ones cannot constrain a build.
