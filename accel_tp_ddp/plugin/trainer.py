@@ -54,10 +54,10 @@ def _get_dataloader(plugin: Sizes, stock: Callable, trainer: Any, /, *args: Any,
 
 def _get_num_items_in_batch(plugin: Sizes, stock: Callable, trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
     """`_get_num_items_in_batch` divides by `tp_size` also what it has not summed over the processes."""
-    items = stock(*args, **kwargs)
-    if items is None or trainer.args.average_tokens_across_devices:
-        return items
-    return items * plugin.tp_size
+    if trainer.args.average_tokens_across_devices:
+        return stock(*args, **kwargs)
+    with attributes(trainer, get_tp_size=lambda: 1):
+        return stock(*args, **kwargs)
 
 
 def _track_num_input_tokens(plugin: Sizes, stock: Callable, trainer: Any, /, *args: Any, **kwargs: Any) -> None:

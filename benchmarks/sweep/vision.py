@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .cases import Case
 from .planned import LLAMA4_IMAGE, Part
@@ -47,6 +48,13 @@ def with_image(model: nn.Module, count: int, types: bool = False) -> dict[str, T
     text = text_around(count)
     kinds = {"token_type_ids": (text["input_ids"] == IMAGE).long()} if types else {}
     return {**text, **kinds, "pixel_values": pixels()}
+
+
+def with_image_beside_experts(model: nn.Module) -> dict[str, Tensor]:
+    """transformers 5.24.0 reads `image_outputs` from the text model's output, which has none, and raises."""
+    if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
+        MoeCausalLMOutputWithPast.image_outputs = None
+    return with_image(model, count=4)
 
 
 def with_images(model: nn.Module, count: int) -> dict[str, Tensor]:
@@ -205,7 +213,7 @@ MODELS: dict[str, Part] = {
     "llama4": Part(
         "llama4",
         "Llama4ForConditionalGeneration",
-        partial(with_image, count=4),
+        with_image_beside_experts,
         {
             "text_config": {"intermediate_size_mlp": 128, "attention_chunk_size": 16, "moe_layers": [1]},
             "vision_config": LLAMA4_IMAGE,

@@ -20,7 +20,7 @@ PYTHONS = ("3.10.13", "3.11.7", "3.12.1", "3.13.0")
 #: Where nothing is installed, other than by what is declared here.
 OUR_OWN = {"accel_tp_ddp", "benchmarks", "recipes", "tests"}
 #: Declared, and used by other means than an import.
-COMMANDS = {"ruff": "`make test`", "pytest-timeout": "`timeout` in setup.cfg"}
+COMMANDS = {"ruff": "`make test`", "mypy": "`make test`", "pytest-timeout": "`timeout` in setup.cfg"}
 #: What builds the package, and installs it.
 BUILD = ("pip", "setuptools", "wheel")
 LOADERS = ("importorskip", "import_module")
