@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from ..core.layout import Layout, Ranges
-from ..core.shard import ShardInfo, remember_shards, restore_shards, shard_info
+from ..core.shard import ShardInfo, mark_shard, remember_shards, restore_shards, shard_info
 
 __all__ = ["localize_with_map"]
 
@@ -109,7 +109,7 @@ def _local_parameter(param: Any, kept: nn.Parameter | None) -> nn.Parameter:
     if param.grad is not None:
         grad = param.grad.redistribute(placements=param.placements) if isinstance(param.grad, DTensor) else param.grad
         result.grad = grad.to_local() if isinstance(grad, DTensor) else info.local_part(grad)
-    setattr(result, "tp_shard", info)
+    mark_shard(result, info)
     return result
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..core.errors import PlanError
 from ..core.layout import Layout, Ranges, chunk_ranges
-from ..core.shard import ShardInfo, remember_shards
+from ..core.shard import ShardInfo, mark_shard, remember_shards
 from .direct_reads import read_full
 from .forward import ParallelForward
 from .region import Region
@@ -259,7 +259,7 @@ def shard_in_place(param: nn.Parameter, info: ShardInfo) -> None:
     param.data = info.local_part(param.data)
     if grad is not None:
         param.grad = info.local_part(grad)
-    setattr(param, "tp_shard", info)
+    mark_shard(param, info)
 
 
 def even_layout(size: int, dim: int, tp_size: int) -> Layout:
