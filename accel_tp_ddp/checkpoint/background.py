@@ -53,7 +53,7 @@ class _BackgroundSave:
 
 
 _pending: _BackgroundSave | None = None
-_group: tuple[Any, dist.ProcessGroup] | None = None  # with the default group that it was made beside
+_group: tuple[Any, Any] | None = None  # with the default group that it was made beside
 
 
 def run_in_background(place: Path, work: Callable[[], None]) -> None:
