@@ -91,9 +91,12 @@ def own_plan(model: nn.Module) -> dict[str, Any]:
 
 
 def _has_unnamed_embedding(part: nn.Module) -> bool:
-    plan, embedding = getattr(part, "tp_plan", None), part._modules.get("embed_tokens")
-    is_base = getattr(part, "base_model", None) is part
-    return bool(plan) and is_base and isinstance(embedding, nn.Embedding) and "embed_tokens" not in plan
+    """Whether the plan of a base model is that of its config, and not one that was set on it, and names none."""
+    plan, embedding = getattr(part, "tp_plan", None) or {}, part._modules.get("embed_tokens")
+    stated = getattr(getattr(part, "config", None), "base_model_tp_plan", None)
+    if not stated or not stated.items() <= plan.items() or getattr(part, "base_model", None) is not part:
+        return False
+    return isinstance(embedding, nn.Embedding) and "embed_tokens" not in plan
 
 
 def parts_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
