@@ -1,6 +1,6 @@
 """Full files and sharded states of a model whose tensors are sharded.
 
-Full: `export` hands the unsharded tensors to one rank, one at a time, as `deferred` ones; `from_pretrained` goes through
+Full: `export` hands the unsharded tensors to one rank, one by one, as `deferred` ones; `from_pretrained` goes through
 transformers' own loading with `lazy` tensors, of which each rank reads its slices.
 
 Sharded: `dcp` describes shards to `torch.distributed.checkpoint`, `state` turns models and optimizers into names and
