@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,22 @@ from ..core.layout import Shared
 from ..core.shard import ShardInfo, restore_shards, shard_info
 from .region import Region
 
-if TYPE_CHECKING:
-    from .base import Style
-
 __all__ = ["ParallelForward"]
+
+
+class Runner(Protocol):
+    """What of a style runs."""
+
+    @property
+    def enters(self) -> bool: ...
+
+    @property
+    def local_output(self) -> bool: ...
+
+    @property
+    def partial_gradients(self) -> bool: ...
+
+    def forward(self, call: ParallelForward, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class ParallelForward:
@@ -31,7 +43,7 @@ class ParallelForward:
     def __init__(
         self,
         module: nn.Module,
-        style: Style,
+        style: Runner,
         region: Region,
         shards: dict[str, ShardInfo],
         facts: dict[str, Any] | None = None,

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..core.collectives import copy_to_tp
+from ..core.layout import Shared
 from ..core.randomness import RandomStream
 
-if TYPE_CHECKING:
-    from .forward import ParallelForward
-
 __all__ = ["Region"]
+
+
+class Partner(Protocol):
+    """A module with replicated parameters whose gradients are partial, as its `ParallelForward` knows it."""
+
+    offered: dict[str, Tensor]
+
+    def partial_names(self) -> list[str]: ...
+
+    def held(self, name: str) -> Tensor: ...
+
+    def shared(self, name: str) -> Shared | None: ...
 
 
 class Region:
@@ -35,7 +46,7 @@ class Region:
         self.full: dict[tuple[int, int], Tensor] = {}  # what `direct_reads` has gathered in this forward
 
     def enter(
-        self, tensor: Tensor, partners: tuple[ParallelForward, ...] = (), keep: bool = True, training: bool = True
+        self, tensor: Tensor, partners: Sequence[Partner] = (), keep: bool = True, training: bool = True
     ) -> Tensor:
         """`copy_to_tp` of `tensor`, or the copy that another module has just made of the same tensor.
 
