@@ -38,6 +38,9 @@ from ..helpers.models import VOCABULARY, build_config, build_model
 from ..helpers.ranks import COLLECTIVE_TIMEOUT, Raised, run_on_ranks
 from ..helpers.sharded import accelerator_for, token_batch, tp_mesh
 from ..helpers.training import Spec, assert_same_run, train
+from ..helpers.versions import needs_sharded_loading
+
+pytestmark = needs_sharded_loading
 
 # Read from the file, per element that a rank holds: its slice, and the first row of each tensor to compare it by.
 READ = 1.15

@@ -29,6 +29,7 @@ from benchmarks.sweep.small import small_model
 from ..helpers import epochs
 from ..helpers.ranks import run_on_ranks
 from ..helpers.sharded import tp_mesh
+from ..helpers.versions import needs_all_architectures
 
 CLASSES, IMAGE, PLACES = 5, 3, 4  # IMAGE stands for a part of an image, PLACES times in a text
 TOWER = {
@@ -274,6 +275,7 @@ def test_rules_under_a_condition_hold_where_the_config_says_so(monkeypatch):
         assert [plan.rules for plan in shipped.shipped_plans(model)] == [expected]
 
 
+@needs_all_architectures
 def test_each_rule_of_the_multimodal_plans_matches_in_a_swept_model():
     missing = {}
     for case in CASES.values():

@@ -1,0 +1,16 @@
+"""What a pair of versions that does not exist keeps from being tested."""
+
+import pytest
+import transformers
+from packaging.version import Version
+
+#: Pinned for Python 3.10 only: later ones want Python 3.11.
+FOR_PYTHON_3_10 = Version(transformers.__version__) < Version("5.21")
+needs_sharded_loading = pytest.mark.skipif(
+    FOR_PYTHON_3_10,
+    reason=f"sharded_loading refuses transformers {transformers.__version__}, and Python 3.10 has no newer one",
+)
+needs_all_architectures = pytest.mark.skipif(
+    FOR_PYTHON_3_10,
+    reason=f"transformers {transformers.__version__} lacks some architectures, and Python 3.10 has no newer one",
+)
