@@ -7,7 +7,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -16,9 +16,6 @@ from ..core.override import Override
 from ..core.shard import elements_elsewhere, shard_info
 from ..plans.peft import _KNOWN, Wrappings, _configs, _peft_models, _refuse_late_adapters
 from ..styles.conv1d import is_linear
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 __all__ = ["OVERRIDES", "watch_adapters"]
 
@@ -59,7 +56,7 @@ class _LookForLateAdapters:
 
 def save_adapters(
     stock: Callable,
-    model: PeftModel,
+    model: Any,
     /,
     save_directory: str | os.PathLike,
     safe_serialization: bool = True,
@@ -91,7 +88,7 @@ def save_adapters(
         write(kwargs["state_dict"])
 
 
-def _written(model: PeftModel, adapters: list[str], save_embedding_layers: bool | Literal["auto"]) -> dict[str, Any]:
+def _written(model: Any, adapters: list[str], save_embedding_layers: bool | Literal["auto"]) -> dict[str, Any]:
     """Of the model's own state dict, what PEFT will write."""
     from peft import get_peft_model_state_dict
 
