@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..checkpoint.export import export
 from ..core.override import Override, attributes, install_for_all
 from ..training.optimizer import full_optimizer_state
+from . import vllm
 from .replica_view import ReplicaView, current_view
 
 __all__ = ["OVERRIDES", "OVERRIDES_OF_ARGUMENTS", "OVERRIDES_OF_MAIN", "override_trainers"]
@@ -40,7 +41,7 @@ def override_trainers(plugin_type: type[Any]) -> None:
         view = current_view()
         return (view,) if view is not None else None
 
-    install_for_all(OVERRIDES, plugin_of)
+    install_for_all((*OVERRIDES, *vllm.OVERRIDES), plugin_of)
     install_for_all(OVERRIDES_OF_MAIN, view_of)
     install_for_all(OVERRIDES_OF_ARGUMENTS, lambda args: (plugin_type,))
 
