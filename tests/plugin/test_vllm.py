@@ -116,3 +116,116 @@ def test_the_engine_gets_the_weights_of_plain_ddp(tp, dp, case, mode):
         assert seen["sharded"] and seen["same"] and not seen["own"]
         assert seen["moved"] == expected["moved"] if not case.lora else seen["moved"] < 1e-6
     assert ours[0]["announced"] == plain[0]["announced"]
+
+
+# --- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def draw(tp: int | None, size: int, sleeps: bool = False, lora: bool = False) -> dict[str, Any]:
+    """Two generations of three prompts for each replica, and what this rank's engine has seen."""
+    from trl.generation import vllm_generation
+
+    with recorded(), mock.patch.object(vllm_generation, "empty_cache", lambda: None):
+        accelerator = accelerator_for(tp)
+        model = accelerator.unwrap_model(accelerator.prepare(CASES["LoRA" if lora else "llama"].build()))
+        generation = vllm_generation.VLLMGeneration(
+            model, accelerator, None, mode="colocate", tensor_parallel_size=size, enable_sleep_mode=sleeps
+        )
+        (engine,) = LLM.made
+        replica = accelerator.data_parallel_rank if tp else accelerator.process_index
+        prompts = [[10 * replica + 3, 4, 5], [6], [10 * replica + 7, 8]]
+        generations = [generation.generate(prompts, None, 1) for _ in range(2)]
+        return {
+            "drawn": generations,
+            "asked": engine.prompts,
+            "seed": engine.seed,
+            "size": engine.size,
+            "environment": engine.environment,
+            "sleeps": engine.sleeps,
+            "weights": len(engine.weights),
+            "left": (generation.llm is engine, generation.tensor_parallel_size, generation.accelerator is accelerator),
+        }
+
+
+@pytest.mark.parametrize("tp, dp, size", [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 1, 1), (2, 1, 2), (4, 1, 1), (4, 1, 2)])
+def test_completions_are_drawn_once_for_each_replica(tp, dp, size):
+    replicas = max(1, size // tp)
+    plain = run_on_ranks(draw, dp, None, replicas)
+    ours = run_on_ranks(draw, tp * dp, tp, size)
+    for rank, seen in enumerate(ours):
+        expected = plain[rank // tp]
+        assert seen["drawn"] == expected["drawn"]
+        assert len(seen["drawn"][0][1]) == 3 and len(set(map(str, seen["drawn"]))) == 2
+        # Each prompt once for each replica, by all the ranks of one engine.
+        assert seen["asked"] == (expected["asked"] if rank % tp < size else [])
+        assert (seen["seed"], seen["size"]) == (expected["seed"], size)
+        assert seen["environment"] == {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(tp * dp)}
+        assert seen["left"] == (True, size, True)
+    if dp > replicas:
+        assert ours[0]["drawn"] != ours[-1]["drawn"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_engines_that_sleep_get_their_weights_back_on_every_rank(size):
+    plain, ours = run_on_ranks(draw, 2, None, 1, sleeps=True), run_on_ranks(draw, 4, 2, size, sleeps=True)
+    for rank, seen in enumerate(ours):
+        expected = plain[rank // 2]
+        assert (seen["drawn"], seen["sleeps"]) == (expected["drawn"], expected["sleeps"])
+        assert seen["weights"] == expected["weights"] > 0
+
+
+def test_an_adapted_model_draws_too():
+    plain, ours = run_on_ranks(draw, 2, None, 1, lora=True), run_on_ranks(draw, 4, 2, 2, lora=True)
+    assert [seen["drawn"] for seen in ours] == [plain[rank // 2]["drawn"] for rank in range(4)]
+
+
+def test_an_engine_of_parts_of_replicas_is_refused():
+    for raised in run_on_ranks(draw, 4, 4, 3, expect_raise=True):
+        assert raised.type_name == "ValueError" and "vllm_tensor_parallel_size=4" in raised.message
+
+
+# --- what a fault would do -------------------------------------------------------------------------------------------
+
+
+def with_stock(name: str, function: Any, *args: Any) -> Any:
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    from accel_tp_ddp.plugin import trainer
+
+    accelerator_for(2)  # which replaces it, and so would the next one
+    stock = mock.patch.object(VLLMGeneration, name, stock_of(VLLMGeneration, name))
+    with stock, mock.patch.object(trainer, "install_for_all", lambda rows, context_of: None):
+        return function(*args)
+
+
+def test_without_the_override_the_engine_gets_shards():
+    plain, ours = (
+        run_on_ranks(send, 2, Case(), None, "colocate"),
+        run_on_ranks(with_stock, 4, "sync_weights", send, Case(), 2, "colocate"),
+    )
+    with pytest.raises(AssertionError):
+        assert_equal_streams(ours[0]["weights"], plain[0]["weights"])
+
+
+def test_without_the_override_each_rank_draws_by_itself():
+    plain, ours = run_on_ranks(draw, 2, None, 1), run_on_ranks(with_stock, 4, "generate", draw, 2, 1)
+    assert all(seen["asked"] for seen in ours)
+    assert ours[1]["drawn"] == plain[0]["drawn"]  # as long as the engines of peers agree by themselves
+    plain, ours = run_on_ranks(draw, 2, None, 1), run_on_ranks(with_stock, 4, "generate", draw, 2, 2)
+    assert ours[1]["drawn"] != plain[0]["drawn"]
+
+
+def joined_at_once(case: Case) -> dict[str, Any]:
+    from accel_tp_ddp.core.override import Override
+    from accel_tp_ddp.model import full_parameters
+
+    def at_once(*args: Any, **kwargs: Any) -> Any:
+        return iter(list(full_parameters.named_parameters(*args, **kwargs)))
+
+    rows = (Override("torch.nn.Module", "named_parameters", at_once, "", ""), full_parameters.OVERRIDES[1])
+    with mock.patch.object(full_parameters, "OVERRIDES", rows):
+        return send(case, 2, "colocate")
+
+
+def test_more_than_one_full_tensor_at_a_time_is_noticed():
+    assert max(run_on_ranks(joined_at_once, 2, Case())[0]["kept"]) > 10
