@@ -1,51 +1,16 @@
 """TRL's trainers under the plugin log what they log under plain DDP."""
 
 import pytest
-import torch
 
 from accel_tp_ddp import TensorParallelDDPPlugin
 
 from ..helpers.compare import assert_tensors_close
-from ..helpers.models import VOCABULARY, build_model
+from ..helpers.models import build_model
 from ..helpers.ranks import RanksError, run_on_ranks
 from ..helpers.trainer import assert_same, untimed
+from ..helpers.trl import dataset, reward, tokenizer
 
 pytest.importorskip("trl")
-
-WORDS = [f"w{index}" for index in range(VOCABULARY - 3)]
-ROWS = 27
-
-
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: index + 3 for index, word in enumerate(WORDS)}
-    words.update({"<pad>": 0, "<eos>": 1, "<unk>": 2})
-    bare = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    bare.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
-
-def dataset(*columns):
-    """Texts of uneven length, seeded; all but a prompt begin with a space, as completions do."""
-    from datasets import Dataset
-
-    generator = torch.Generator().manual_seed(1)
-
-    def text(name):
-        count = 4 if name == "prompt" else int(torch.randint(3, 9, (), generator=generator))
-        return " ".join(WORDS[i] for i in torch.randint(0, 60, (count,), generator=generator))
-
-    return Dataset.from_list(
-        [{name: ("" if name in ("prompt", "text") else " ") + text(name) for name in columns} for _ in range(ROWS)]
-    )
-
-
-def reward(completions, **kwargs):
-    return [
-        sum(completion.count(word) for word in ("w1", "w2", "w3")) + len(completion) / 50 for completion in completions
-    ]
 
 
 def make_trainer(kind, tp, folder):

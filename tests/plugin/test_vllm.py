@@ -13,13 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from accel_tp_ddp import TensorParallelDDPPlugin
 from accel_tp_ddp.core.override import stock_of
 from accel_tp_ddp.core.shard import shard_info
 
-from ..helpers.engines import LLM, Server, recorded
+from ..helpers.compare import relative_error
+from ..helpers.engines import LLM, LONGEST, Server, recorded
 from ..helpers.models import build_model
 from ..helpers.ranks import run_on_ranks
 from ..helpers.sharded import accelerator_for
+from ..helpers.trainer import assert_same, untimed
+from ..helpers.trl import dataset, reward, tokenizer
 
 pytest.importorskip("trl")
 
@@ -182,6 +186,60 @@ def test_an_adapted_model_draws_too():
 def test_an_engine_of_parts_of_replicas_is_refused():
     for raised in run_on_ranks(draw, 4, 4, 3, expect_raise=True):
         assert raised.type_name == "ValueError" and "vllm_tensor_parallel_size=4" in raised.message
+
+
+# --- in a trainer ----------------------------------------------------------------------------------------------------
+
+
+def train(kind: str, mode: str, tp: int | None, size: int, folder: str) -> dict[str, Any]:
+    import trl
+    from transformers import set_seed
+
+    with recorded():
+        set_seed(0)
+        model = build_model("llama")
+        model.config._name_or_path = f"{folder}/model"  # from where the reference model is loaded
+        arguments = {"output_dir": folder, "per_device_train_batch_size": 4, "max_steps": 3, "logging_steps": 1}
+        arguments |= {"report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "bf16": False}
+        arguments |= {"learning_rate": 1e-2, "max_grad_norm": 0.5, "gradient_checkpointing": False, "beta": 0.1}
+        arguments |= {"num_generations": 4, "max_completion_length": LONGEST, "use_vllm": True, "vllm_mode": mode}
+        arguments |= {"vllm_tensor_parallel_size": size, "model_init_kwargs": None}
+        arguments["parallelism_config"] = TensorParallelDDPPlugin(tp_size=tp) if tp else None
+        config = getattr(trl, f"{kind}Config")(**arguments)
+        trainer = getattr(trl, f"{kind}Trainer")(
+            model, reward, config, train_dataset=dataset("prompt"), processing_class=tokenizer()
+        )
+        trainer.train()
+        engines = LLM.made if mode == "colocate" else Server.made
+        return {
+            "logs": [untimed(row) for row in trainer.state.log_history],
+            "weights": [each for engine in engines for each in engine.weights],
+            "asked": [prompt for engine in engines for prompt in engine.prompts],
+        }
+
+
+@pytest.fixture
+def folder_with_model(tmp_path):
+    build_model("llama").save_pretrained(tmp_path / "model")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+@pytest.mark.parametrize("mode, size", [("colocate", 1), ("colocate", 2), ("server", 1)])
+def test_a_run_is_that_of_plain_ddp(kind, mode, size, folder_with_model):
+    plain = run_on_ranks(train, 2, kind, mode, None, 1, folder_with_model)
+    ours = run_on_ranks(train, 4, kind, mode, 2, size, folder_with_model)
+    for rank, seen in enumerate(ours):
+        expected = plain[rank // 2]
+        assert sum("loss" in row for row in seen["logs"]) == 3
+        assert_same(seen["logs"], expected["logs"], 5e-4)
+        draws = rank == 0 if mode == "server" else rank % 2 < size
+        assert seen["asked"] == (expected["asked"] if draws else [])
+        sent = expected["weights"] if mode == "colocate" or rank == 0 else []
+        assert [name for name, _ in seen["weights"]] == [name for name, _ in sent]
+        for (name, tensor), (_, wanted) in zip(seen["weights"], sent):
+            assert relative_error(tensor, wanted) < 1e-3, name
+    assert ours[0]["asked"] and len(ours[0]["weights"]) == 3 * len(list(build_model("llama").parameters()))
 
 
 # --- what a fault would do -------------------------------------------------------------------------------------------
