@@ -30,13 +30,13 @@ class Sizes(Protocol):
     device_mesh: DeviceMesh
 
 
-def _sync_weights(plugin: Sizes, stock: Callable, owner: Any, /) -> None:
+def sync_weights(plugin: Sizes, stock: Callable, owner: Any, /) -> None:
     """Walks over the model's `named_parameters` on all ranks, and gives each to the engine, or to the server."""
     with full_parameters(owner.model):
         stock()
 
 
-def _init_vllm(plugin: Sizes, stock: Callable, generation: Any, /) -> None:
+def init_vllm(plugin: Sizes, stock: Callable, generation: Any, /) -> None:
     """`_init_vllm` counts ranks for vLLM, in RANK and WORLD_SIZE and where it groups the ranks of an engine.
 
     Raises:
@@ -61,12 +61,12 @@ def _init_vllm(plugin: Sizes, stock: Callable, generation: Any, /) -> None:
         generation.tp_group, _ = dist.new_subgroups_by_enumeration(groups)
 
 
-def _init_engine(seed: int, stock: Callable, llm: Any, /, *args: Any, **kwargs: Any) -> None:
+def init_engine(seed: int, stock: Callable, llm: Any, /, *args: Any, **kwargs: Any) -> None:
     """TRL's `LLM(seed=...)` is the engine's number, where under plain DDP it is that of the process."""
     stock(*args, **{**kwargs, "seed": seed})
 
 
-def _generate(plugin: Sizes, stock: Callable, generation: Any, /, *args: Any, **kwargs: Any) -> Any:
+def generate(plugin: Sizes, stock: Callable, generation: Any, /, *args: Any, **kwargs: Any) -> Any:
     """`generate` joins the prompts of the ranks of an engine, and takes what is its own of what they draw."""
     if generation.mode != "colocate":
         return stock(*args, **kwargs)
@@ -81,7 +81,7 @@ def _generate(plugin: Sizes, stock: Callable, generation: Any, /, *args: Any, **
     return object_of_first_rank(tp_mesh, drawn)
 
 
-def _generate_in_replica(plugin: Sizes, stock: Callable, trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
+def generate_in_replica(plugin: Sizes, stock: Callable, trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
     """OnlineDPO's `_generate_vllm_colocate` draws on each rank by itself."""
     return object_of_first_rank(plugin.device_mesh["tp"], stock(*args, **kwargs))
 
@@ -126,19 +126,19 @@ _ASYNC_GRPO = "trl.experimental.async_grpo.async_grpo_trainer.AsyncGRPOTrainer"
 _ASYNC_DISTILLATION = "trl.experimental.async_distillation.async_distillation_trainer.AsyncDistillationTrainer"
 
 OVERRIDES = (
-    _engine("_init_vllm", _init_vllm, 289, "counts replicas where vLLM counts ranks"),
-    _engine("sync_weights", _sync_weights, 481, _SENDS),
-    _engine("generate", _generate, 550, "draws on each rank, and joins the prompts of peers"),
-    _trl(_ONLINE_DPO, "_move_model_to_vllm", _sync_weights, 799, _SENDS),
-    _trl(_ONLINE_DPO, "_generate_vllm_colocate", _generate_in_replica, 735, "draws on each rank by itself"),
-    _trl(_ASYNC_GRPO, "_sync_weight", _sync_weights, 1733, _SENDS),
-    _trl(_ASYNC_DISTILLATION, "_sync_weight", _sync_weights, 1902, _SENDS),
+    _engine("_init_vllm", init_vllm, 289, "counts replicas where vLLM counts ranks"),
+    _engine("sync_weights", sync_weights, 481, _SENDS),
+    _engine("generate", generate, 550, "draws on each rank, and joins the prompts of peers"),
+    _trl(_ONLINE_DPO, "_move_model_to_vllm", sync_weights, 799, _SENDS),
+    _trl(_ONLINE_DPO, "_generate_vllm_colocate", generate_in_replica, 735, "draws on each rank by itself"),
+    _trl(_ASYNC_GRPO, "_sync_weight", sync_weights, 1733, _SENDS),
+    _trl(_ASYNC_DISTILLATION, "_sync_weight", sync_weights, 1902, _SENDS),
 )
 
 #: While TRL makes one.
 OVERRIDES_OF_ENGINE = (
     Override(
-        *("vllm.LLM", "__init__", _init_engine, "vllm 0.22, entrypoints/llm.py"),
+        *("vllm.LLM", "__init__", init_engine, "vllm 0.22, entrypoints/llm.py"),
         "is given the number of the engine for a seed, not that of the replica",
     ),
 )
