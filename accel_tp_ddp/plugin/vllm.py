@@ -82,7 +82,17 @@ def generate(plugin: Sizes, stock: Callable, generation: Any, /, *args: Any, **k
 
 
 def generate_in_replica(plugin: Sizes, stock: Callable, trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """OnlineDPO's `_generate_vllm_colocate` draws on each rank by itself."""
+    """OnlineDPO's `_generate_vllm_colocate` draws on each rank by itself.
+
+    Raises:
+        ValueError: If engines have several ranks: they were given the numbers of processes.
+    """
+    if trainer.vllm_tensor_parallel_size > 1:
+        raise ValueError(
+            f"OnlineDPOTrainer with vllm_tensor_parallel_size={trainer.vllm_tensor_parallel_size} and "
+            f"tp_size={plugin.device_mesh['tp'].size()}: it gives vLLM the numbers of processes where vLLM wants "
+            'those of ranks. Set vllm_tensor_parallel_size=1, or vllm_mode="server".'
+        )
     return object_of_first_rank(plugin.device_mesh["tp"], stock(*args, **kwargs))
 
 

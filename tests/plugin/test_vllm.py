@@ -240,6 +240,31 @@ def test_an_engine_of_parts_of_replicas_is_refused():
         assert raised.type_name == "ValueError" and "vllm_tensor_parallel_size=4" in raised.message
 
 
+def draw_for_online_dpo(size: int) -> tuple[Any, list[list[int]]]:
+    from trl.experimental.online_dpo import OnlineDPOTrainer
+
+    accelerator = accelerator_for(2)
+    engine = LLM("", seed=accelerator.data_parallel_rank)
+    if accelerator.tensor_parallel_rank:
+        engine.draw([3, 4])  # so that it would draw something else than the first rank's
+    trainer = OnlineDPOTrainer.__new__(OnlineDPOTrainer)
+    args = SimpleNamespace(vllm_enable_sleep_mode=False)
+    vars(trainer).update(accelerator=accelerator, args=args, llm=engine, vllm_tensor_parallel_size=size)
+    vars(trainer).update(state=SimpleNamespace(global_step=0), _last_loaded_step=0)
+    vars(trainer).update(generation_config=SimpleNamespace(n=2))
+    prompts = [{"prompt_token_ids": [3 + accelerator.data_parallel_rank]}, {"prompt_token_ids": [7]}]
+    with mock.patch("trl.experimental.online_dpo.online_dpo_trainer.is_conversational", lambda example: False):
+        return trainer._generate_vllm_colocate(prompts), engine.prompts
+
+
+def test_online_dpo_takes_what_the_first_rank_has_drawn():
+    ours = run_on_ranks(draw_for_online_dpo, 4, 1)
+    assert ours[0][0] == ours[1][0] != ours[2][0] == ours[3][0]
+    assert ours[0][1] != ours[1][1]
+    for raised in run_on_ranks(draw_for_online_dpo, 2, 2, expect_raise=True):
+        assert raised.type_name == "ValueError" and "vllm_tensor_parallel_size=1" in raised.message
+
+
 # --- in a trainer ----------------------------------------------------------------------------------------------------
 
 
