@@ -28,6 +28,7 @@ from ..helpers.ranks import run_on_ranks
 from ..helpers.sharded import accelerator_for
 from ..helpers.trainer import assert_same, untimed
 from ..helpers.trl import dataset, reward, tokenizer
+from ..helpers.versions import needs_async_trainers
 
 pytest.importorskip("trl")
 
@@ -162,10 +163,14 @@ def send_from(owner: str, method: str, case: Case, tp: int | None, **attributes:
     return sent.weights
 
 
-SENDERS = [row for row in OVERRIDES if row.function is sync_weights and "experimental" in row.owner]
+SENDERS = [
+    pytest.param(row, id=row.owner.rpartition(".")[2], marks=needs_async_trainers if "async" in row.owner else ())
+    for row in OVERRIDES
+    if row.function is sync_weights and "experimental" in row.owner
+]
 
 
-@pytest.mark.parametrize("row", SENDERS, ids=lambda row: f"{row.owner.rpartition('.')[2]}.{row.name}")
+@pytest.mark.parametrize("row", SENDERS)
 @pytest.mark.parametrize("case", ["llama", "LoRA"])
 def test_other_trainers_send_the_weights_of_plain_ddp(row, case):
     plain = run_on_ranks(send_from, 2, row.owner, row.name, CASES[case], None)
