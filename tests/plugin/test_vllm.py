@@ -240,6 +240,26 @@ def test_an_adapted_model_draws_too():
     assert [seen["drawn"] for seen in ours] == [plain[rank // 2]["drawn"] for rank in range(4)]
 
 
+def ask_server(tp: int | None) -> tuple[Any, list[list[int]]]:
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    with recorded():
+        accelerator = accelerator_for(tp)
+        generation = VLLMGeneration(build_model("llama"), accelerator, None, mode="server")
+        replica = accelerator.data_parallel_rank if tp else accelerator.process_index
+        prompts = [[10 * replica + 3, 4]] * 2 + [[10 * replica + 7, 8]] * 2
+        drawn = generation.generate(prompts, None, 2)
+        return drawn, [prompt for server in Server.made for prompt in server.prompts]
+
+
+@pytest.mark.parametrize("tp, dp", LAYOUTS, ids=lambda n: str(n))
+def test_a_server_draws_once_for_each_replica(tp, dp):
+    plain, ours = run_on_ranks(ask_server, dp, None), run_on_ranks(ask_server, tp * dp, tp)
+    for rank, (drawn, asked) in enumerate(ours):
+        assert drawn == plain[rank // tp][0] and len(drawn[1]) == 4
+        assert asked == (plain[0][1] if rank == 0 else [])
+
+
 def test_an_engine_of_parts_of_replicas_is_refused():
     for raised in run_on_ranks(draw, 4, 4, 3, expect_raise=True):
         assert raised.type_name == "ValueError" and "vllm_tensor_parallel_size=4" in raised.message
