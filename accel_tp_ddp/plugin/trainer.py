@@ -150,7 +150,7 @@ def _save_rng_state(plugin: Config, stock: Callable, trainer: Any, /, output_dir
 
 
 def _calculate_rewards(plugin: Config, stock: Callable, trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """`_calculate_rewards` asks the user's reward functions, or a judge elsewhere, who may say something else twice."""
+    """`_calculate_rewards` asks reward functions, or a judge elsewhere, who may say something else to a peer."""
     rewards = stock(*args, **kwargs)
     send_first_rank(plugin.device_mesh["tp"], rewards)
     return rewards
