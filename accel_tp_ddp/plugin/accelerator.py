@@ -33,6 +33,7 @@ from ..core.agreement import Ranks
 from ..core.collectives import gather_replicas
 from ..core.override import Override, attributes, install
 from ..core.randomness import agree_as_processes, draw_by_replica
+from ..core.serving import stop_serving
 from ..core.shard import check_mesh, full_shape, holds_shards
 from ..core.wrappers import unwrap
 from ..model.check import check_model
@@ -331,6 +332,7 @@ class _Hooks:
         finally:
             # A rank that takes its groups down while others still talk makes them abort at exit.
             accelerator.wait_for_everyone()
+            stop_serving()
             stock()
 
 

@@ -38,7 +38,6 @@ CALL_COLLECTIVES = {
     "plugin/accelerator.py": "between steps: the replicas' mean of a shard",
     "core/randomness.py": "set-up: agreement",
     "training/drift.py": "between steps: what is replicated stays equal",
-    "core/shard.py": "saving: full tensors",
 }
 COLLECTIVES = {
     *("all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce"),
