@@ -109,8 +109,12 @@ def alone(folder: str, how: str, where: str):
             model.get_parameter("module.lm_head.weight").detach().mul_(0.5)
         if is_peer and where == "with other values":
             norm.data.mul_(2)
+        if is_peer and where != "before the step":
+            Path(folder, "changed").touch()
         try:
             if accelerator.is_main_process:
+                if where != "before the step":
+                    spin_until(Path(folder, "changed").exists)
                 started = time.monotonic()
                 save_by(how, accelerator, model, folder)
         except RuntimeError as error:
