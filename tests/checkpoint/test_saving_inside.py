@@ -100,8 +100,10 @@ def refused(folder: str):
     bare.load_state_dict(held, assign=True)
     assert all(type(param) is nn.Parameter for param in bare.parameters())
     assert torch.equal(bare.lm_head.weight, 2 * before["lm_head.weight"])
-    build_model("llama", seed=3).save_pretrained(f"{mine}.source")
-    load_model(bare, f"{mine}.source/model.safetensors")
+    if accelerator.is_main_process:
+        build_model("llama", seed=3).save_pretrained(f"{folder}/source")
+    accelerator.wait_for_everyone()
+    load_model(bare, f"{folder}/source/model.safetensors")
     full = accelerator.get_state_dict(model)
     return answers, full
 
