@@ -164,9 +164,9 @@ class Counts:
     def _send(self):
         stock = ShardInfo.send_part
 
-        def send_part(info: ShardInfo, local: Tensor, to: int) -> None:
+        def send_part(info: ShardInfo, local: Tensor, *args: Any) -> None:
             self.sent += 1
-            stock(info, local, to)
+            stock(info, local, *args)
 
         return send_part
 
