@@ -176,7 +176,8 @@ class _Service:
     def _run(self) -> None:
         number = 0
         with suppress(Exception):  # the store is gone: so is the main process, or this one ends
-            store = self.store.clone()  # a client waits for one thing at a time
+            shared: Any = self.store
+            store = shared.clone()  # a client waits for one thing at a time
             while True:
                 key = f"{self.names}/mail/{self.rank}/{number}"
                 store.wait([key], _LONG)
@@ -322,7 +323,7 @@ class _Steps:
         deadline = time.monotonic() + 1.0
         while not everything.query():
             if time.monotonic() > deadline:
-                event, versions = self._latest or (None, {})
+                event, versions = self._latest or (None, dict[int, int]())
                 if event is None or versions.get(id(tensor), tensor._version) != tensor._version:
                     raise RuntimeError("its weights may still be changing: its stream is held up by a collective")
                 event.synchronize()
