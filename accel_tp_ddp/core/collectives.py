@@ -1,17 +1,19 @@
 """Every compute collective of the package, each named with its forward and its backward.
 
-| function         | forward                      | backward                             |
-| ---------------- | ---------------------------- | ------------------------------------ |
-| `copy_to_tp`     | identity                     | all-reduce (sum)                     |
-| `reduce_from_tp` | all-reduce (sum)             | identity                             |
-| `gather_from_tp` | all-gather along a dimension | keep this rank's slice               |
-| `scatter_to_tp`  | keep this rank's slice       | all-gather along a dimension         |
-| `add_share`      | divide by the ranks          | identity                             |
+| function          | forward                      | backward                             |
+| ----------------- | ---------------------------- | ------------------------------------ |
+| `copy_to_tp`      | identity                     | all-reduce (sum)                     |
+| `reduce_from_tp`  | all-reduce (sum)             | identity                             |
+| `gather_from_tp`  | all-gather along a dimension | keep this rank's slice               |
+| `scatter_to_tp`   | keep this rank's slice       | all-gather along a dimension         |
+| `add_share`       | divide by the ranks          | identity                             |
+| `gather_replicas` | all-gather of tensors        | all-reduce (sum), keep the own one   |
 
 The pairs are Megatron-LM's f/g functions (arXiv:1909.08053, section 3): `copy_to_tp` opens a tensor-parallel region,
-`reduce_from_tp` closes one. All take the one-dimensional tensor-parallel mesh and never change their input in place.
-Only `send_first_rank`, which is for set-up and between steps and has no backward, does that. Nor have `gather_parts`
-(full tensors), `gather_replicas` (metrics) and `on_any_rank` (a question before a step).
+`reduce_from_tp` closes one. All take a one-dimensional mesh, the tensor-parallel one but for `gather_replicas`, and
+never change their input in place. Only `send_first_rank`, which is for set-up and between steps and has no backward,
+does that. Nor have `gather_parts` (full tensors), `object_of_first_rank` (generated tokens) and `on_any_rank` (a
+question before a step).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ __all__ = [
     "gather_from_tp",
     "gather_parts",
     "gather_replicas",
+    "object_of_first_rank",
     "on_any_rank",
     "reduce_from_tp",
     "scatter_to_tp",
@@ -95,6 +98,18 @@ def add_share(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
     return _Share.apply(mesh.size(), tensor)
 
 
+def gather_replicas(mesh: DeviceMesh, tensor: Tensor) -> tuple[Tensor, ...]:
+    """Each replica's `tensor`, of equal shape: forward all-gather, backward the sum of the gradients for the own one.
+
+    What `torch.distributed.nn.all_gather` does, whose backward over gloo knows no group but the world (torch 2.13).
+
+    Args:
+        mesh: One-dimensional data-parallel mesh.
+        tensor: This replica's.
+    """
+    return _GatherReplicas.apply(mesh, tensor)
+
+
 @torch.no_grad()
 def send_first_rank(mesh: DeviceMesh, tensor: Tensor) -> None:
     """Overwrite `tensor` with its values on the first rank of `mesh`, on every rank; it may be on any device."""
@@ -105,6 +120,13 @@ def send_first_rank(mesh: DeviceMesh, tensor: Tensor) -> None:
         tensor.copy_(sent)
 
 
+def object_of_first_rank(mesh: DeviceMesh, data: Any) -> Any:
+    """What the first rank of `mesh` holds, on every rank: anything that can be pickled."""
+    group, sent = mesh.get_group(), [data]
+    dist.broadcast_object_list(sent, dist.get_global_rank(group, 0), group=group)
+    return sent[0]
+
+
 @torch.no_grad()
 def on_any_rank(mesh: DeviceMesh, flags: Sequence[bool]) -> list[bool]:
     """Which of `flags` are true on at least one rank of `mesh`; as many flags on each of them."""
@@ -113,25 +135,20 @@ def on_any_rank(mesh: DeviceMesh, flags: Sequence[bool]) -> list[bool]:
     return [bool(flag) for flag in found.tolist()]
 
 
-def gather_replicas(mesh: DeviceMesh, data: Any) -> Any:
-    """One copy of what each replica holds, in their order.
+class _GatherReplicas(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mesh: DeviceMesh, tensor: Tensor):
+        ctx.mesh = mesh
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(mesh.size())]
+        dist.all_gather(parts, tensor.contiguous(), group=mesh.get_group())
+        return tuple(parts)
 
-    Args:
-        mesh: One-dimensional data-parallel mesh.
-        data: A tensor, of equal shape on all ranks, or an iterable of picklable objects.
-
-    Returns:
-        The tensors concatenated along their first dimension, scalars as a vector; or one list of all objects.
-    """
-    group, count = mesh.get_group(), mesh.size()
-    if not isinstance(data, Tensor):
-        gathered: list[Any] = [None] * count
-        dist.all_gather_object(gathered, data, group=group)
-        return [item for part in gathered for item in part]
-    data = data.detach().reshape(-1) if data.ndim == 0 else data.detach().contiguous()
-    parts = [torch.empty_like(data) for _ in range(count)]
-    dist.all_gather(parts, data, group=group)
-    return torch.cat(parts)
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor):
+        total = torch.stack(grads)
+        dist.all_reduce(total, group=ctx.mesh.get_group())
+        return None, total[ctx.mesh.get_local_rank()]
 
 
 class _CopyToTP(torch.autograd.Function):
