@@ -64,10 +64,11 @@ class MarkedShard(Tensor):
         return _full(param, self._info).__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MarkedShard:
-        memo[id(self)] = made = self.clone()
+        made: Any = self.clone()
+        memo[id(self)] = made
         return made
 
-    def __copy__(self) -> MarkedShard:
+    def __copy__(self) -> Tensor:
         return self.detach()
 
     def _param(self) -> Tensor | None:
@@ -101,7 +102,8 @@ def _full(param: Tensor, info: ShardInfo) -> Tensor:
     if known is not None and known[0]() is param and known[1] == param._version:
         storage = torch.UntypedStorage._new_with_weak_ptr(known[2].cdata)
         if storage is not None:
-            return torch.empty(0, dtype=param.dtype).set_(storage, 0, info.global_shape)
+            flat = torch.empty(0, dtype=param.dtype).set_(storage)
+            return flat.view(info.global_shape)
     try:
         parts = Parts(None, info.mesh, [(param, info)])
         parts.start(store.PEERS_TIMEOUT)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import sys
 import threading
 import time
 import weakref
@@ -118,6 +119,7 @@ class _Service:
         self.steps = _Steps()
         self.pid = os.getpid()
         self._thread: threading.Thread | None = None
+        self._latest = 0.0  # when it was last asked
 
     # ------------------------------------------------------------------------------------------------ what is served
 
@@ -158,13 +160,24 @@ class _Service:
             for rank in (others | {self.rank}) - {0}:
                 self._post(rank, _STOP)
         if self._thread is not None:
+            with suppress(Exception):
+                self.store.set(f"{self.names}/gone/{self.rank}", "")
             self._thread.join(_MARGIN)
             self._thread = None
+
+    def linger(self) -> None:
+        """At the end of a script: until the main process has come to its end too, or asks for nothing any more."""
+        failed = getattr(sys, "last_value", None) is not None  # others are to know at once
+        if self._thread is not None and self.pid == os.getpid() and dist.is_initialized() and not failed:
+            self._latest = time.monotonic()
+            while self._thread.is_alive() and time.monotonic() - self._latest < channels.PEERS_TIMEOUT:
+                self._thread.join(0.1)
 
     def _run(self) -> None:
         number = 0
         with suppress(Exception):  # the store is gone: so is the main process, or this one ends
-            store = self.store.clone()  # a client waits for one thing at a time
+            shared: Any = self.store
+            store = shared.clone()  # a client waits for one thing at a time
             while True:
                 key = f"{self.names}/mail/{self.rank}/{number}"
                 store.wait([key], _LONG)
@@ -173,6 +186,7 @@ class _Service:
                 if message == _STOP:
                     return
                 self._answer(store, number, json.loads(message))
+                self._latest = time.monotonic()
                 number += 1
 
     def _answer(self, store: dist.Store, number: int, request: dict[str, Any]) -> None:
@@ -263,6 +277,8 @@ class _Service:
         while not self.store.check([key]):
             if time.monotonic() > deadline:
                 raise NotServed(f"rank {rank} did not answer")
+            if pause == 0.01 and self.store.check([f"{self.names}/gone/{rank}"]):
+                raise NotServed(f"rank {rank} has come to the end of its script, and did not answer")
             time.sleep(pause)
             pause = min(2 * pause, 0.01)
         answer = self.store.get(key).decode()
@@ -307,7 +323,7 @@ class _Steps:
         deadline = time.monotonic() + 1.0
         while not everything.query():
             if time.monotonic() > deadline:
-                event, versions = self._latest or (None, {})
+                event, versions = self._latest or (None, dict[int, int]())
                 if event is None or versions.get(id(tensor), tensor._version) != tensor._version:
                     raise RuntimeError("its weights may still be changing: its stream is held up by a collective")
                 event.synchronize()
@@ -356,6 +372,13 @@ def reach(mesh: DeviceMesh) -> None:
 
 
 @atexit.register
+def _at_exit() -> None:
+    """A script may end on the others while the main process is still saving, and it may be the last thing it does."""
+    if _service is not None:
+        _service.linger()
+    stop_serving()
+
+
 def stop_serving() -> None:
     """End the thread. It starts again with the next model that is sharded."""
     global _service

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ class Link:
     def __init__(self, name: str, ranks: tuple[int, ...]):
         self._ranks = ranks
         store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
-        self._gloo = dist.ProcessGroupGloo(store, ranks.index(dist.get_rank()), len(ranks), timeout=_TIMEOUT)
+        self._gloo: Any = dist.ProcessGroupGloo(store, ranks.index(dist.get_rank()), len(ranks), timeout=_TIMEOUT)
         _outliving.append(self)
 
     def send(self, tensor: Tensor, to: int) -> None:
