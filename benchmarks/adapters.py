@@ -79,7 +79,7 @@ def train(architecture: str, method: str, tp: int | None, folder: str) -> dict[s
     """On a rank: train, and write the adapters and what was seen; `tp` None: plain Accelerate."""
     os.environ["ACCELERATE_USE_CPU"] = "true"
     accelerator = Accelerator(**({"parallelism_config": TensorParallelDDPPlugin(tp_size=tp)} if tp else {}))
-    replica = accelerator.process_index // (tp or 1)
+    replica = accelerator.process_index
     model = adapted(architecture, method)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2, eps=1e-5)
     try:

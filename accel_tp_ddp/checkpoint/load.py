@@ -56,11 +56,11 @@ def load_state(
     ranks = Ranks("load_state")
     ranks.meet()
     finish_background_save(ranks)
-    tp_size = getattr(accelerator.parallelism_config, "tp_size", 1) if accelerator.parallelism_config else 1
     folder = _folder_to_load(accelerator, input_dir, ranks)
     logger.info(f"Loading states from {folder.path}")
     loader = _LOADERS[ranks.on_main(lambda: _kind_of(folder.path))](accelerator, ranks, folder, strict, load_kwargs)
-    loader.run(tp_size)
+    mesh = accelerator.torch_device_mesh
+    loader.run(mesh["tp"].size() if mesh is not None and "tp" in mesh.mesh_dim_names else 1)
 
 
 def _folder_to_load(accelerator: Accelerator, input_dir: str | os.PathLike | None, ranks: Ranks) -> SavedFolder:

@@ -212,7 +212,7 @@ class _Saver:
             [],
             accelerator._schedulers if main else [],
             accelerator._dataloaders if main else [],
-            accelerator.process_index,
+            self.ranks.rank,
             accelerator.step,
             accelerator.scaler if main else None,
         )

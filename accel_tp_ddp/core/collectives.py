@@ -11,13 +11,13 @@
 The pairs are Megatron-LM's f/g functions (arXiv:1909.08053, section 3): `copy_to_tp` opens a tensor-parallel region,
 `reduce_from_tp` closes one. All take the one-dimensional tensor-parallel mesh and never change their input in place.
 Only `send_first_rank`, which is for set-up and between steps and has no backward, does that. Nor have `gather_parts`
-(full tensors), `gather_replicas` (metrics) and `on_any_rank` (a question before a step).
+(full tensors) and `on_any_rank` (a question before a step).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,6 @@ __all__ = [
     "copy_to_tp",
     "gather_from_tp",
     "gather_parts",
-    "gather_replicas",
     "on_any_rank",
     "reduce_from_tp",
     "scatter_to_tp",
@@ -111,27 +110,6 @@ def on_any_rank(mesh: DeviceMesh, flags: Sequence[bool]) -> list[bool]:
     found = torch.tensor(flags, dtype=torch.uint8, device=mesh.device_type)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.get_group())
     return [bool(flag) for flag in found.tolist()]
-
-
-def gather_replicas(mesh: DeviceMesh, data: Any) -> Any:
-    """One copy of what each replica holds, in their order.
-
-    Args:
-        mesh: One-dimensional data-parallel mesh.
-        data: A tensor, of equal shape on all ranks, or an iterable of picklable objects.
-
-    Returns:
-        The tensors concatenated along their first dimension, scalars as a vector; or one list of all objects.
-    """
-    group, count = mesh.get_group(), mesh.size()
-    if not isinstance(data, Tensor):
-        gathered: list[Any] = [None] * count
-        dist.all_gather_object(gathered, data, group=group)
-        return [item for part in gathered for item in part]
-    data = data.detach().reshape(-1) if data.ndim == 0 else data.detach().contiguous()
-    parts = [torch.empty_like(data) for _ in range(count)]
-    dist.all_gather(parts, data, group=group)
-    return torch.cat(parts)
 
 
 class _CopyToTP(torch.autograd.Function):

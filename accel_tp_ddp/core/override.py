@@ -6,7 +6,7 @@ A row of a table names what is replaced, the function that takes its place, and 
 
 with what `install` was given as context, what was there before, ready to be called as `stock(*args, **kwargs)`, and
 the object whose method it is; a function of a module, or a static method, has no owner. What stands before the `/` is
-ours, what follows is upstream's.
+ours, what follows is upstream's. A property is a method without arguments.
 """
 
 from __future__ import annotations
@@ -121,8 +121,9 @@ def install_for_all(rows: Iterable[Override], context_of: Callable[[Any], tuple[
     for row in rows:
         if row.is_loaded():
             owner = row.upstream()
-            if getattr(vars(owner).get(row.name), "row", None) != row:
-                setattr(owner, row.name, _method(row, getattr(owner, row.name), context_of))
+            found = inspect.getattr_static(owner, row.name)
+            if row.name not in vars(owner) or getattr(getattr(found, "fget", found), "row", None) != row:
+                setattr(owner, row.name, _method(row, found, context_of))
 
 
 @contextmanager
@@ -131,11 +132,11 @@ def overridden(rows: Iterable[Override], *context: Any) -> Iterator[None]:
     with ExitStack() as stack:
         for row in rows:
             owner = row.upstream()
-            stock = getattr(owner, row.name)
+            stock = inspect.getattr_static(owner, row.name)
             if isinstance(owner, ModuleType):
                 replacement: Any = _function(row, stock, context)
-            elif isinstance(inspect.getattr_static(owner, row.name), staticmethod):
-                replacement = staticmethod(_function(row, stock, context))
+            elif isinstance(stock, staticmethod):
+                replacement = staticmethod(_function(row, stock.__func__, context))
             else:
                 replacement = _method(row, stock, lambda _: context)
             stack.enter_context(attributes(owner, **{row.name: replacement}))
@@ -146,8 +147,10 @@ def _function(row: Override, stock: Callable, context: tuple[Any, ...]) -> Calla
     return functools.wraps(stock)(functools.partial(row.function, *context, stock))
 
 
-def _method(row: Override, stock: Callable, context_of: Callable[[Any], tuple[Any, ...] | None]) -> Callable:
-    @functools.wraps(stock)
+def _method(row: Override, found: Any, context_of: Callable[[Any], tuple[Any, ...] | None]) -> Any:
+    stock: Callable = found.__get__ if isinstance(found, property) else found
+
+    @functools.wraps(getattr(found, "fget", found))
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         context = context_of(self)
         if context is None:
@@ -155,7 +158,7 @@ def _method(row: Override, stock: Callable, context_of: Callable[[Any], tuple[An
         return row.function(*context, functools.partial(stock, self), self, *args, **kwargs)
 
     vars(method)["row"] = row
-    return method
+    return property(method) if isinstance(found, property) else method
 
 
 _MISSING = object()

@@ -60,6 +60,14 @@ class ShardInfo:
         return self.layout is not None
 
     @property
+    def local_shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each rank's part, in rank order."""
+        if self.layout is None:
+            return [tuple(self.global_shape)] * self.mesh.size()
+        dim = self.layout.dim
+        return [(*self.global_shape[:dim], size, *self.global_shape[dim + 1 :]) for size in self.layout.sizes]
+
+    @property
     def is_repeated(self) -> bool:
         """Whether some ranks hold the same, so that each of them has only a part of its gradient."""
         return self.layout is not None and bool(self.layout.repeated)
@@ -112,9 +120,8 @@ class ShardInfo:
             local: This rank's part.
             ask: Called when there is room for all parts, to have them sent.
         """
-        local, dim, own = local.detach(), self.layout.dim, self.mesh.get_local_rank()
+        local, shapes, own = local.detach(), self.local_shapes, self.mesh.get_local_rank()
         full = torch.empty(self.global_shape, dtype=local.dtype)
-        shapes = [(*self.global_shape[:dim], size, *self.global_shape[dim + 1 :]) for size in self.layout.sizes]
         sent = [rank for rank in range(len(shapes)) if self._is_sent(rank)]
         room = local.new_empty(max((prod(shapes[rank]) for rank in sent if rank != own), default=0))
         ask()

@@ -9,15 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.scheduler import AcceleratedScheduler
-from accelerate.state import PartialState
-from accelerate.utils import DistributedDataParallelKwargs, recursively_apply
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
@@ -30,7 +26,6 @@ from ..checkpoint.export import export, full_state_dict_of_main, save_config
 from ..checkpoint.load import load_any_state, load_state
 from ..checkpoint.save import end_after_save, save_state, save_state_or_in_background
 from ..core.agreement import Ranks
-from ..core.collectives import gather_replicas
 from ..core.override import Override, attributes, install
 from ..core.randomness import agree_as_processes, draw_by_replica
 from ..core.shard import check_mesh, full_shape, holds_shards
@@ -40,14 +35,14 @@ from ..model.parallelize import parallelize_with_map
 from ..plans.peft import check_adapters
 from ..plans.plan import Plan
 from ..plans.rules import PlanLike
-from ..training.drift import DriftGuard, is_replicated
+from ..training.drift import DriftGuard
 from ..training.full_tensor_step import FullTensorStep, steps_on_full_tensors
 from ..training.gradients import clip_grad_norm_, grad_scaler
 from ..training.optimizer import check_optimizer, check_step, follow_model, take_full_state
 from ..training.same_batch import watch_batches
 from .data_loader import serve_replicas
 from .ddp import _OverReplicas
-from .scheduler import _SchedulerOverReplicas
+from .replica_view import current_view
 
 __all__ = ["OVERRIDES", "OVERRIDES_WITHOUT_TP", "Settings", "hook_accelerator", "hook_without_tp"]
 
@@ -169,6 +164,9 @@ class _Hooks:
         watch_batches(model, self.tp_mesh, self.plugin.replica_check_steps)
         draw_by_replica(model, self.plugin.device_mesh.get_local_rank("dp_replicate"), self.tp_mesh.device_type)
         self._guard.add(model)
+        view = current_view()
+        if view is not None:
+            view.knows(model)
 
     def _agree_on_overflow(self) -> None:
         """An overflow in one rank's gradients has to skip the step on all of them."""
@@ -202,14 +200,6 @@ class _Hooks:
         self._agree_on_overflow()  # Accelerate hands its scaler to each optimizer here
         return stock(optimizer, device_placement=device_placement)
 
-    def prepare_scheduler(self, stock: Callable, accelerator: Accelerator, /, scheduler: Any) -> AcceleratedScheduler:
-        prepared = stock(scheduler)
-        if isinstance(prepared, _SchedulerOverReplicas):
-            return prepared
-        schedulers = accelerator._schedulers
-        schedulers[schedulers.index(prepared)] = ours = _SchedulerOverReplicas(prepared, self.dp_size)
-        return ours
-
     # --------------------------------------------------------------------------------------------------- training
 
     def clip_grad_norm_(
@@ -217,53 +207,6 @@ class _Hooks:
     ) -> Tensor:
         accelerator.unscale_gradients()
         return clip_grad_norm_(parameters, max_norm, norm_type)
-
-    def gather_for_metrics(
-        self, stock: Callable, accelerator: Accelerator, /, input_data: Any, use_gather_object: bool = False
-    ) -> Any:
-        state = accelerator.gradient_state
-        samples = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
-        if use_gather_object or not _holds_tensors_only(input_data):
-            return self._gather_objects(input_data, samples)
-        return recursively_apply(self._gather_samples, input_data, samples)
-
-    def _gather_objects(self, objects: Any, samples: int | None) -> Any:
-        if self.dp_size == 1:  # as a single process gets them: whatever they are
-            return objects[:samples] if isinstance(objects, (list, tuple, str)) else objects
-        return gather_replicas(self.dp_mesh, objects)[:samples]
-
-    def _gather_samples(self, tensor: Tensor, samples: int | None) -> Tensor:
-        """Each sample once: its rank's tensor-parallel peers hold copies. Scalars keep Accelerate's world-wide way."""
-        if tensor.ndim == 0:
-            tp_size = self.plugin.tp_size
-            return self.accelerator.gather(tensor)[: None if samples is None else samples * tp_size]
-        return gather_replicas(self.dp_mesh, tensor)[:samples]
-
-    def reduce(
-        self, stock: Callable, accelerator: Accelerator, /, tensor: Any, reduction: str = "sum", scale: float = 1.0
-    ) -> Any:
-        if not isinstance(tensor, Tensor) or not self._is_shard(tensor):
-            return stock(tensor, reduction=reduction, scale=scale)
-        # LocalSGD averages the parameters themselves, and another rank's shard is another part of the weight.
-        total = tensor.detach().clone()
-        dist.all_reduce(total, group=self.dp_group)
-        return total * (scale / self.dp_size if reduction == "mean" else scale)
-
-    def _is_shard(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is a sharded parameter or its `data`: the same storage, and all of the parameter in it."""
-        shards = (param for model in self._guard.models() for param in model.parameters() if not is_replicated(param))
-        return any(param.is_set_to(tensor) for param in shards)
-
-    def split_between_processes(
-        self, stock: Callable, accelerator: Accelerator, /, inputs: Any, apply_padding: bool = False
-    ) -> AbstractContextManager[Any]:
-        # The ranks of one replica work together, so they get the same part.
-        replica = SimpleNamespace(
-            num_processes=self.dp_size,
-            process_index=self.plugin.device_mesh.get_local_rank("dp_replicate"),
-            device=accelerator.device,
-        )
-        return PartialState.split_between_processes(replica, inputs, apply_padding=apply_padding)
 
     def join_uneven_inputs(
         self, stock: Callable, accelerator: Accelerator, /, joinables: list[Any], even_batches: bool | None = None
@@ -332,6 +275,9 @@ class _Hooks:
             # A rank that takes its groups down while others still talk makes them abort at exit.
             accelerator.wait_for_everyone()
             stock()
+            view = current_view()
+            if view is not None:
+                view.let_go(accelerator)
 
 
 def _is_prepared(obj: Any) -> bool:
@@ -342,14 +288,6 @@ def _bare(optimizer: Optimizer) -> Optimizer:
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def _holds_tensors_only(data: Any) -> bool:
-    try:
-        recursively_apply(lambda tensor: tensor, data, error_on_other_type=True)
-    except TypeError:
-        return False
-    return True
 
 
 def _describe(model: nn.Module, plan: Plan | None) -> list[str]:
@@ -366,6 +304,10 @@ _DIFFERENT = (
 )
 
 
+def _no_mesh(hooks: _Hooks, stock: Callable, accelerator: Accelerator, /) -> None:
+    """The replicas are the processes already; see `replica_view`."""
+
+
 def _row(function: Callable[..., Any], line: int, reason: str, name: str | None = None) -> Override:
     place = f"accelerate 1.15, accelerator.py:{line}"
     return Override("accelerate.Accelerator", name or function.__name__, function, place, reason)
@@ -375,14 +317,11 @@ def _row(function: Callable[..., Any], line: int, reason: str, name: str | None 
 OVERRIDES = (
     _row(_Hooks.prepare, 1415, "wraps the unsharded model, and an optimizer of its parameters"),
     _row(_Hooks.prepare_model, 1770, "wraps a model unsharded, and averages gradients over all ranks"),
-    _row(_Hooks.prepare_data_loader, 2685, "shuffles and dispatches by process, not by replica"),
-    _row(_Hooks.skip_first_batches, 4314, "builds a new loader that distributes batches by process"),
+    _row(_no_mesh, 2620, "lets loaders distribute by the mesh what they have by process", "_prepare_device_mesh"),
+    _row(_Hooks.prepare_data_loader, 2685, "lets peers shuffle, and fetch what is dispatched, by themselves"),
+    _row(_Hooks.skip_first_batches, 4314, "builds a new loader, of which the same is true"),
     _row(_Hooks.prepare_optimizer, 2744, "lets replicated parameters drift, and one rank skip a step by itself"),
-    _row(_Hooks.prepare_scheduler, 2788, "steps once for every process, and not for every replica"),
     _row(_Hooks.clip_grad_norm_, 2989, "takes the norm of each rank's own shards"),
-    _row(_Hooks.gather_for_metrics, 3109, "gathers each sample once for every rank of its replica"),
-    _row(_Hooks.reduce, 3182, "sums different shards of a weight, where LocalSGD averages parameters"),
-    _row(_Hooks.split_between_processes, 833, "gives the ranks of a replica different inputs"),
     _row(_Hooks.join_uneven_inputs, 1300, "joins DDP modules, and with one replica there is none"),
     _row(_Hooks.get_state_dict, 4043, "gives this rank's shards"),
     _row(_Hooks.save_model, 3480, "writes the main process's shards"),

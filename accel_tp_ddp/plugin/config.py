@@ -16,6 +16,7 @@ from ..checkpoint.from_pretrained import load_in_slices
 from ..plans.rules import PlanLike
 from .accelerator import hook_accelerator, hook_without_tp
 from .ddp import _adopt_timeout, outlive
+from .replica_view import ReplicaView, current_view, present_replicas
 from .trainer import override_trainers
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         self.dp_replicate_size: int | None = 1
         super().__post_init__()
         self._set_size("dp_replicate", dp_size)
+        if self.tp_size > 1:
+            override_trainers(TensorParallelDDPPlugin)
 
     def __repr__(self) -> str:
         dp_size = "world size / tp_size" if self._dp_is_open else self.dp_replicate_size
@@ -161,7 +164,20 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         """
         if self.device_mesh is None:
             self._settle_sizes(dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1)
+            view = current_view()
+            if view is not None and view.mesh.shape == (self.dp_replicate_size, self.tp_size):
+                self.device_mesh: DeviceMesh | None = view.mesh
         return super().get_device_mesh(device_type)
+
+    def present_replicas(self, device_type: str) -> ReplicaView:
+        """Let the ranks of a replica present themselves as one process to Accelerate, and so to all that asks it.
+
+        An `Accelerator` with this plugin does that. Call it where counts are asked before: once the process group
+        exists. Collective over all ranks.
+        """
+        mesh = self.get_device_mesh(device_type)
+        assert mesh is not None, "several processes have a mesh"
+        return present_replicas(mesh)
 
     def _settle_sizes(self, world_size: int) -> None:
         if world_size % self.tp_size:
@@ -190,23 +206,56 @@ class TensorParallelDDPPlugin(ParallelismConfig):
                 f"{engine}. Leave out the FSDP, DeepSpeed, Megatron-LM or TPU settings "
                 "(plugins, `accelerate config`, ACCELERATE_USE_* variables), or this plugin."
             )
-        if accelerator.num_processes != self.tp_size * self.dp_replicate_size:
+        launched = self.tp_size * self.dp_replicate_size
+        if current_view() is None and accelerator.num_processes != launched:
             # Without a GPU and without this switch Accelerate starts the ranks' group, and then forgets about it.
             raise ValueError(
-                f"{self.tp_size * self.dp_replicate_size} processes were launched, but the accelerator knows of "
+                f"{launched} processes were launched, but the accelerator knows of "
                 f"{accelerator.num_processes} ({accelerator.distributed_type.value}). On CPU ranks set "
                 "ACCELERATE_USE_CPU=true, or pass Accelerator(cpu=True)."
             )
-        if accelerator.num_processes > 1:
+        if launched > 1:
             group = self.device_mesh["dp_replicate"].get_group() if self.tp_size > 1 else dist.group.WORLD
             assert group is not None, "several processes have a group"
             outlive(group)
         if self.tp_size > 1:
+            assert self.device_mesh is not None, "several processes have a mesh"
             _adopt_timeout(accelerator, self.device_mesh)
+            present_replicas(self.device_mesh).held_by(accelerator, self, _Shown(self))
             hook_accelerator(accelerator, self)
             override_trainers(TensorParallelDDPPlugin)
         else:
             hook_without_tp(accelerator, bool(self.async_save))
+
+
+class _Shown(TensorParallelDDPPlugin):
+    """What an accelerator shows of its plugin: a replica is one process, which shares its model with nobody.
+
+    Trainer and TRL's trainers divide by `tp_size` what they have counted by `num_processes`.
+    """
+
+    def __init__(self, plugin: TensorParallelDDPPlugin):
+        self.__dict__.update(plugin.__dict__, tp_size=1, _plugin=plugin)
+
+    def __repr__(self) -> str:
+        return repr(self._plugin)
+
+    @property
+    def tp_enabled(self) -> bool:
+        return self._plugin.tp_enabled
+
+    @property
+    def dp_replicate_enabled(self) -> bool:
+        return True
+
+    def as_plain_ddp(self) -> Any:
+        return self._plugin.as_plain_ddp()
+
+    def sharded_loading(self) -> Any:
+        return self._plugin.sharded_loading()
+
+    def _validate_accelerator(self, accelerator: Accelerator) -> None:
+        self._plugin._validate_accelerator(accelerator)
 
 
 def _whole(name: str, value: Any, variable: str | None, default: int, least: int) -> int:

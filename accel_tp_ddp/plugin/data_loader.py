@@ -12,47 +12,43 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from ..core.collectives import send_first_rank
+from ..core.override import attributes
 from ..core.randomness import agree_on_randomness
 
 __all__ = ["serve_replicas"]
 
 
 def serve_replicas(loader: DataLoader, mesh: DeviceMesh) -> DataLoader:
-    """Complete a data loader that Accelerate has prepared with the mesh `("dp_replicate", "tp")`.
+    """Complete a data loader that Accelerate has prepared for replicas, which it takes for processes.
 
-    Accelerate itself deals a map-style dataset out to replicas. What is left: its dispatcher knows no replicas, and a
-    shuffle has to be the same on all ranks of a replica also where it owes its seed to the rank.
+    A shuffle has to be the same on all ranks of a replica also where it owes its seed to the rank, and only the main
+    process fetches what is dispatched.
+
+    Args:
+        loader: As Accelerate has prepared it.
+        mesh: `("dp_replicate", "tp")`.
     """
     if isinstance(loader, DataLoaderDispatcher):
-        _dispatch_to_replicas(loader, mesh)
+        if mesh.get_local_rank("dp_replicate") == 0 and mesh.get_local_rank("tp") > 0:
+            _leave_fetching_to_main(loader, mesh.get_local_rank("tp"))
     elif not isinstance(loader.dataset, IterableDataset):
         _agree_on_order(loader, mesh)
     return loader
 
 
-def _dispatch_to_replicas(loader: DataLoaderDispatcher, mesh: DeviceMesh) -> None:
-    """Let the dispatcher fetch and slice for as many processes as there are replicas.
+def _leave_fetching_to_main(loader: DataLoaderDispatcher, rank: int) -> None:
+    """Let a peer of the main process take what that fetches, as the ranks of other replicas do.
 
-    The main process fetches, as before; each rank takes its replica's slice.
+    The dispatcher takes all ranks of the first replica for the main process.
     """
-    rank, device = loader.state.process_index, loader.state.device
-    replicas, replica = mesh["dp_replicate"].size(), mesh.get_local_rank("dp_replicate")
-    fetching = SimpleNamespace(num_processes=replicas, process_index=rank, device=device)
-    slicing = SimpleNamespace(num_processes=replicas, process_index=replica, device=device)
-    stock = loader._fetch_batches
+    stock, replicas = loader._fetch_batches, loader.state
+    another = SimpleNamespace(num_processes=replicas.num_processes, process_index=rank, device=replicas.device)
 
     def fetch_batches(iterator: Any) -> tuple:
-        loader.state = fetching
-        try:
+        with attributes(loader, state=another):
             batch, batch_info = stock(iterator)
-        finally:
-            loader.state = slicing
-        if rank != 0 and replica == 0 and batch_info[0] is not None:
-            batch = initialize_tensors(batch_info[0])  # the dispatcher takes the first replica for the main process
-        return batch, batch_info
+        return batch if batch_info[0] is None else initialize_tensors(batch_info[0]), batch_info
 
-    loader.submesh_tp = None  # its own way of serving tensor-parallel ranks knows a single replica
-    loader.state = slicing
     loader._fetch_batches = fetch_batches
 
 

@@ -14,16 +14,21 @@ import argparse
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import accelerate.accelerator
 import torch.distributed as dist
+from accelerate.state import PartialState
 
 from ..checkpoint.background import wait_for_save
+from ..core.override import Override, install_for_all
 from .config import TensorParallelDDPPlugin
+from .replica_view import current_view
+from .trainer import override_trainers
 
-__all__ = ["activate", "main"]
+__all__ = ["OVERRIDES", "activate", "main"]
 
 # option: (environment variable that the plugin reads, help)
 _OPTIONS = {
@@ -53,7 +58,26 @@ def activate() -> TensorParallelDDPPlugin | None:
         return None
     # What Accelerate itself instantiates, where the launcher's YAML has a `parallelism_config`.
     accelerate.accelerator.ParallelismConfig = TensorParallelDDPPlugin
+    install_for_all(OVERRIDES, lambda state: (plugin,))
     return plugin
+
+
+def _present_replicas(
+    plugin: TensorParallelDDPPlugin, stock: Callable, state: PartialState, /, *args: Any, **kwargs: Any
+) -> None:
+    """`PartialState.__init__` starts the process group; whoever counts ranks from then on gets replicas."""
+    stock(*args, **kwargs)
+    override_trainers(TensorParallelDDPPlugin)  # of those that have been imported by now
+    if current_view() is None and dist.is_initialized() and state.num_processes == dist.get_world_size() > 1:
+        plugin.present_replicas(state.device.type).stay()
+
+
+OVERRIDES = (
+    Override(
+        *("accelerate.state.PartialState", "__init__", _present_replicas, "accelerate 1.15, state.py:161"),
+        "counts ranks, before there is an accelerator",
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,7 +6,7 @@ from ..checkpoint import from_pretrained
 from ..core import slices
 from ..core.override import Override
 from ..model import methods, peft_methods
-from . import accelerator, trainer
+from . import accelerator, launch, replica_view, trainer
 
 __all__ = ["TABLES", "as_markdown", "as_rows"]
 
@@ -14,8 +14,11 @@ __all__ = ["TABLES", "as_markdown", "as_rows"]
 TABLES: dict[str, tuple[Override, ...]] = {
     "Accelerator": accelerator.OVERRIDES,
     "Accelerator with tp_size=1": accelerator.OVERRIDES_WITHOUT_TP,
-    "Trainer and TRL": trainer.OVERRIDES,
-    "TRL while GRPO compares completions": trainer.OVERRIDES_AMONG_REPLICAS,
+    "Accelerate while replicas present themselves as processes": replica_view.OVERRIDES,
+    "Accelerate under accel_tp_ddp.launch": launch.OVERRIDES,
+    "Trainer": trainer.OVERRIDES,
+    "Trainer while replicas present themselves as processes": trainer.OVERRIDES_OF_MAIN,
+    "TrainingArguments": trainer.OVERRIDES_OF_ARGUMENTS,
     "Model": methods.OVERRIDES,
     "Model that holds slices": slices.OVERRIDES,
     "PeftModel": peft_methods.OVERRIDES,

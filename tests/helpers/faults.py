@@ -27,7 +27,7 @@ from accel_tp_ddp.core.shard import ShardInfo, shard_info
 from accel_tp_ddp.model import apply, generation, methods
 from accel_tp_ddp.model.dtensor import _ReconstructHook
 from accel_tp_ddp.plans import plan
-from accel_tp_ddp.plugin import accelerator, ddp
+from accel_tp_ddp.plugin import accelerator, ddp, replica_view
 from accel_tp_ddp.styles import (
     around,
     base,
@@ -131,8 +131,20 @@ def _heads_of_another_rank(self: embedding.EmbeddingHeads, site: Any) -> dict[st
     return {name: Layout(layout.dim, layout.ranges[::-1]) for name, layout in layouts.items()}
 
 
-def _without_the_mesh(*args: Any, **kwargs: Any) -> Any:
-    return _prepare_data_loader(*args, **{**kwargs, "torch_device_mesh": None})
+def _by_rank(*args: Any, **kwargs: Any) -> Any:
+    counts = {"num_processes": dist.get_world_size(), "process_index": dist.get_rank()}
+    return _prepare_data_loader(*args, **{**kwargs, **counts})
+
+
+def _gathered_over_the_world(self: replica_view.ReplicaView, outputs: list[Tensor], tensor: Tensor) -> None:
+    everyone = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, tensor)
+    for output, found in zip(outputs, everyone):
+        output.copy_(found)
+
+
+class _Ranks:
+    num_processes = property(lambda self: dist.get_world_size())
 
 
 def _dropped_sum(mesh: Any, tensor: Tensor) -> Tensor:
@@ -171,8 +183,8 @@ def _matrices_only(parameters: Any, *args: Any, **kwargs: Any) -> Tensor:
     return _full_grad_norm(parameters, *args, **kwargs)
 
 
-def _of_the_replicas(self: accelerate.Accelerator, tensor: Tensor) -> Tensor:
-    return _gather(self, tensor)[:: self.parallelism_config.tp_size]
+def _of_every_rank(self: accelerate.Accelerator, tensor: Tensor) -> Tensor:
+    return _gather(self, tensor).repeat_interleave(self.torch_device_mesh["tp"].size())
 
 
 def _heads_as_they_were(self: packed.PackedQKVColwise, site: Any, region: Any) -> None:
@@ -211,13 +223,6 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-def _without(table: Any, name: str, rows: str = "OVERRIDES") -> tuple[Any, str, Any]:
-    """A method that is left as it is upstream."""
-    kept = tuple(row for row in getattr(table, rows) if row.name != name)
-    assert len(kept) == len(getattr(table, rows)) - 1
-    return table, rows, kept
-
-
 _reduce_from_tp = collectives.reduce_from_tp
 _bare_layout = linear.Colwise.bare_layout
 _own_heads = embedding.EmbeddingHeads.layouts
@@ -244,10 +249,10 @@ _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
         (packed, "packed_ranges", lambda sections, parts, copies=(): chunk_ranges(sum(sections), parts)),
     ],
     "lookup not masked": [(embedding.EmbeddingRowwise, "forward", _unmasked_lookup)],
-    "scheduler steps for every process": [_without(accelerator, "prepare_scheduler")],
-    "metrics with duplicates": [_without(accelerator, "gather_for_metrics")],
+    "scheduler steps for every process": [(accelerate.scheduler, "AcceleratorState", _Ranks)],
+    "metrics with duplicates": [(replica_view.ReplicaView, "all_gather", _gathered_over_the_world)],
     "peers on different batches": [
-        (accelerate.accelerator, "prepare_data_loader", _without_the_mesh),
+        (accelerate.accelerator, "prepare_data_loader", _by_rank),
         (accelerator, "watch_batches", lambda *args: None),  # which would raise
     ],
     "shared heads counted by every rank": [(ShardInfo, "counted", lambda self, local: [local])],
@@ -272,7 +277,8 @@ _MORE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
         (packed.PackedQKVColwise, "apply", _heads_as_they_were),
     ],
     "tied weights untied": [(base.Style, "apply", _untie)],
-    "counts of the replicas only": [(accelerate.Accelerator, "gather", _of_the_replicas)],
+    "counts of every rank": [(accelerate.Accelerator, "gather", _of_every_rank)],
+    "ranks that count themselves": [(replica_view, "_count", _nothing)],
     "shuffles and dispatching without replicas": [(accelerator, "serve_replicas", lambda loader, mesh: loader)],
     "one random stream for all heads": [(region, "RandomStream", _NoStream)],
     "random streams by process": [

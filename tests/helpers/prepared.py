@@ -35,7 +35,7 @@ def assert_equal_per_replica(plain, sharded):
 
 
 def replica(accelerator):
-    return accelerator.data_parallel_rank if accelerator.parallelism_config else accelerator.process_index
+    return accelerator.process_index
 
 
 def inputs(seed, samples=4, features=8):

@@ -67,7 +67,7 @@ class Prepared:
         self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
             model, optimizer, loader, scheduler
         )
-        torch.manual_seed(100 + self.accelerator.process_index // (run.tp or 1))  # another one for each replica
+        torch.manual_seed(100 + self.accelerator.process_index)  # another one for each replica
 
     def train(self, batches: Any, steps: int, record: Saved) -> None:
         self.model.train()

@@ -69,6 +69,7 @@ class Case:
     before: bool = False  # evaluates before it trains
     lora: bool = False
     most_samples: int | None = None  # that fit into memory
+    sharded_by_transformers: bool = False  # as far as the model says
     weights: float = 1e-3
     rounded: float = 2e-4
 

@@ -1,4 +1,4 @@
-"""What is gathered and reduced: metrics once a sample, everything else over all ranks."""
+"""What is gathered and reduced: each replica's once, as each process's under plain DDP."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 
 from ..helpers.prepared import REPLICAS, Stream, assert_equal_per_replica, plain_and_sharded, replica
-from ..helpers.ranks import run_on_ranks
 from ..helpers.sharded import MLP_PLAN, accelerator_for, build_mlp
 
 
@@ -55,7 +54,7 @@ def test_each_sample_is_gathered_once_and_in_order(samples, dp):
     assert_equal_per_replica(plain, sharded)
 
 
-def world_wide(tp):
+def over_processes(tp):
     accelerator = accelerator_for(tp, MLP_PLAN)
     scalar = torch.tensor(float(accelerator.process_index))
     one = torch.tensor(1.0)
@@ -71,19 +70,19 @@ def world_wide(tp):
     }
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_scalars_gather_and_reduce_are_world_wide(ranks):
-    for found in run_on_ranks(world_wide, ranks, 2):
-        everyone = list(range(ranks))
-        assert found == {
-            "processes": ranks,
-            "scalar": everyone,
-            "gather": everyone,
-            "gather scalar": everyone,
-            "sum": ranks,
-            "mean": sum(everyone) / ranks,
-            "normalised": 1.0,
-        }
+@REPLICAS
+def test_scalars_gather_and_reduce_are_those_of_plain_ddp(dp):
+    plain, sharded = plain_and_sharded(over_processes, dp)
+    assert_equal_per_replica(plain, sharded)
+    assert plain[-1] == {
+        "processes": dp,
+        "scalar": [0.0, 1.0] if dp == 2 else 0.0,
+        "gather": list(range(dp)),
+        "gather scalar": [0.0, 1.0] if dp == 2 else 0.0,
+        "sum": dp,
+        "mean": (dp - 1) / 2,
+        "normalised": 1.0,
+    }
 
 
 def gathered_objects(tp):
@@ -132,11 +131,6 @@ def gathered_structures(tp):
     }
 
 
-def test_nested_structures_are_gathered_padded_and_sent_world_wide():
-    plain, sharded = plain_and_sharded(gathered_structures, 2)
-    for rank, found in enumerate(sharded):
-        wanted = plain[rank // 2]
-        for name in ("rows", "nested", "scalars"):
-            assert found.pop(name) == [item for item in wanted[name] for _ in range(2)], "each replica's twice"
-            assert name in wanted
-        assert found.items() <= wanted.items()
+@REPLICAS
+def test_nested_structures_are_gathered_padded_and_sent_as_under_plain_ddp(dp):
+    assert_equal_per_replica(*plain_and_sharded(gathered_structures, dp))

@@ -42,7 +42,8 @@ def upstream(row):
     package = row.owner.partition(".")[0]
     if find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    return getattr(row.upstream(), row.name)
+    found = getattr(row.upstream(), row.name)
+    return getattr(found, "fget", found)
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -35,7 +35,7 @@ CALL_COLLECTIVES = {
     "core/agreement.py": "set-up, saving and loading: one outcome on all ranks",
     "plugin/launch.py": "the end of the script",
     "training/gradients.py": "the norm of the full gradient",
-    "plugin/accelerator.py": "between steps: the replicas' mean of a shard",
+    "plugin/replica_view.py": "what a script gathers, reduces and broadcasts, over the replicas",
     "core/randomness.py": "set-up: agreement",
     "training/drift.py": "between steps: what is replicated stays equal",
     "core/shard.py": "saving: full tensors",

@@ -407,7 +407,7 @@ TRAPS = {
         "a loss divided by the count of labels of the global batch is plain DDP's",
         (
             (
-                "counts of the replicas only",
+                "counts of every rank",
                 Check(normalised_by_tokens, 4, (2,), losses_are_those_of_plain_ddp),
             ),
         ),
