@@ -82,7 +82,10 @@ def _trl() -> list[Program]:
         "sft, packed": ("sft", _EVALUATED + "--dataset_name ./data/text --max_length 16 --packing"),
         "sft, completions": ("sft", _EVALUATED + "--dataset_name ./data/completions --max_length 16"),
         "sft, LoRA": ("sft", _EVALUATED + "--dataset_name ./data/text --max_length 16 " + _LORA),
-        "sft, chunked loss": ("sft", _EVALUATED + "--dataset_name ./data/text --max_length 16 --loss_type chunked_nll"),
+        "sft, chunked loss": (
+            "sft",
+            _EVALUATED + "--dataset_name ./data/text --max_length 16 --loss_type chunked_nll",
+        ),
         "dpo": ("dpo", _EVALUATED + "--dataset_name ./data/preferences"),
         "dpo, LoRA": ("dpo", _EVALUATED + "--dataset_name ./data/preferences " + _LORA),
         "kto": ("kto", _EVALUATED + "--dataset_name ./data/labelled"),
@@ -127,7 +130,12 @@ def _sentence_transformers() -> list[Program]:
     kinds = (
         *("MultipleNegativesRankingLoss", "MultipleNegativesRankingLoss gathered"),
         *("CachedMultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss gathered"),
-        *("CoSENTLoss", "MultipleNegativesSymmetricRankingLoss gathered", "CachedGISTEmbedLoss gathered"),
+        *(
+            "CoSENTLoss",
+            "CoSENTLoss evaluated",
+            "MultipleNegativesSymmetricRankingLoss gathered",
+            "CachedGISTEmbedLoss gathered",
+        ),
     )
     found = [
         Program(f"sentence-transformers {kind}", "sentence_transformer.py", tuple(kind.split()), needs)
@@ -161,12 +169,6 @@ def _others() -> list[Program]:
     return [
         Program("setfit Trainer", "setfit_trainer.py", (), ("setfit",)),
         Program("lm-eval on a prepared model", "lm_eval_prepared.py", (), ("lm_eval",)),
-        Program(
-            "lm-eval accelerate launch -m lm_eval",
-            "lm_eval",
-            _words("--model hf --model_args pretrained=./model --tasks words --include_path ./tasks --device cpu"),
-            ("lm_eval",),
-        ),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,17 @@ __all__ = ["Run", "differences", "read_run"]
 
 TOLERANCE = 2e-4  # losses, rates, norms, metrics
 WEIGHT_TOLERANCE = 1e-3
-TIMES = ("runtime", "per_second", "time", "flops_per", "memory", "gpu_peak", "epoch_time")  # in names of what is logged
+FLOOR = 0.1  # of what the tolerance is taken: differences of log-probabilities near 0 are rounding
+RELATIVE = ("rates", "norms")  # without a floor
+TIMES = (
+    "runtime",
+    "per_second",
+    "time",
+    "flops_per",
+    "memory",
+    "gpu_peak",
+    "epoch_time",
+)  # in names of what is logged
 BY_RANK = ("losses", "rates", "norms", "logs")
 OF_MAIN = ("prints", "messages", "tracked")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
@@ -77,16 +88,16 @@ def _unequal(got: Any, expected: Any, name: str) -> Iterator[str]:
         if not same or not all(map(_close, numbers, wanted)):
             yield f"{name}: {got!r} for {expected!r}"
     elif isinstance(expected, float) and isinstance(got, (int, float)):
-        if not _close(float(got), expected):
+        if not _close(float(got), expected, 0.0 if name.startswith(RELATIVE) else FLOOR):
             yield f"{name}: {got} for {expected}"
     elif got != expected:
         yield f"{name}: {got!r} for {expected!r}"
 
 
-def _close(got: float, expected: float) -> bool:
-    if expected.is_integer() and got.is_integer():
-        return got == expected
-    return got == expected or abs(got - expected) <= TOLERANCE * max(abs(expected), 1e-3) or got != got != expected
+def _close(got: float, expected: float, floor: float = FLOOR) -> bool:
+    if math.isnan(expected) or (expected.is_integer() and got.is_integer()):
+        return got == expected or math.isnan(got) and math.isnan(expected)
+    return abs(got - expected) <= TOLERANCE * max(abs(expected), floor)
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,6 +7,7 @@ launch` gives; `launcher=True` takes the launcher itself, which imports everythi
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import re
 import shutil
@@ -58,6 +59,8 @@ def preload() -> None:
         import_module(name)
     if find_spec("trl"):
         import_module("trl.trainer.grpo_trainer")
+    gc.collect()
+    gc.freeze()  # what is here before the ranks are forked need not be searched by them
 
 
 def missing(program: Program, repositories: Path | None) -> str | None:
@@ -190,7 +193,9 @@ def _forked(call: Callable[[], None]) -> int:
         os._exit(code)
 
 
-def _be_rank(arguments: list[str], tensor_parallel: bool, work: Path, environment: dict[str, str], output: int) -> None:
+def _be_rank(
+    arguments: list[str], tensor_parallel: bool, work: Path, environment: dict[str, str], output: int
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.dup2(output, 1)

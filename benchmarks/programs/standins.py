@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -67,6 +68,31 @@ def load(*names, **kwargs):
     return Metric()
 '''
 
+# Tasks of lm-eval's harness.
+TASKS = {
+    "choices": """task: choices
+dataset_path: json
+dataset_kwargs: {data_files: {test: data/choices/test.json}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{prompt}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}]
+metadata: {version: 1}
+""",
+    "continued": """task: continued
+dataset_path: json
+dataset_kwargs: {data_files: {test: data/text/test.json}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}]
+metadata: {version: 1}
+""",
+}
+
 
 def build(folder: Path) -> None:
     """Write all of them into `folder`."""
@@ -83,6 +109,7 @@ def build(folder: Path) -> None:
         "HuggingFaceTB/SmolLM-360M": (AutoModelForCausalLM, llama, 4),
         "reward": (AutoModelForSequenceClassification, scored, 5),
         "t5": (AutoModelForSeq2SeqLM, t5, 6),
+        "masked": (AutoModelForMaskedLM, bert, 7),
     }
     for name, (auto, config, seed) in kinds.items():
         torch.manual_seed(seed)
@@ -92,10 +119,13 @@ def build(folder: Path) -> None:
                 if parameter.ndim == 1:
                     parameter += 0.1 * torch.randn_like(parameter)
         model.save_pretrained(folder / name)
-        _tokenizer("bert" in name).save_pretrained(folder / name)
+        _tokenizer(config is bert).save_pretrained(folder / name)
     _write_data(folder)
     (folder / "rewards.py").write_text(REWARDS)
     (folder / "evaluate.py").write_text(METRIC)
+    (folder / "tasks").mkdir()
+    for name, text in TASKS.items():
+        (folder / "tasks" / f"{name}.yaml").write_text(text)
 
 
 def _tokenizer(pairs: bool) -> PreTrainedTokenizerFast:
@@ -106,7 +136,9 @@ def _tokenizer(pairs: bool) -> PreTrainedTokenizerFast:
     names = {"pad_token": "[PAD]", "eos_token": "[EOS]", "unk_token": "[UNK]"}
     if pairs:
         bare.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
-            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)],
         )
         names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, model_max_length=64, **names)
@@ -149,6 +181,11 @@ def _write_data(folder: Path) -> None:
             "messages": [{"role": "user", "content": words(3, 6)}, {"role": "assistant", "content": words(3, 9)}]
         },
         "data/instructions": lambda index: {"instruction": words(3, 6), "input": words(2, 4), "output": words(3, 9)},
+        "data/choices": lambda index: {
+            "prompt": words(4, 9),
+            "choices": [words(1, 3), words(1, 3)],
+            "answer": index % 2,
+        },
         "data/privileged": lambda index: {"prompt": words(4, 5), "privileged_context": words(3, 6)},
     }
     for name, row in rows.items():
