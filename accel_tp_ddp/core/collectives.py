@@ -1,17 +1,18 @@
 """Every compute collective of the package, each named with its forward and its backward.
 
-| function         | forward                      | backward                             |
-| ---------------- | ---------------------------- | ------------------------------------ |
-| `copy_to_tp`     | identity                     | all-reduce (sum)                     |
-| `reduce_from_tp` | all-reduce (sum)             | identity                             |
-| `gather_from_tp` | all-gather along a dimension | keep this rank's slice               |
-| `scatter_to_tp`  | keep this rank's slice       | all-gather along a dimension         |
-| `add_share`      | divide by the ranks          | identity                             |
+| function          | forward                      | backward                             |
+| ----------------- | ---------------------------- | ------------------------------------ |
+| `copy_to_tp`      | identity                     | all-reduce (sum)                     |
+| `reduce_from_tp`  | all-reduce (sum)             | identity                             |
+| `gather_from_tp`  | all-gather along a dimension | keep this rank's slice               |
+| `scatter_to_tp`   | keep this rank's slice       | all-gather along a dimension         |
+| `add_share`       | divide by the ranks          | identity                             |
+| `gather_replicas` | all-gather of tensors        | all-reduce (sum), keep the own one   |
 
 The pairs are Megatron-LM's f/g functions (arXiv:1909.08053, section 3): `copy_to_tp` opens a tensor-parallel region,
-`reduce_from_tp` closes one. All take the one-dimensional tensor-parallel mesh and never change their input in place.
-Only `send_first_rank`, which is for set-up and between steps and has no backward, does that. Nor have `gather_parts`
-(full tensors) and `on_any_rank` (a question before a step).
+`reduce_from_tp` closes one. All take a one-dimensional mesh, the tensor-parallel one but for `gather_replicas`, and
+never change their input in place. Only `send_first_rank`, which is for set-up and between steps and has no backward,
+does that. Nor have `gather_parts` (full tensors) and `on_any_rank` (a question before a step).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ __all__ = [
     "copy_to_tp",
     "gather_from_tp",
     "gather_parts",
+    "gather_replicas",
     "on_any_rank",
     "reduce_from_tp",
     "scatter_to_tp",
@@ -94,6 +96,18 @@ def add_share(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
     return _Share.apply(mesh.size(), tensor)
 
 
+def gather_replicas(mesh: DeviceMesh, tensor: Tensor) -> tuple[Tensor, ...]:
+    """Each replica's `tensor`, of equal shape: forward all-gather, backward the sum of the gradients for the own one.
+
+    What `torch.distributed.nn.all_gather` does, whose backward over gloo knows no group but the world (torch 2.13).
+
+    Args:
+        mesh: One-dimensional data-parallel mesh.
+        tensor: This replica's.
+    """
+    return _GatherReplicas.apply(mesh, tensor)
+
+
 @torch.no_grad()
 def send_first_rank(mesh: DeviceMesh, tensor: Tensor) -> None:
     """Overwrite `tensor` with its values on the first rank of `mesh`, on every rank; it may be on any device."""
@@ -110,6 +124,22 @@ def on_any_rank(mesh: DeviceMesh, flags: Sequence[bool]) -> list[bool]:
     found = torch.tensor(flags, dtype=torch.uint8, device=mesh.device_type)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.get_group())
     return [bool(flag) for flag in found.tolist()]
+
+
+class _GatherReplicas(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mesh: DeviceMesh, tensor: Tensor):
+        ctx.mesh = mesh
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(mesh.size())]
+        dist.all_gather(parts, tensor.contiguous(), group=mesh.get_group())
+        return tuple(parts)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor):
+        total = torch.stack(grads)
+        dist.all_reduce(total, group=ctx.mesh.get_group())
+        return None, total[ctx.mesh.get_local_rank()]
 
 
 class _CopyToTP(torch.autograd.Function):

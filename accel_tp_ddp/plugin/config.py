@@ -231,11 +231,19 @@ class TensorParallelDDPPlugin(ParallelismConfig):
 class _Shown(TensorParallelDDPPlugin):
     """What an accelerator shows of its plugin: a replica is one process, which shares its model with nobody.
 
-    Trainer and TRL's trainers divide by `tp_size` what they have counted by `num_processes`.
+    Trainer and TRL's trainers divide by `tp_size` what they have counted by `num_processes`. Everything else is the
+    plugin's, to read and to set.
     """
 
+    __slots__ = ("_plugin",)
+
     def __init__(self, plugin: TensorParallelDDPPlugin):
-        self.__dict__.update(plugin.__dict__, tp_size=1, _plugin=plugin)
+        self._plugin = plugin
+        self.__dict__ = plugin.__dict__
+
+    @property
+    def tp_size(self) -> int:  # type: ignore[override]
+        return 1
 
     def __repr__(self) -> str:
         return repr(self._plugin)
@@ -247,9 +255,6 @@ class _Shown(TensorParallelDDPPlugin):
     @property
     def dp_replicate_enabled(self) -> bool:
         return True
-
-    def as_plain_ddp(self) -> Any:
-        return self._plugin.as_plain_ddp()
 
     def sharded_loading(self) -> Any:
         return self._plugin.sharded_loading()

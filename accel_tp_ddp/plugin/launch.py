@@ -70,6 +70,9 @@ def _present_replicas(
     override_trainers(TensorParallelDDPPlugin)  # of those that have been imported by now
     if current_view() is None and dist.is_initialized() and state.num_processes == dist.get_world_size() > 1:
         plugin.present_replicas(state.device.type).stay()
+    view = current_view()
+    if view is not None:
+        view.reach_modules()
 
 
 OVERRIDES = (

@@ -15,6 +15,7 @@ TABLES: dict[str, tuple[Override, ...]] = {
     "Accelerator": accelerator.OVERRIDES,
     "Accelerator with tp_size=1": accelerator.OVERRIDES_WITHOUT_TP,
     "Accelerate while replicas present themselves as processes": replica_view.OVERRIDES,
+    "Modules that call torch.distributed while replicas present themselves as processes": replica_view.MODULES,
     "Accelerate under accel_tp_ddp.launch": launch.OVERRIDES,
     "Trainer": trainer.OVERRIDES,
     "Trainer while replicas present themselves as processes": trainer.OVERRIDES_OF_MAIN,

@@ -9,23 +9,24 @@ DDP on as many ranks as there are replicas. What says which rank writes stays tr
 
 from __future__ import annotations
 
+import functools
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, operations
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..core.collectives import send_first_rank
+from ..core.collectives import gather_replicas, send_first_rank
 from ..core.override import Override, attributes, overridden
 from ..core.shard import ShardInfo, shard_info
 
-__all__ = ["OVERRIDES", "ReplicaView", "current_view", "present_replicas"]
+__all__ = ["MODULES", "OVERRIDES", "ReplicaView", "current_view", "present_replicas"]
 
 
 class ReplicaView:
@@ -52,8 +53,18 @@ class ReplicaView:
         self._config: tuple[Any, Any] | None = None  # the accelerators' plugin, and what is shown of it
         self._hooks = ExitStack()
         self._hooks.enter_context(overridden(OVERRIDES, self))
-        self._hooks.enter_context(attributes(operations, torch=_Instead(torch, distributed=_over_replicas(self))))
+        self._reached: set[Override] = set()
+        self.reach_modules()
         _count(self.dp_size, self.replica)
+
+    def reach_modules(self) -> None:
+        """Let what has been imported by now of `MODULES` talk to replicas."""
+        for row in MODULES:
+            if row not in self._reached and row.is_loaded():
+                self._reached.add(row)
+                module = row.upstream()
+                instead = row.function(self, vars(module)[row.name])
+                self._hooks.enter_context(attributes(module, **{row.name: instead}))
 
     def held_by(self, accelerator: Any, plugin: Any, shown: Any) -> None:
         """Last until this accelerator, and all others that hold the view, have ended or are gone.
@@ -62,6 +73,7 @@ class ReplicaView:
             plugin: What the accelerator's state has as its `parallelism_config`.
             shown: What readers of `parallelism_config` get in its place.
         """
+        self.reach_modules()
         self._holders.add(id(accelerator))
         weakref.finalize(accelerator, self._let_go, id(accelerator)).atexit = False
         self._config = (plugin, shown)
@@ -100,50 +112,13 @@ class ReplicaView:
         if self._config is not None and state.get("parallelism_config") is self._config[1]:
             state["parallelism_config"] = self._config[0]
 
-    # ------------------------------------------------------------------------------------------------ collectives
-
-    def all_gather(self, outputs: list[Tensor], tensor: Tensor) -> None:
-        dist.all_gather(outputs, tensor, group=self.dp_mesh.get_group())
-
-    def all_gather_into_tensor(self, output: Tensor, tensor: Tensor) -> None:
-        dist.all_gather_into_tensor(output, tensor, group=self.dp_mesh.get_group())
-
-    def all_gather_object(self, outputs: list[Any], data: Any) -> None:
-        dist.all_gather_object(outputs, data, group=self.dp_mesh.get_group())
-
-    def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
-        """A replica's word is its first rank's (scripts leave some to the main process); shards are each rank's."""
-        dist.all_reduce(tensor, op, group=self.dp_mesh.get_group())
-        if not self._looks_like_shard(tensor):
-            send_first_rank(self.tp_mesh, tensor)
-
-    def broadcast(self, tensor: Tensor, src: int) -> None:
-        """From a replica's first rank to all ranks; a sharded parameter, to the ranks that hold the same part."""
-        if any(tensor.is_set_to(param) for param, _ in self._shards()):
-            group = self.dp_mesh.get_group()
-            dist.broadcast(tensor, dist.get_global_rank(group, src), group=group)
-        else:
-            dist.broadcast(tensor, src * self.tp_size)
-
-    def broadcast_object_list(self, objects: list[Any], src: int) -> None:
-        dist.broadcast_object_list(objects, src * self.tp_size)
-
-    def _shards(self) -> Iterator[tuple[nn.Parameter, ShardInfo]]:
+    def shards(self) -> Iterator[tuple[nn.Parameter, ShardInfo]]:
+        """The sharded parameters of the models that are known."""
         for model in self._models:
             for param in model.parameters():
                 info = shard_info(param)
                 if info is not None and info.is_sharded:
                     yield param, info
-
-    def _looks_like_shard(self, tensor: Tensor) -> bool:
-        """Whether `tensor` is of a sharded parameter's shape and type: its copy, gradient, or moving average.
-
-        Accelerate reduces copies, which nothing else tells from another tensor. One that has that shape by chance is
-        reduced rightly, too, wherever the ranks of a replica hold the same. The shapes are those of all ranks, so that
-        ranks which hold the same tensor come to the same answer.
-        """
-        shape = tuple(tensor.shape)
-        return any(param.dtype == tensor.dtype and shape in info.local_shapes for param, info in self._shards())
 
 
 def current_view() -> ReplicaView | None:
@@ -173,7 +148,7 @@ def _count(processes: int, index: int) -> None:
 
 
 class _Instead:
-    """A module, with some names of its own."""
+    """A module, some names of which are others."""
 
     def __init__(self, module: Any, **names: Any):
         self.__dict__.update(names, _module=module)
@@ -182,10 +157,81 @@ class _Instead:
         return getattr(self._module, name)
 
 
-def _over_replicas(view: ReplicaView) -> _Instead:
-    names = ("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "broadcast")
-    calls = {name: getattr(view, name) for name in (*names, "broadcast_object_list")}
-    return _Instead(dist, **calls)
+class _AmongReplicas(_Instead):
+    """`torch.distributed`, whose functions take the group of the replicas where they are given none.
+
+    Ranks are then those in that group. Barriers stay the world's.
+    """
+
+    def __init__(self, view: ReplicaView):
+        super().__init__(dist, view=view)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        if name == "nn":
+            return _Instead(found, all_gather=self._all_gather_with_gradients)
+        takes = inspect.signature(found).parameters if inspect.isfunction(found) else {}
+        if "group" not in takes or "barrier" in name:
+            return found
+
+        @functools.wraps(found)
+        def among_replicas(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(found).bind(*args, **kwargs).arguments
+            if given.get("group") in (None, dist.group.WORLD):
+                given["group"] = group = self.view.dp_mesh.get_group()
+                for end in {"src", "dst"} & takes.keys():
+                    rank = given.get(end, takes[end].default)
+                    if isinstance(rank, int):
+                        given[end] = dist.get_global_rank(group, rank)
+            return found(**given)
+
+        return among_replicas
+
+    def _all_gather_with_gradients(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return gather_replicas(self.view.dp_mesh, tensor)
+
+
+class _OfAccelerate(_AmongReplicas):
+    """What Accelerate's functions call: what they broadcast reaches all ranks, and what they reduce, too."""
+
+    def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+        """A replica's word is its first rank's (scripts leave some to the main process); shards are each rank's."""
+        dist.all_reduce(tensor, op, group=self.view.dp_mesh.get_group())
+        if not self._looks_like_shard(tensor):
+            send_first_rank(self.view.tp_mesh, tensor)
+
+    def broadcast(self, tensor: Tensor, src: int) -> None:
+        """From a replica's first rank to all ranks; a sharded parameter, to the ranks that hold the same part."""
+        if any(tensor.is_set_to(param) for param, _ in self.view.shards()):
+            group = self.view.dp_mesh.get_group()
+            dist.broadcast(tensor, dist.get_global_rank(group, src), group=group)
+        else:
+            dist.broadcast(tensor, src * self.view.tp_size)
+
+    def broadcast_object_list(self, objects: list[Any], src: int) -> None:
+        dist.broadcast_object_list(objects, src * self.view.tp_size)
+
+    def _looks_like_shard(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is of a sharded parameter's shape and type: its copy, gradient, or moving average.
+
+        Accelerate reduces copies, which nothing else tells from another tensor. One that has that shape by chance is
+        reduced rightly, too, wherever the ranks of a replica hold the same. The shapes are those of all ranks, so that
+        ranks which hold the same tensor come to the same answer.
+        """
+        shape = tuple(tensor.shape)
+        return any(param.dtype == tensor.dtype and shape in info.local_shapes for param, info in self.view.shards())
+
+
+def _torch_of_accelerate(view: ReplicaView, stock: Any) -> Any:
+    return _Instead(stock, distributed=_OfAccelerate(view))
+
+
+def _torch(view: ReplicaView, stock: Any) -> Any:
+    return _Instead(stock, distributed=_AmongReplicas(view))
+
+
+def _torch_distributed(view: ReplicaView, stock: Any) -> Any:
+    return _AmongReplicas(view)
 
 
 def _use_distributed(view: ReplicaView, stock: Callable, state: PartialState, /) -> bool:
@@ -223,4 +269,19 @@ OVERRIDES = (
     _row("state.AcceleratorState", "_reset_state", _reset_state, "state.py:1074", "forgets the counts, not the rest"),
     _row("utils.operations", "_gpu_gather", _gather, "utils/operations.py:308", "adds a dimension in one process"),
     _row("utils.operations", "_gpu_gather_object", _gather, "utils/operations.py:488", "takes lists in one process"),
+)
+
+_SENTENCES = ("sentence_transformers.util.distributed", "sentence-transformers 6.2, util/distributed.py:9")
+#: Modules of packages that talk to processes by `torch.distributed` itself, by a name that they have for it or torch.
+MODULES = (
+    Override(
+        *("accelerate.utils.operations", "torch", _torch_of_accelerate, "accelerate 1.15, utils/operations.py:24"),
+        "gathers, reduces and broadcasts among all ranks",
+    ),
+    Override(
+        *("transformers.trainer_pt_utils", "dist", _torch_distributed, "transformers 5.23, trainer_pt_utils.py:36"),
+        "sums FLOPs over all ranks, and samples by rank",
+    ),
+    Override(_SENTENCES[0], "torch", _torch, _SENTENCES[1], "gathers the negatives of peers, with gradients"),
+    Override(_SENTENCES[0], "dist", _torch_distributed, _SENTENCES[1], "gathers the negatives of peers"),
 )

@@ -53,12 +53,6 @@ def _get_tp_size(plugin: Config, stock: Callable, trainer: Any, /) -> int:
     return 1
 
 
-def _store_flos(plugin: Config, stock: Callable, trainer: Any, /) -> None:
-    """`store_flos` sums over the ranks of `torch.distributed`, each of which has counted the full model's."""
-    trainer.current_flos /= plugin.device_mesh["tp"].size()
-    stock()
-
-
 def _post_init(plugin_type: type[Any], stock: Callable, args: Any, /) -> None:
     """`__post_init__` starts the process group, and configs of TRL count its ranks before there is an accelerator."""
     stock()
@@ -162,7 +156,6 @@ def _arguments(name: str, function: Callable[..., Any], line: int, reason: str) 
 #: For trainers whose accelerator has the plugin.
 OVERRIDES = (
     _trainer("get_tp_size", _get_tp_size, 2591, "asks the model before the accelerator"),
-    _trainer("store_flos", _store_flos, 4205, "sums the full model's FLOPs over the ranks of torch.distributed"),
     _trainer("train", _train, 1450, "takes a model that was only evaluated for one that is wrapped in DDP"),
     _trainer("hyperparameter_search", _hyperparameter_search, 4502, "starts trials on the main process alone"),
     _trainer("save_model", _save_model, 4077, "in older releases (5.20) calls _save on the main process alone"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -17,7 +18,7 @@ RATE = 0.25
 def masks(device_specific: bool = False, checkpointing: bool | None = None, steps: int = 1, eval_too: bool = False):
     """Every mask that was drawn, in order, with the number of dimensions of what it fell on."""
     accelerator = Accelerator(parallelism_config=TensorParallelDDPPlugin(tp_size=2))
-    set_seed(3, device_specific=device_specific)
+    set_seed(3 + (dist.get_rank() if device_specific else 0))
     model = build_model("gpt_neox", attention="eager", attention_dropout=RATE, hidden_dropout=RATE)
     if checkpointing is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})

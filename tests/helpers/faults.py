@@ -278,6 +278,7 @@ _MORE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     ],
     "tied weights untied": [(base.Style, "apply", _untie)],
     "counts of every rank": [(accelerate.Accelerator, "gather", _of_every_rank)],
+    "flos of every rank": [(replica_view, "MODULES", replica_view.MODULES[:1])],
     "ranks that count themselves": [(replica_view, "_count", _nothing)],
     "shuffles and dispatching without replicas": [(accelerator, "serve_replicas", lambda loader, mesh: loader)],
     "one random stream for all heads": [(region, "RandomStream", _NoStream)],

@@ -5,6 +5,7 @@ Wherever it says tp = None, that is Accelerate without the plugin: the reference
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import DataLoaderConfiguration
 from accelerate.utils import set_seed
 from torch.utils.data import (
@@ -80,15 +81,37 @@ def batches(tp, kind, samples, seeding, split_batches=False, with_model=False, s
         MLP_PLAN,
         dataloader_config=DataLoaderConfiguration(split_batches=split_batches, use_seedable_sampler=seedable),
     )
-    set_seed(11 if seeding == "alike" else 100 + accelerator.process_index)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    set_seed(11 if seeding == "alike" else 100 + rank)
     loader = make_loader(kind, samples)
     if with_model:
         _, loader = accelerator.prepare(build_mlp(), loader)
     else:
         loader = accelerator.prepare(loader)
     if seeding != "alike":
-        set_seed(200 + accelerator.process_index)
+        set_seed(200 + rank)
     return [[torch.as_tensor(batch).tolist() for batch in loader] for _ in range(2)]
+
+
+class Counted(torch.utils.data.Dataset):
+    def __init__(self):
+        self.read = 0
+
+    def __len__(self):
+        return 22
+
+    def __getitem__(self, index):
+        self.read += 1
+        return index
+
+
+def read_to_be_dispatched(tp):
+    """How many samples each rank reads."""
+    accelerator = accelerator_for(tp, dataloader_config=DataLoaderConfiguration(dispatch_batches=True))
+    data = Counted()
+    for _ in accelerator.prepare(DataLoader(data, batch_size=4)):
+        pass
+    return data.read
 
 
 def dispatched(tp, split_batches):

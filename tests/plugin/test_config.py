@@ -71,8 +71,8 @@ def test_an_environment_value_out_of_range_names_its_variable(environment):
 
 def sizes_in_accelerator(variables, options):
     os.environ.update(variables)
-    accelerator = Accelerator(parallelism_config=TensorParallelDDPPlugin(**options))
-    config = accelerator.parallelism_config
+    config = TensorParallelDDPPlugin(**options)
+    Accelerator(parallelism_config=config)
     return config.tp_size, config.dp_replicate_size, repr(config)
 
 

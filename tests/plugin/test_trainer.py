@@ -195,7 +195,6 @@ def test_a_stopped_trainer_run_resumes_as_if_it_had_not_been_stopped(before, aft
 # What shows that an override is needed: the case that is off without it.
 NEEDED_BY = {
     "get_tp_size": "tokens counted on each device",
-    "store_flos": "base",
     "train": "evaluated before training",
     "_save": "base",
     "_save_optimizer_and_scheduler": "base",
@@ -215,6 +214,11 @@ def test_each_override_of_trainer_has_a_run_that_needs_it():
 def test_without_the_override_a_trainer_run_is_not_that_of_plain_ddp(override, tmp_path):
     with pytest.raises((AssertionError, RanksError)):
         assert_invisible(NEEDED_BY[override], tmp_path, without=override)
+
+
+def test_where_flos_are_summed_over_ranks_a_trainer_run_is_not_that_of_plain_ddp(tmp_path):
+    with pytest.raises(AssertionError):
+        assert_invisible("base", tmp_path, fault="flos of every rank")
 
 
 @pytest.mark.parametrize("case", ["base", "two workers", "tokens counted on each device"])

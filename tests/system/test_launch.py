@@ -124,3 +124,17 @@ def test_accelerates_own_tests_pass_with_the_package_imported(script, tmp_path):
     )
     (tmp_path / "imported.py").write_text(code)
     launch(tmp_path, YAML.format(processes=2), tmp_path / "imported.py")
+
+
+def test_under_the_launcher_the_view_holds_from_the_process_group_on(tmp_path):
+    done = launch(tmp_path, TP2_DP2, "-m", "accel_tp_ddp.launch", SCRIPTS / "counting.py", tmp_path)
+    assert done.returncode == 0
+    for rank in range(4):
+        found = json.loads(Path(tmp_path, f"{rank}.json").read_text())
+        replica = rank // 2
+        assert found == {
+            "state": [2, replica, rank == 0],
+            "arguments": [2, replica, rank == 0],
+            "gathered": [rank % 2, 2 + rank % 2],
+            "after": [2, replica],
+        }

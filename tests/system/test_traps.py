@@ -34,7 +34,7 @@ from ..helpers.dropout import masks
 from ..helpers.faults import FAULTS, LORA_FAULTS, MORE_FAULTS, RESUME_FAULTS, STYLE_FAULTS, injected
 from ..helpers.gradients import accumulated, assert_gradients, causal, causal_loss, own_gradients, sharded
 from ..helpers.models import VOCABULARY, build_model
-from ..helpers.prepared import batches, check_continues, dispatched, replica
+from ..helpers.prepared import batches, check_continues, read_to_be_dispatched, replica
 from ..helpers.ranks import RanksError, run_on_ranks
 from ..helpers.sharded import (
     MLP_PLAN,
@@ -144,6 +144,10 @@ def peers_are_equal(results):
 def replicas_differ(results):
     peers_are_equal(results)
     assert results[0] != results[2]
+
+
+def the_main_process_reads(results):
+    assert results == [22, 0, 0, 0]
 
 
 def same_gradients(build, loss, plan="auto", passes=1):
@@ -287,6 +291,8 @@ def saved_alone():
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
+IN_GRPO = "plugin.test_trl.test_without_the_view_grpo_is_not_that_of_plain_ddp"
+IN_TRAINER = "plugin.test_trainer.test_where_flos_are_summed_over_ranks_a_trainer_run_is_not_that_of_plain_ddp"
 IN_A_RUN = "system.test_invisible.test_a_fault_of_a_run_is_caught"
 OF_A_STYLE = "styles.test_full_gradients.test_a_fault_of_a_style_shows_in_the_gradients"
 IN_GRADIENTS = "styles.test_full_gradients.test_a_fault_shows_in_the_gradients"
@@ -412,7 +418,14 @@ TRAPS = {
             ),
         ),
     ),
-    17: Trap("evaluation sees each sample once and in order", (("metrics with duplicates", IN_A_RUN),)),
+    17: Trap(
+        "evaluation sees each sample once and in order, and a count counts each replica once",
+        (
+            ("metrics with duplicates", IN_A_RUN),
+            ("ranks that count themselves", IN_GRPO),
+            ("flos of every rank", IN_TRAINER),
+        ),
+    ),
     18: Trap("the schedule advances as under plain DDP", (("scheduler steps for every process", IN_A_RUN),)),
     19: Trap(
         "the ranks of a replica get the same data",
@@ -432,7 +445,7 @@ TRAPS = {
             ),
             (
                 "shuffles and dispatching without replicas",
-                Check(dispatched, 4, (2, False), replicas_differ),
+                Check(read_to_be_dispatched, 4, (2,), the_main_process_reads),
             ),
         ),
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 
 from accel_tp_ddp import TensorParallelDDPPlugin
@@ -19,7 +20,7 @@ def forwards(seeds_by: str, lengths_by: str = "", bad_from: int = 0, every: int 
     ranks = {
         "": 0,
         "replica": accelerator.data_parallel_rank,
-        "process": accelerator.process_index,
+        "process": dist.get_rank(),
     }
     for index in range(count):
         by, length = (seeds_by, lengths_by) if index >= bad_from else ("replica", "")
