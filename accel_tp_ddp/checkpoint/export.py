@@ -10,11 +10,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from ..core import store
 from ..core.agreement import Failure, Ranks, await_peers
 from ..core.errors import CheckpointError
+from ..core.outcome import DONE, Call
+from ..core.serving import NotServed, Parts, is_served, reach, waiting
 from ..core.shard import ShardInfo, restore_shards, shard_info
 from ..core.slices import refuse_slices
-from ..core.store import Channel
+from ..core.transfer import mesh_ranks
 from ..core.wrappers import unwrap
 from .deferred import DeferredTensor
 
@@ -87,24 +90,23 @@ class StateDict:
         tensors = {id(value): value for value in self.state.values() if isinstance(value, Tensor)}
         infos = {key: shard_info(tensor) for key, tensor in tensors.items()}
         self._tensors = tensors
-        self._sharded = [(tensors[key], info) for key, info in infos.items() if info is not None and info.is_sharded]
+        self.sharded = [(tensors[key], info) for key, info in infos.items() if info is not None and info.is_sharded]
         self._latest: Tensor | None = None
 
-    def deferred(self, ask: Callable[[str], None]) -> dict[str, Any]:
-        """The tensors, on the CPU or deferred: before a sharded one is joined, `ask` the other ranks to `send`.
+    def deferred(self, collect: Callable[[int], Tensor]) -> dict[str, Any]:
+        """The tensors, on the CPU or deferred: `collect` gives number so and so of those that are `sharded`.
 
         Tied weights stay one tensor. The latest one is kept, as conversions may want its values more than once.
         """
 
         def join(number: int) -> Tensor:
             self._latest = None  # before there is another
-            tensor, info = self._sharded[number]
-            self._latest = info.collect(tensor, partial(ask, str(number)))
+            self._latest = collect(number)
             return self._latest
 
         made: dict[int, Tensor] = {
             id(tensor): DeferredTensor.of(info.global_shape, tensor.dtype, partial(join, number))
-            for number, (tensor, info) in enumerate(self._sharded)
+            for number, (tensor, info) in enumerate(self.sharded)
         }
         for key, tensor in self._tensors.items():
             if key not in made and tensor.device.type == "cpu":
@@ -112,11 +114,6 @@ class StateDict:
             elif key not in made:
                 made[key] = DeferredTensor.of(tensor.shape, tensor.dtype, tensor.detach().cpu)
         return {name: made.get(id(value), value) for name, value in self.state.items()}
-
-    def send(self, request: str) -> None:
-        """Give the rank that asks, the main process, this rank's part of a tensor."""
-        tensor, info = self._sharded[int(request)]
-        info.send_part(tensor, to=0)
 
 
 def export(
@@ -128,9 +125,10 @@ def export(
 ) -> T | None:
     """Let the main process `write` the unsharded state dict while its replica's other ranks send it their parts.
 
-    Collective over all ranks. Those of other replicas only wait for the end, and hold nothing. Ranks of the main
-    process's replica need no memory worth mentioning, and the main process what `write` holds of the deferred tensors
-    (see `DeferredTensor`), beside one more tensor.
+    They do so wherever they are (`core/serving`), so the main process may call it alone. A rank that calls it too
+    waits for the end; those of other replicas hold nothing. Ranks of the main process's replica need no memory worth
+    mentioning, and the main process what `write` holds of the deferred tensors (see `DeferredTensor`), beside one
+    more tensor.
 
     Args:
         model: Bare model, or its DDP wrapper.
@@ -143,47 +141,62 @@ def export(
         What `write` returned, on the main process; elsewhere None.
 
     Raises:
-        CheckpointError: On the main process, if it was called there alone. On every rank, if writing fails; ValueError
-            or TypeError, where that is what `write` raised.
+        CheckpointError: On the main process, if a peer does not have the same weights as it has in time. On every
+            rank that calls it, if writing fails; ValueError or TypeError, where that is what `write` raised.
     """
     model = unwrap(model)
     restore_shards(model)
     is_main = Ranks(caller).is_main
+    tensors = StateDict(model, state)
     meshes = {info.mesh for param in model.parameters() if (info := shard_info(param)) is not None and info.is_sharded}
     if not meshes:
-        return write(StateDict(model, state).deferred(_nobody)) if is_main else None
-    peers = sorted({tuple(sorted(mesh.mesh.flatten().tolist())) for mesh in meshes})
+        return write(tensors.deferred(_nobody)) if is_main else None
+    peers = sorted({mesh_ranks(mesh) for mesh in meshes})
     if len(peers) > 1:
         raise ValueError(f"{caller}: this {type(model).__name__} is cut over several groups of ranks: {peers}.")
-    if 0 in peers[0]:
+    mesh = meshes.pop()
+    call = Call(caller, mesh, place, tensors.sharded)
+    if call.among_peers and not is_served(mesh):  # a model that was sharded in another process
         _meet_main_process(peers[0], caller)
-    # Ranks that know nothing of one another's groups know how large they are.
-    outcome = Channel(f"{caller}/outcome/{len(peers[0])}")
-    if 0 not in peers[0]:
-        _raise_unless_done(outcome.receive())
-        return None
-    requests, tensors = Channel(f"{caller}/{peers[0]}"), StateDict(model, state)
+        reach(mesh)
     if not is_main:
-        while (request := requests.receive()).isdecimal():
-            tensors.send(request)
-        _raise_unless_done(request)
+        with waiting(call.id, tensors.sharded):
+            _raise_unless_done(call.outcome())
         return None
-    requests.forget_earlier()
+    parts = Parts(call.id if call.outermost is call else None, mesh, tensors.sharded)
+
+    def collect(number: int) -> Tensor:
+        call.outermost.sign()
+        return parts.collect(number)
+
     try:
-        result = write(tensors.deferred(requests.send))
+        with call.under_way():
+            if write is not leave_it:
+                parts.start(store.PEERS_TIMEOUT)
+            result = write(tensors.deferred(collect))
+            parts.finish()
+    except NotServed as error:
+        failure = Failure(CheckpointError.__name__, _not_served(caller, error))
+        call.end(": ".join(failure))
+        raise failure.error() from None
     except BaseException as error:
         failure = _failure(error, caller, place)
-        for channel in (requests, outcome):
-            channel.send(": ".join(failure))
+        call.end(": ".join(failure))
         if isinstance(error, Exception):
             raise failure.error() from error
         raise
-    for channel in (requests, outcome):
-        channel.send(_DONE)
+    call.end(DONE)
     return result
 
 
-_DONE = "done"
+def _not_served(caller: str, error: NotServed) -> str:
+    return (
+        f"`{caller}` was called on the main process, but of its tensor-parallel peers {error} within "
+        f"{store.PEERS_TIMEOUT:.0f} s. Each of them holds a part of the weights, and sends it wherever it is in the "
+        "script, as long as its weights are at the same step. Where they are not, every rank has to call it: take it "
+        "out of `if accelerator.is_main_process:`, and pass `is_main_process=accelerator.is_main_process` where it "
+        "takes that."
+    )
 
 
 def _failure(error: BaseException, caller: str, place: str | os.PathLike | None) -> Failure:
@@ -195,12 +208,12 @@ def _failure(error: BaseException, caller: str, place: str | os.PathLike | None)
 
 
 def _raise_unless_done(message: str) -> None:
-    if message != _DONE:
+    if message != DONE:
         raise Failure(*message.split(": ", 1)).error()
 
 
-def _nobody(request: str) -> None:
-    """Whom to ask where nothing is sharded."""
+def _nobody(number: int) -> Tensor:
+    raise AssertionError("nothing is sharded")
 
 
 def _own_copy(value: Any) -> Any:

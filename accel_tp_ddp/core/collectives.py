@@ -12,13 +12,14 @@
 The pairs are Megatron-LM's f/g functions (arXiv:1909.08053, section 3): `copy_to_tp` opens a tensor-parallel region,
 `reduce_from_tp` closes one. All take a one-dimensional mesh, the tensor-parallel one but for `gather_replicas`, and
 never change their input in place. Only `send_first_rank`, which is for set-up and between steps and has no backward,
-does that. Nor have `gather_parts` (full tensors) and `on_any_rank` (a question before a step).
+does that. Nor have `gather_parts` (full tensors), `object_of_first_rank` (generated tokens) and `on_any_rank` (a
+question before a step).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,7 @@ __all__ = [
     "gather_from_tp",
     "gather_parts",
     "gather_replicas",
+    "object_of_first_rank",
     "on_any_rank",
     "reduce_from_tp",
     "scatter_to_tp",
@@ -116,6 +118,13 @@ def send_first_rank(mesh: DeviceMesh, tensor: Tensor) -> None:
     dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
     if sent is not own:  # so `to` or `contiguous` has made a copy
         tensor.copy_(sent)
+
+
+def object_of_first_rank(mesh: DeviceMesh, data: Any) -> Any:
+    """What the first rank of `mesh` holds, on every rank: anything that can be pickled."""
+    group, sent = mesh.get_group(), [data]
+    dist.broadcast_object_list(sent, dist.get_global_rank(group, 0), group=group)
+    return sent[0]
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 
 from .collectives import gather_parts
 from .layout import Layout, Shared
+from .transfer import Link, mesh_ranks
 
 __all__ = [
     "check_mesh",
@@ -111,24 +112,25 @@ class ShardInfo:
                 self._fill(full, part, rank)
         return full
 
-    def collect(self, local: Tensor, ask: Callable[[], None]) -> Tensor:
+    def collect(self, local: Tensor, ask: Callable[[], Link]) -> Tensor:
         """The unsharded tensor on the CPU, on one rank; each other rank of the group calls `send_part` to it.
 
         Takes the memory of the result and of one rank's part.
 
         Args:
             local: This rank's part.
-            ask: Called when there is room for all parts, to have them sent.
+            ask: Called when there is room for all parts, to have them sent; how they come.
         """
         local, shapes, own = local.detach(), self.local_shapes, self.mesh.get_local_rank()
         full = torch.empty(self.global_shape, dtype=local.dtype)
         sent = [rank for rank in range(len(shapes)) if self._is_sent(rank)]
-        room = local.new_empty(max((prod(shapes[rank]) for rank in sent if rank != own), default=0))
-        ask()
+        longest = max((prod(shapes[rank]) for rank in sent if rank != own), default=0)
+        room = torch.empty(longest, dtype=local.dtype)
+        link = ask()
         for rank in sent:
             part = local if rank == own else room[: prod(shapes[rank])].view(shapes[rank])
             if rank != own:
-                dist.recv(_as_bytes(part), src=self._global_rank(rank), group=self.mesh.get_group())
+                link.receive(part, mesh_ranks(self.mesh)[rank])
             self._fill(full, part, rank)
         return full
 
@@ -139,21 +141,13 @@ class ShardInfo:
             full.narrow(dim, start, stop - start).copy_(part.narrow(dim, taken, stop - start))
             taken += stop - start
 
-    def send_part(self, local: Tensor, to: int) -> None:
-        """Take part in `collect` on the rank `to` (its number among all ranks)."""
+    def send_part(self, local: Tensor, to: int, link: Link) -> None:
+        """Take part in `collect` on the rank `to` (its number among all ranks). `local` is on the CPU."""
         if self._is_sent(self.mesh.get_local_rank()):
-            dist.send(_as_bytes(local.detach().contiguous()), dst=to, group=self.mesh.get_group())
+            link.send(local.detach().contiguous(), to)
 
     def _is_sent(self, rank: int) -> bool:
         return self.layout.sizes[rank] > 0 and self.layout.holds_first(rank) and self.global_shape.numel() > 0
-
-    def _global_rank(self, rank: int) -> int:
-        return int(self.mesh.mesh.flatten()[rank])
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """So that every backend takes it, whatever its data type."""
-    return tensor.view(-1).view(torch.uint8)
 
 
 def shard_info(param: Tensor) -> ShardInfo | None:

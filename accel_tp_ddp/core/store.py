@@ -18,7 +18,6 @@ PEERS_TIMEOUT = 60.0
 SILENCE = 3600.0
 _meetings: dict[str, int] = {}
 _channels: dict[str, int] = {}
-_sent: dict[str, tuple[str, int]] = {}
 
 
 def missing_peers(name: str, peers: int) -> int:
@@ -60,17 +59,27 @@ class Channel:
         self._count = 0
         self._store = dist.distributed_c10d._get_default_store()
 
-    def forget_earlier(self) -> None:
-        """On the main process, when all ranks are known to have received all that earlier channels had."""
-        prefix, count = _sent.pop(self._name, ("", 0))
-        for index in range(count):
-            self._store.delete_key(f"{prefix}/{index}")
-
     def send(self, message: str) -> None:
         self._store.set(f"{self._prefix}/{self._count}", message)
-        self._store.add(f"{self._name}/signs", 1)
+        self.sign()
         self._count += 1
-        _sent[self._name] = self._prefix, self._count
+
+    def sign(self) -> None:
+        """Let those who wait know that the main process is alive."""
+        self._store.add(f"{self._name}/signs", 1)
+
+    def announce(self) -> None:
+        """Let those who wait know that there will be a message."""
+        self._store.add(f"{self._prefix}/announced", 1)
+
+    def is_announced(self, seconds: float) -> bool:
+        """Whether within so many seconds the main process has announced another message than were received."""
+        deadline = time.monotonic() + seconds
+        while self._store.add(f"{self._prefix}/announced", 0) <= self._count:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.005)
+        return True
 
     def receive(self) -> str:
         """The next message; waits for it.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..checkpoint.export import export, leave_it, takes_state_dict
+from ..core.marked import mark_state_dict
 from ..core.override import Override, attributes, install
 from ..core.shard import elements_elsewhere, shard_info
 from ..core.slices import RESIZING
@@ -25,8 +26,8 @@ __all__ = ["INITIALIZING", "OVERRIDES", "SAVING", "install_methods", "install_sa
 
 def install_methods(model: nn.Module, mesh: DeviceMesh, adapted: Sequence[nn.Module]) -> None:
     """Let the methods of a sharded model, and of the `PeftModel`s in it, take that into account."""
+    install_saving(model)
     for owner in (model, *(each.get_base_model() for each in adapted)):
-        install_saving(owner)
         install(owner, (RESIZING,))
     for each in adapted:
         install(each, PEFT_OVERRIDES)
@@ -36,9 +37,15 @@ def install_methods(model: nn.Module, mesh: DeviceMesh, adapted: Sequence[nn.Mod
 
 
 def install_saving(model: nn.Module) -> None:
-    """Let `model.save_pretrained`, where there is one that takes a state dict, write the full weights."""
-    if takes_state_dict(model):
-        install(model, SAVING)
+    """Let `save_pretrained` of every module in `model`, where it takes a state dict, write the full weights.
+
+    An encoder in a model of embeddings, a language model in a multimodal one, what an adapter is put on: what holds
+    them saves them by their own method. And let no state dict be written to a file that has this rank's shards.
+    """
+    for module in model.modules():
+        if takes_state_dict(module):
+            install(module, SAVING)
+        mark_state_dict(module)
 
 
 def save_pretrained(

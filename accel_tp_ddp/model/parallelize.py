@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..core.mesh import tensor_parallel_mesh
+from ..core.serving import serve
 from ..core.shard import remember_everywhere
 from ..core.slices import refuse_slices
 from ..core.wrappers import unwrap
@@ -70,6 +71,7 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
     else:
         adopt(model, mesh)
     install_methods(model, mesh, watch_adapters(model))
+    serve(model, mesh)
     if plan is not None and dist.get_rank() == 0:
         logger.info("%s", plan)
     return mapping

@@ -22,7 +22,7 @@ from ..core.slices import holds_slices
 from ..styles.base import Site
 from ..styles.peft import can_follow
 
-__all__ = ["Wrapping", "Wrappings", "adapted_model", "check_adapters"]
+__all__ = ["Wrapping", "Wrappings", "adapted_model", "check_adapters", "unwrapped"]
 
 _KNOWN = "_accel_tp_ddp_adapters"
 
@@ -135,6 +135,13 @@ class Wrappings:
 def adapted_model(model: nn.Module) -> nn.Module:
     """The model inside a `PeftModel`; any other model itself."""
     return model.get_base_model() if "peft" in sys.modules and isinstance(model, _peft_models()) else model
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The model's own module that PEFT has wrapped in `module`; any other module itself."""
+    while "peft" in sys.modules and (inside := _wrapped_in(module)):
+        module = inside[0][1]
+    return module
 
 
 def check_adapters(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from ..core.errors import PlanError, nearest
 from ..styles.base import Style
+from .peft import unwrapped
 
 __all__ = ["PlanLike", "inside", "load_plan", "own_plan", "parts_of"]
 
@@ -96,7 +97,7 @@ def _has_unnamed_embedding(part: nn.Module) -> bool:
     stated = getattr(getattr(part, "config", None), "base_model_tp_plan", None)
     if not stated or not stated.items() <= plan.items() or getattr(part, "base_model", None) is not part:
         return False
-    return isinstance(embedding, nn.Embedding) and "embed_tokens" not in plan
+    return embedding is not None and isinstance(unwrapped(embedding), nn.Embedding) and "embed_tokens" not in plan
 
 
 def parts_of(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -28,6 +28,7 @@ from ..checkpoint.save import end_after_save, save_state, save_state_or_in_backg
 from ..core.agreement import Ranks
 from ..core.override import Override, attributes, install
 from ..core.randomness import agree_as_processes, draw_by_replica
+from ..core.serving import stop_serving
 from ..core.shard import check_mesh, full_shape, holds_shards
 from ..core.wrappers import unwrap
 from ..model.check import check_model
@@ -274,6 +275,7 @@ class _Hooks:
         finally:
             # A rank that takes its groups down while others still talk makes them abort at exit.
             accelerator.wait_for_everyone()
+            stop_serving()
             stock()
             view = current_view()
             if view is not None:

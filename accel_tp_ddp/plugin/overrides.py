@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..checkpoint import from_pretrained
 from ..core import slices
 from ..core.override import Override
-from ..model import methods, peft_methods
-from . import accelerator, launch, replica_view, trainer
+from ..model import full_parameters, methods, peft_methods
+from . import accelerator, launch, replica_view, trainer, vllm
 
 __all__ = ["TABLES", "as_markdown", "as_rows"]
 
@@ -20,7 +20,11 @@ TABLES: dict[str, tuple[Override, ...]] = {
     "Trainer": trainer.OVERRIDES,
     "Trainer while replicas present themselves as processes": trainer.OVERRIDES_OF_MAIN,
     "TrainingArguments": trainer.OVERRIDES_OF_ARGUMENTS,
+    "TRL's rewards": trainer.OVERRIDES_OF_REWARDS,
+    "TRL with vLLM": vllm.OVERRIDES,
+    "vLLM while TRL makes an engine": vllm.OVERRIDES_OF_ENGINE,
     "Model": methods.OVERRIDES,
+    "Model while its weights are sent to vLLM": full_parameters.OVERRIDES,
     "Model that holds slices": slices.OVERRIDES,
     "PeftModel": peft_methods.OVERRIDES,
     "transformers while sharded_loading is active": from_pretrained.OVERRIDES,

@@ -16,11 +16,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..checkpoint.export import export
+from ..core.collectives import send_first_rank
 from ..core.override import Override, attributes, install_for_all
 from ..training.optimizer import full_optimizer_state
+from . import vllm
 from .replica_view import ReplicaView, current_view
 
-__all__ = ["OVERRIDES", "OVERRIDES_OF_ARGUMENTS", "OVERRIDES_OF_MAIN", "override_trainers"]
+__all__ = ["OVERRIDES", "OVERRIDES_OF_ARGUMENTS", "OVERRIDES_OF_MAIN", "OVERRIDES_OF_REWARDS", "override_trainers"]
 
 
 class Config(Protocol):
@@ -40,7 +42,7 @@ def override_trainers(plugin_type: type[Any]) -> None:
         view = current_view()
         return (view,) if view is not None else None
 
-    install_for_all(OVERRIDES, plugin_of)
+    install_for_all((*OVERRIDES, *OVERRIDES_OF_REWARDS, *vllm.OVERRIDES), plugin_of)
     install_for_all(OVERRIDES_OF_MAIN, view_of)
     install_for_all(OVERRIDES_OF_ARGUMENTS, lambda args: (plugin_type,))
 
@@ -144,6 +146,16 @@ def _save_rng_state(plugin: Config, stock: Callable, trainer: Any, /, output_dir
         stock(output_dir)
 
 
+# ---- RL in TRL ------------------------------------------------------------------------------------------------------
+
+
+def _calculate_rewards(plugin: Config, stock: Callable, trainer: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """`_calculate_rewards` asks reward functions, or a judge elsewhere, who may say something else to a peer."""
+    rewards = stock(*args, **kwargs)
+    send_first_rank(plugin.device_mesh["tp"], rewards)
+    return rewards
+
+
 def _trainer(name: str, function: Callable[..., Any], line: int, reason: str) -> Override:
     return Override("transformers.trainer.Trainer", name, function, f"transformers 5.23, trainer.py:{line}", reason)
 
@@ -162,6 +174,15 @@ OVERRIDES = (
     _trainer("_save", _save, 4131, "writes the main process's shards"),
     _trainer("_save_optimizer_and_scheduler", _save_optimizer_and_scheduler, 3513, "writes the main process's state"),
     _trainer("_save_rng_state", _save_rng_state, 3462, "lets the ranks of a replica write one file"),
+)
+
+#: For trainers whose completions are judged.
+OVERRIDES_OF_REWARDS = tuple(
+    Override(
+        *(f"trl.trainer.{name}_trainer.{name.upper()}Trainer", "_calculate_rewards", _calculate_rewards),
+        *(f"trl 1.16, trainer/{name}_trainer.py:{line}", "lets each rank of a replica judge by itself"),
+    )
+    for name, line in (("grpo", 1579), ("rloo", 1148))
 )
 
 #: While replicas present themselves as processes.

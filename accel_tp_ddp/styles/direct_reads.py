@@ -1,8 +1,9 @@
-"""Weights that other code reads directly: `model.get_output_embeddings().weight` within the model's forward.
+"""Weights that other code reads directly: `model.get_output_embeddings().weight` within a forward.
 
 Fused losses (TRL's, Liger's) and models with an output layer of their own multiply with a weight instead of calling
-its module. A shard there gives a wrong loss and no error. So, while the model's forward runs, such a read gives the
-full weight, gathered once a forward; the module's own forward and all code outside see this rank's shard.
+its module. A shard there gives a wrong loss and no error. So, while the forward of a sharded model runs, such a read
+gives the full weight, gathered once a forward, also of another model: a student's loss reads its teacher's weight. The
+module's own forward and all code outside of forwards see this rank's shard.
 
 The module is given a class derived from its own, with a property for each such parameter. Python looks properties up
 on the class alone, and the parameter itself has to stay in `_parameters`, where optimizers and state dicts find it;
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 
 from ..core.collectives import gather_from_tp
 from .forward import ParallelForward
+from .region import running_region
 
 __all__ = ["read_full"]
 
 
 def read_full(module: nn.Module, call: ParallelForward) -> None:
-    """Let direct reads of the sharded parameters of `module` give full ones, where `call.region.running`."""
+    """Let direct reads of the sharded parameters of `module` give full ones while a forward runs."""
     names = tuple(name for name, info in call.shards.items() if info.layout.contiguous)
     if names:
         module.__class__ = _type_that_reads_full(type(module), names)  # type: ignore[arg-type]  # classes are hashable
@@ -41,9 +43,10 @@ def _type_that_reads_full(base: type[nn.Module], names: tuple[str, ...]) -> type
 def _read(module: nn.Module, name: str) -> Tensor | None:
     param = module._parameters[name]
     call = module.__dict__.get("forward")
-    if not isinstance(call, ParallelForward) or not call.region.running or call.computing or call.idle:
+    region = running_region()
+    if region is None or not isinstance(call, ParallelForward) or call.computing or call.idle:
         return param
-    full, key = call.region.full, (id(param), param._version)
+    full, key = region.full, (id(param), param._version)
     if key not in full:
         layout = call.shards[name].layout
         full[key] = gather_from_tp(call.mesh, call.held(name), layout.dim, layout.sizes)

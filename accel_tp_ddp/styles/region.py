@@ -14,7 +14,7 @@ from ..core.collectives import copy_to_tp
 from ..core.layout import Shared
 from ..core.randomness import RandomStream
 
-__all__ = ["Region"]
+__all__ = ["Region", "running_region"]
 
 
 class Partner(Protocol):
@@ -27,6 +27,15 @@ class Partner(Protocol):
     def held(self, name: str) -> Tensor: ...
 
     def shared(self, name: str) -> Shared | None: ...
+
+
+#: Those whose whole model is in a forward, the innermost last: more than one where a teacher runs in a student's.
+_running: list[Region] = []
+
+
+def running_region() -> Region | None:
+    """The region of the model that is in its forward."""
+    return _running[-1] if _running else None
 
 
 class Region:
@@ -42,7 +51,6 @@ class Region:
         self._version = -1
         # Held strongly only until the region is left: torch does not keep the Python object alive by itself.
         self._copy: Tensor | None = None
-        self.running = 0  # forwards of the whole model under way
         self.full: dict[tuple[int, int], Tensor] = {}  # what `direct_reads` has gathered in this forward
 
     def enter(
@@ -88,19 +96,25 @@ class Region:
         if self.stream is not None:
             self.stream.leave()
 
+    @property
+    def running(self) -> int:
+        """How many forwards of the whole model are under way."""
+        return _running.count(self)
+
     def attach(self, model: nn.Module) -> None:
         """Follow the forwards of the whole model, so that nothing outlives one, also where an exception ends it."""
         model.register_forward_pre_hook(self._begin_hook, prepend=True)
         model.register_forward_hook(self._end_hook, always_call=True)
 
     def _begin_hook(self, model: nn.Module, args: Any) -> None:
-        self.running += 1
+        _running.append(self)
 
     def _end_hook(self, model: nn.Module, args: Any, output: Any) -> None:
-        self.running = max(0, self.running - 1)
+        if self in _running:
+            del _running[len(_running) - 1 - _running[::-1].index(self) :]
         self.full.clear()
         self.leave()
 
     def __getstate__(self) -> dict[str, Any]:
-        idle: dict[str, Any] = {"_source": None, "_version": -1, "_copy": None, "running": 0, "full": {}}
+        idle: dict[str, Any] = {"_source": None, "_version": -1, "_copy": None, "full": {}}
         return {"mesh": self.mesh, "stream": self.stream, **idle}

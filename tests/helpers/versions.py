@@ -1,5 +1,7 @@
 """What a pair of versions that does not exist keeps from being tested."""
 
+from importlib.util import find_spec
+
 import pytest
 import transformers
 from packaging.version import Version
@@ -13,4 +15,12 @@ needs_sharded_loading = pytest.mark.skipif(
 needs_all_architectures = pytest.mark.skipif(
     FOR_PYTHON_3_10,
     reason=f"transformers {transformers.__version__} lacks some architectures, and Python 3.10 has no newer one",
+)
+needs_uneven_shards = pytest.mark.skipif(
+    FOR_PYTHON_3_10,
+    reason=f"transformers {transformers.__version__} shards no uneven vocabulary, and Python 3.10 has no newer one",
+)
+needs_async_trainers = pytest.mark.skipif(
+    FOR_PYTHON_3_10 and find_spec("aiohttp") is None,
+    reason="TRL 1.14, which Python 3.10 is pinned to, wants aiohttp for them, and nothing else here does",
 )

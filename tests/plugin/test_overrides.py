@@ -23,13 +23,20 @@ from accel_tp_ddp.core.override import (
 from accel_tp_ddp.plugin.overrides import TABLES, as_markdown, as_rows
 from accel_tp_ddp.plugin.replica_view import MODULES
 
-from ..helpers.versions import needs_sharded_loading
+from ..helpers.versions import needs_async_trainers, needs_sharded_loading
+
+
+def marks_of(row):
+    if row.name == "_tied_params_are_equal":
+        return needs_sharded_loading
+    return needs_async_trainers if "async" in row.owner else ()
+
 
 ROWS = [
     pytest.param(
         row,
         id=f"{table}: {row.name}",
-        marks=needs_sharded_loading if row.name == "_tied_params_are_equal" else (),
+        marks=marks_of(row),
     )
     for table, rows in TABLES.items()
     for row in rows

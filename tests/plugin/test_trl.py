@@ -1,54 +1,23 @@
 """TRL's trainers under the plugin log what they log under plain DDP."""
 
+from types import MethodType
+
 import pytest
-import torch
+import torch.distributed as dist
 
 from accel_tp_ddp import TensorParallelDDPPlugin
+from accel_tp_ddp.core.override import stock_of
 
 from ..helpers.compare import assert_tensors_close
-from ..helpers.models import VOCABULARY, build_model
+from ..helpers.models import build_model
 from ..helpers.ranks import RanksError, run_on_ranks
 from ..helpers.trainer import assert_same, untimed
+from ..helpers.trl import dataset, reward, tokenizer
 
 pytest.importorskip("trl")
 
-WORDS = [f"w{index}" for index in range(VOCABULARY - 3)]
-ROWS = 27
 
-
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: index + 3 for index, word in enumerate(WORDS)}
-    words.update({"<pad>": 0, "<eos>": 1, "<unk>": 2})
-    bare = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    bare.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
-
-def dataset(*columns):
-    """Texts of uneven length, seeded; all but a prompt begin with a space, as completions do."""
-    from datasets import Dataset
-
-    generator = torch.Generator().manual_seed(1)
-
-    def text(name):
-        count = 4 if name == "prompt" else int(torch.randint(3, 9, (), generator=generator))
-        return " ".join(WORDS[i] for i in torch.randint(0, 60, (count,), generator=generator))
-
-    return Dataset.from_list(
-        [{name: ("" if name in ("prompt", "text") else " ") + text(name) for name in columns} for _ in range(ROWS)]
-    )
-
-
-def reward(completions, **kwargs):
-    return [
-        sum(completion.count(word) for word in ("w1", "w2", "w3")) + len(completion) / 50 for completion in completions
-    ]
-
-
-def make_trainer(kind, tp, folder):
+def make_trainer(kind, tp, folder, judge=reward):
     import trl
     from transformers import AutoModelForSequenceClassification, set_seed
 
@@ -92,7 +61,7 @@ def make_trainer(kind, tp, folder):
     model.config._name_or_path = f"{folder}/model"  # from where GRPO loads its reference model
     arguments |= {"num_generations": 8 if "over replicas" in kind else 4, "max_completion_length": 6, "beta": 0.1}
     arguments["gradient_accumulation_steps"] = 2 if "over replicas" in kind else 1
-    return trl.GRPOTrainer(model, reward, trl.GRPOConfig(**arguments), train_dataset=dataset("prompt"), **shared)
+    return trl.GRPOTrainer(model, judge, trl.GRPOConfig(**arguments), train_dataset=dataset("prompt"), **shared)
 
 
 @pytest.fixture
@@ -139,6 +108,31 @@ def test_without_reads_of_full_weights_the_loss_of_trl_is_another(folder_with_mo
     with pytest.raises((AssertionError, RanksError)):
         ours = run_on_ranks(run_without_whole_reads, 4, "SFT", 2, folder_with_model)
         assert_same(ours[0][0], plain[0][0], 5e-3)
+
+
+def fickle(completions, **kwargs):
+    """A judge that says something else to a peer."""
+    peer = dist.get_rank() % 2 if dist.get_world_size() == 4 else 0
+    return [value * (1 + 3 * peer) - 7 * peer * index for index, value in enumerate(reward(completions))]
+
+
+def run_judged(tp, folder, stock=False):
+    trainer = make_trainer("GRPO, a group over replicas", tp, folder, judge=fickle)
+    if stock:
+        trainer._calculate_rewards = MethodType(stock_of(type(trainer), "_calculate_rewards"), trainer)
+    trainer.train()
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return [untimed(row) for row in trainer.state.log_history], {name: w.clone() for name, w in weights.items()}
+
+
+def test_the_first_ranks_judge_decides_in_a_replica(folder_with_model):
+    plain = run_on_ranks(run_judged, 2, None, folder_with_model)
+    ours = run_on_ranks(run_judged, 4, 2, folder_with_model)
+    for rank, (logs, _) in enumerate(ours):
+        assert_same(logs, plain[rank // 2][0], 5e-4)
+    assert_tensors_close(ours[0][1], plain[0][1], 1e-3)
+    with pytest.raises((AssertionError, RanksError)):
+        assert_tensors_close(run_on_ranks(run_judged, 4, 2, folder_with_model, stock=True)[0][1], plain[0][1], 1e-3)
 
 
 def run_with_a_fault(fault, tp, folder):

@@ -61,6 +61,46 @@ def test_a_fused_loss_reads_the_full_output_weight(tp, tied):
         assert shown == f"Linear(in_features={shape[1]}, out_features={VOCABULARY}, bias=False)"
 
 
+class Distilled(nn.Module):
+    """A student whose loss multiplies with its teacher's output weight, after the teacher's own forward."""
+
+    def __init__(self, student, teacher):
+        super().__init__()
+        self.model = student
+        self.teacher = [teacher]  # no submodule of it
+
+    def forward(self, ids):
+        (teacher,) = self.teacher
+        with torch.no_grad():
+            theirs = teacher.model(input_ids=ids).last_hidden_state
+            target = linear(theirs, teacher.get_output_embeddings().weight).softmax(-1)
+        hidden = self.model.model(input_ids=ids).last_hidden_state
+        return cross_entropy(
+            linear(hidden, self.model.get_output_embeddings().weight).flatten(0, 1), target.flatten(0, 1)
+        )
+
+
+def distilled(tp):
+    student, teacher = build_model("llama"), build_model("qwen3", seed=3).requires_grad_(False)
+    model = Distilled(student, teacher)
+    if tp > 1:
+        mesh = init_device_mesh("cpu", (tp,), mesh_dim_names=("tp",))
+        parallelize(model, mesh, {f"model.{name}": style for name, style in student.tp_plan.items()})
+        parallelize(teacher, mesh)
+    loss = model(IDS)
+    loss.backward()
+    outside = tuple(teacher.lm_head.weight.shape)
+    gradients = full_gradients(model) if tp > 1 else {n: p.grad for n, p in model.named_parameters()}
+    return loss.item(), gradients, outside
+
+
+def test_a_students_loss_reads_the_full_weight_of_its_teacher():
+    loss, gradients, _ = distilled(1)
+    for actual, grads, outside in run_on_ranks(distilled, 2, 2):
+        assert actual == pytest.approx(loss, rel=1e-6) and outside[0] < VOCABULARY
+        assert_tensors_close(grads, gradients, 1e-5)
+
+
 def gathered_reads():
     """How often a forward gathers the weight, and whether anything of it is left after an exception."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))

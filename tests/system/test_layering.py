@@ -38,7 +38,6 @@ CALL_COLLECTIVES = {
     "plugin/replica_view.py": "what a script gathers, reduces and broadcasts, over the replicas",
     "core/randomness.py": "set-up: agreement",
     "training/drift.py": "between steps: what is replicated stays equal",
-    "core/shard.py": "saving: full tensors",
 }
 COLLECTIVES = {
     *("all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce"),
