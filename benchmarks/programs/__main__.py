@@ -1,6 +1,6 @@
 """Run programs under plain DDP and at tp x dp, and print a row for each. Exit code 1 if one differs.
 
-python -m benchmarks.programs --programs DIR --only "accelerate multi" "trl rloo"
+python -m benchmarks.programs --programs DIR --only "accelerate multi*" "trl rloo"
 
 DIR holds copies of huggingface/accelerate, huggingface/peft, huggingface/trl (their `examples`) and of
 huggingface/transformers (`examples/pytorch`), under these names. Programs that are installed need none.
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from .run import ProgramFailed, missing, preload, run_program
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.programs", description=__doc__)
     parser.add_argument("--programs", type=Path, help="folder of repositories")
-    parser.add_argument("--only", nargs="*", default=[""], help="beginnings of names; all by default")
+    parser.add_argument("--only", nargs="*", default=["*"], help="names, with * for anything; all by default")
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--dp", type=int, default=2)
     parser.add_argument("--plain", action="store_true", help="run plain DDP alone: whether the programs run here")
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = 0
     print("| program | compared | result |\n| --- | --- | --- |")
     for program in PROGRAMS:
-        if not program.name.startswith(tuple(args.only)):
+        if not any(fnmatchcase(program.name, pattern) for pattern in args.only):
             continue
         reason = missing(program, args.programs)
         if reason:
@@ -62,9 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             where = f"tp {args.tp} x dp {args.dp}"
             ours = plain if args.plain else run(folder / "tp", *shared, args.tp, args.dp)
             compared, found = differences(ours, plain, program.own)
-            result = "; ".join(found[: args.most]) + (
-                f" and {len(found) - args.most} more" if found[args.most :] else ""
-            )
+            left = len(found) - args.most
+            result = "; ".join(found[: args.most]) + (f" and {left} more" if left > 0 else "")
         except ProgramFailed as error:
             compared, found, result = [], ["failed"], f"{where}: {error}"
         wrong += bool(found)

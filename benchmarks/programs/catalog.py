@@ -128,17 +128,17 @@ def _transformers() -> list[Program]:
 def _sentence_transformers() -> list[Program]:
     needs = ("sentence_transformers",)
     kinds = (
-        *("MultipleNegativesRankingLoss", "MultipleNegativesRankingLoss gathered"),
-        *("CachedMultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss gathered"),
+        *("MultipleNegativesRankingLoss", "MultipleNegativesRankingLoss, gathered"),
+        *("CachedMultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss, gathered"),
         *(
             "CoSENTLoss",
-            "CoSENTLoss evaluated",
-            "MultipleNegativesSymmetricRankingLoss gathered",
-            "CachedGISTEmbedLoss gathered",
+            "CoSENTLoss, evaluated",
+            "MultipleNegativesSymmetricRankingLoss, gathered",
+            "CachedGISTEmbedLoss, gathered",
         ),
     )
     found = [
-        Program(f"sentence-transformers {kind}", "sentence_transformer.py", tuple(kind.split()), needs)
+        Program(f"sentence-transformers {kind}", "sentence_transformer.py", _words(kind.replace(",", "")), needs)
         for kind in kinds
     ]
     found.append(Program("sentence-transformers CrossEncoder", "cross_encoder.py", (), needs))

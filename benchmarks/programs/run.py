@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import importlib
 import os
 import re
 import shutil
@@ -17,7 +18,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -56,9 +56,9 @@ class ProgramFailed(RuntimeError):
 def preload() -> None:
     """Import what most programs import, once for all ranks that are forked."""
     for name in PRELOADED:
-        import_module(name)
+        importlib.import_module(name)
     if find_spec("trl"):
-        import_module("trl.trainer.grpo_trainer")
+        importlib.import_module("trl.trainer.grpo_trainer")
     gc.collect()
     gc.freeze()  # what is here before the ranks are forked need not be searched by them
 
@@ -203,10 +203,8 @@ def _be_rank(
     os.chdir(work)
     faulthandler.register(signal.SIGUSR1, open("../stacks.txt", "a"), all_threads=True)
     import datasets.config
-    import huggingface_hub.constants
 
-    datasets.config.HF_DATASETS_CACHE = Path(environment["HF_DATASETS_CACHE"])  # both are read at import
-    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    datasets.config.HF_DATASETS_CACHE = Path(environment["HF_DATASETS_CACHE"])  # read at import
     if tensor_parallel:
         from accel_tp_ddp.launch import main
 
