@@ -103,15 +103,18 @@ def _trl() -> list[Program]:
     examples = {
         "cpo": _EVALUATED + "--dataset_name ./data/preferences --max_length 24",
         "orpo": _EVALUATED + "--dataset_name ./data/preferences --max_length 24",
-        "tpo": _EVALUATED + "--dataset_name ./data/preferences",
+        "tpo": _EVALUATED + "--dataset_name ./data/triples",
         "gkd": _TRL + "--dataset_name ./data/chats --teacher_model_name_or_path ./teacher --max_new_tokens 6",
-        "gold": _TRL + "--dataset_name ./data/chats --teacher_model_name_or_path ./teacher --max_completion_length 6",
-        "online_dpo": _TRL + "--dataset_name ./data/prompts --reward_model_path ./reward --max_new_tokens 6",
+        "gold": (_TRL + "--dataset_name ./data/chats --max_completion_length 6 ").replace("./model", "./bytes")
+        + "--teacher_model_name_or_path ./bytes-teacher",
+        "online_dpo": _TRL
+        + "--dataset_name ./data/prompts --reward_model_path ./reward --max_new_tokens 6 --dtype auto",
         "sdft": _TRL + "--dataset_name ./data/privileged --max_completion_length 6",
-        "sdpo": _SAMPLED + "--num_generations 4",
     }
     for name, args in examples.items():
         found.append(Program(f"trl experimental {name}", f"trl/examples/scripts/{name}.py", _words(args), ("trl",)))
+    for folder, trainer in (("sdpo", "SDPO"), ("a2po", "A2PO"), ("gmpo", "GMPO"), ("iw_opd", "IWOPD")):
+        found.append(Program(f"trl experimental {folder}", "trl_experimental.py", (folder, trainer), ("trl",)))
     return found
 
 

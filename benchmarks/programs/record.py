@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers.trainer
 import transformers.utils
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from benchmarks.programs.run import FOLDER
@@ -31,8 +31,10 @@ def main() -> None:
     record = overhear()
     module = sys.argv[1] == "-m"
     sys.argv = sys.argv[2:] if module else sys.argv[1:]
-    # Programs of earlier releases of transformers tell it that they run.
+    # What programs of earlier releases ask for, and is no more.
     vars(transformers.utils).setdefault("send_example_telemetry", lambda *args, **kwargs: None)
+    if not hasattr(DistributedType, "TPU"):
+        DistributedType.TPU = DistributedType.XLA
     sys.path[0:1] = [os.getcwd()] if module else [str(Path(sys.argv[0]).resolve().parent), os.getcwd()]
     try:
         if module:

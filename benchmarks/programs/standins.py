@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -39,6 +39,10 @@ def liked(completions, **kwargs):
     return [sum(text.count(word) for word in ("w1", "w2", "w3")) + len(text) / 50 for text in completions]
 '''
 
+CHAT = (
+    "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
+    "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+)
 # A stand-in for the library of the same name, which would fetch its metrics from the hub. It also says how many rows
 # it was given: a metric over doubled rows may be the right one by chance.
 METRIC = '''"""Accuracy, F1 and the number of rows, in the place of the metrics that `evaluate` fetches."""
@@ -100,6 +104,7 @@ def build(folder: Path) -> None:
     bert = BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=2)
     llama = LlamaConfig(**SIZES, num_key_value_heads=4, eos_token_id=EOS, bos_token_id=None, tie_word_embeddings=False)
     scored = LlamaConfig(**{**llama.to_dict(), "num_labels": 1})
+    by_bytes = LlamaConfig(**{**llama.to_dict(), "vocab_size": len(SPECIAL) + 256})
     t5 = T5Config(vocab_size=SIZES["vocab_size"], d_model=64, d_ff=96, d_kv=8, num_layers=2, num_heads=8)
     t5.dropout_rate, t5.pad_token_id, t5.eos_token_id, t5.decoder_start_token_id = 0.0, PAD, EOS, PAD
     kinds: dict[str, tuple[Any, Any, int]] = {
@@ -110,6 +115,8 @@ def build(folder: Path) -> None:
         "reward": (AutoModelForSequenceClassification, scored, 5),
         "t5": (AutoModelForSeq2SeqLM, t5, 6),
         "masked": (AutoModelForMaskedLM, bert, 7),
+        "bytes": (AutoModelForCausalLM, by_bytes, 8),
+        "bytes-teacher": (AutoModelForCausalLM, by_bytes, 9),
     }
     for name, (auto, config, seed) in kinds.items():
         torch.manual_seed(seed)
@@ -119,7 +126,7 @@ def build(folder: Path) -> None:
                 if parameter.ndim == 1:
                     parameter += 0.1 * torch.randn_like(parameter)
         model.save_pretrained(folder / name)
-        _tokenizer(config is bert).save_pretrained(folder / name)
+        (_byte_tokenizer() if config is by_bytes else _tokenizer(config is bert)).save_pretrained(folder / name)
     _write_data(folder)
     (folder / "rewards.py").write_text(REWARDS)
     (folder / "evaluate.py").write_text(METRIC)
@@ -143,11 +150,18 @@ def _tokenizer(pairs: bool) -> PreTrainedTokenizerFast:
         names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, model_max_length=64, **names)
     if not pairs:
-        tokenizer.chat_template = (
-            "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
-            "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
-        )
+        tokenizer.chat_template = CHAT
     return tokenizer
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Each byte is a token, as some losses between tokenizers want it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bare = Tokenizer(models.BPE({token: i for i, token in enumerate((*SPECIAL, *alphabet))}, []))
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    bare.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    names = {"pad_token": "[PAD]", "eos_token": "[EOS]", "unk_token": "[UNK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=bare, model_max_length=64, chat_template=CHAT, **names)
 
 
 def _write_data(folder: Path) -> None:
@@ -168,6 +182,7 @@ def _write_data(folder: Path) -> None:
         "data/prompts": lambda index: {"prompt": words(4, 5)},
         "data/completions": lambda index: {"prompt": words(3, 6), "completion": words(3, 9, " ")},
         "data/preferences": lambda index: chosen(),
+        "data/triples": lambda index: {**chosen(), "reference": words(3, 9, " ")},
         "data/ranked": lambda index: {"chosen": words(5, 12), "rejected": words(5, 12)},
         "data/labelled": lambda index: {
             "prompt": words(3, 6),
