@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,6 +101,8 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         super().__post_init__()
         self._set_size("dp_replicate", dp_size)
         if self.tp_size > 1:
+            # Or arguments that are made with this, before an accelerator is, would count ranks.
+            importlib.import_module("transformers.training_args")
             override_trainers(TensorParallelDDPPlugin)
 
     def __repr__(self) -> str:
