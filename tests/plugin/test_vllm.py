@@ -27,7 +27,7 @@ from ..helpers.models import build_model
 from ..helpers.ranks import run_on_ranks
 from ..helpers.sharded import accelerator_for
 from ..helpers.trainer import assert_same, untimed
-from ..helpers.trl import dataset, reward, tokenizer
+from ..helpers.trl import dataset, reward, tokenizer, without_noise
 from ..helpers.versions import needs_async_trainers
 
 pytest.importorskip("trl")
@@ -318,11 +318,6 @@ def train(kind: str, mode: str, tp: int | None, size: int, folder: str) -> dict[
             "weights": [each for engine in engines for each in engine.weights],
             "asked": [prompt for engine in engines for prompt in engine.prompts],
         }
-
-
-def without_noise(row: dict[str, float]) -> dict[str, float]:
-    """RLOO's loss is a sum of advantages that cancel; gradient norms tell what it does."""
-    return {name: 0.0 if "loss" in name and abs(value) < 1e-6 else value for name, value in row.items()}
 
 
 @pytest.fixture
