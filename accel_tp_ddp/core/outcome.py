@@ -54,7 +54,8 @@ class Call:
         self.among_peers = 0 in ranks
         self._peers, self._others = f"{caller} to {group.group_name}", f"{caller} of {len(ranks)} ranks"
         self._at = _collectives(group), _collectives(dist.group.WORLD)
-        self.id = f"{self._peers}, {self._at[0]}, {self.place}, {addresses(wanted)}"
+        # Not the folder: each rank may have one of its own for what the main process alone writes.
+        self.id = f"{self._peers}, {self._at[0]}, {addresses(wanted)}"
 
     @property
     def outermost(self) -> Call:

@@ -136,7 +136,11 @@ def _by_rank(*args: Any, **kwargs: Any) -> Any:
     return _prepare_data_loader(*args, **{**kwargs, **counts})
 
 
-def _gathered_over_the_world(self: replica_view.ReplicaView, outputs: list[Tensor], tensor: Tensor) -> None:
+def _among_ranks(self: replica_view._AmongReplicas, name: str) -> Any:
+    return _gathered_over_the_world if name == "all_gather" else _among_replicas(self, name)
+
+
+def _gathered_over_the_world(outputs: list[Tensor], tensor: Tensor) -> None:
     everyone = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, tensor)
     for output, found in zip(outputs, everyone):
@@ -230,6 +234,7 @@ _apply = base.Style.apply
 _parallelize = import_module("accel_tp_ddp.model.parallelize")
 _full_grad_norm = gradients.full_grad_norm
 _gather = accelerate.Accelerator.gather
+_among_replicas = replica_view._AmongReplicas.__getattr__
 _prepare_data_loader = accelerate.accelerator.prepare_data_loader
 _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "local clip norm": [(accelerator, "clip_grad_norm_", torch.nn.utils.clip_grad_norm_)],
@@ -250,7 +255,7 @@ _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     ],
     "lookup not masked": [(embedding.EmbeddingRowwise, "forward", _unmasked_lookup)],
     "scheduler steps for every process": [(accelerate.scheduler, "AcceleratorState", _Ranks)],
-    "metrics with duplicates": [(replica_view.ReplicaView, "all_gather", _gathered_over_the_world)],
+    "metrics with duplicates": [(replica_view._AmongReplicas, "__getattr__", _among_ranks)],
     "peers on different batches": [
         (accelerate.accelerator, "prepare_data_loader", _by_rank),
         (accelerator, "watch_batches", lambda *args: None),  # which would raise

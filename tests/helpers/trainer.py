@@ -68,10 +68,20 @@ class Case:
     compute_loss: bool = False
     before: bool = False  # evaluates before it trains
     lora: bool = False
+    inside: bool = False  # of a module that is no model of transformers
     most_samples: int | None = None  # that fit into memory
     sharded_by_transformers: bool = False  # as far as the model says
     weights: float = 1e-3
     rounded: float = 2e-4
+
+
+class Inside(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **batch):
+        return self.inner(**batch)
 
 
 def make_trainer(tp, folder, case):
@@ -94,8 +104,11 @@ def make_trainer(tp, folder, case):
         "include_num_input_tokens_seen": "non_padding",
         **case.arguments,
     }
-    arguments["parallelism_config"] = TensorParallelDDPPlugin(tp_size=tp) if tp else None
-    model = build_model(case.model)
+    model, plan = build_model(case.model), "auto"
+    if case.inside:
+        plan = {f"inner.{name}": style for name, style in model.tp_plan.items()}
+        model = Inside(model)
+    arguments["parallelism_config"] = TensorParallelDDPPlugin(tp_size=tp, tp_plan=plan) if tp else None
     if case.lora:
         from peft import LoraConfig, get_peft_model
 

@@ -138,6 +138,10 @@ CASES = {
         {"per_device_train_batch_size": 8, "auto_find_batch_size": True, "eval_strategy": "no"}, most_samples=6
     ),
     "compiled": Case({"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3}, uneven=False),
+    "a module of one's own": Case(
+        {"save_strategy": "steps", "save_steps": 4, "remove_unused_columns": False, "label_names": ["labels"]},
+        inside=True,
+    ),
     "noise on the embeddings": Case({"neftune_noise_alpha": 5.0}),
 }
 
@@ -196,7 +200,7 @@ def test_a_stopped_trainer_run_resumes_as_if_it_had_not_been_stopped(before, aft
 NEEDED_BY = {
     "get_tp_size": "tokens counted on each device",
     "train": "evaluated before training",
-    "_save": "base",
+    "_save": "a module of one's own",
     "_save_optimizer_and_scheduler": "base",
 }
 
