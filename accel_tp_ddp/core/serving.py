@@ -207,13 +207,29 @@ class _Service:
     def _sender(self, request: dict[str, Any]) -> Callable[[], None]:
         ranks = tuple(request["ranks"])
         if request["mode"] == _INSIDE:
-            param, info = self.waiting[-1][1][request["number"]]
+            param, info = self._inside(request)
         else:
             param = self._param(request)
-            info = shard_info(param)
-            if info is None or self._unchanged(request) != _DONE:
+            held = shard_info(param)
+            if held is None or self._unchanged(request) != _DONE:
                 raise RuntimeError("its weights have moved on")
+            info = held
         return partial(info.send_part, self.steps.settled(param), 0, self.links[ranks])
+
+    def _inside(self, request: dict[str, Any]) -> tuple[Tensor, ShardInfo]:
+        """What is wanted, of the call that this rank waits in; between two calls, and after them, of the model."""
+        deadline = time.monotonic() + channels.PEERS_TIMEOUT
+        while time.monotonic() < deadline:
+            for call, wanted in list(self.waiting):
+                if call == request["call"]:
+                    return wanted[request["wanted"]]
+            if "version" in request and self._model(request).version(request["number"]) == request["version"]:
+                param = self._param(request)
+                info = shard_info(param)
+                if info is not None:
+                    return param, info
+            time.sleep(0.001)
+        raise RuntimeError("it has left the call that the main process is in")
 
     def _param(self, request: dict[str, Any]) -> Tensor:
         param = self._model(request)[request["number"]]
@@ -461,12 +477,13 @@ class Parts:
         return full
 
     def _request(self, number: int, mode: str) -> dict[str, Any]:
-        if mode == _INSIDE:
-            return {"kind": "part", "mode": mode, "ranks": self._ranks, "number": number}
+        request = {"kind": "part", "mode": mode, "ranks": self._ranks, "call": self._call, "wanted": number}
         address = self._addresses[number]
-        assert address is not None, "a peer agrees to addresses only"
+        if address is None:
+            assert mode == _INSIDE, "elsewhere a peer agrees to addresses only"
+            return request
         version = self._service.models[self._ranks][address.model].version(address.number)
-        return {"kind": "part", "mode": mode, "ranks": self._ranks, "version": version, **address._asdict()}
+        return {**request, "version": version, **address._asdict()}
 
     def _expect(self, rank: int, answer: str, expected: str) -> None:
         if answer != expected:

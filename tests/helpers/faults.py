@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from accel_tp_ddp.checkpoint import dcp, deferred, export, load, state
-from accel_tp_ddp.core import collectives, randomness
+from accel_tp_ddp.checkpoint import dcp, deferred, load, state
+from accel_tp_ddp.core import collectives, randomness, serving
 from accel_tp_ddp.core.layout import Layout, chunk_ranges
 from accel_tp_ddp.core.shard import ShardInfo, shard_info
 from accel_tp_ddp.model import apply, generation, methods
@@ -296,7 +296,10 @@ _MORE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "a plan that shards nothing": [(plan, "refuse_empty", _nothing)],
     "padding row by its number in the whole": [(embedding, "local_padding_idx", _global_padding_idx)],
     "initialisation of each part by itself": [(methods, "INITIALIZING", ())],
-    "the main process gathers alone": [(export, "_meet_main_process", _nothing)],
+    "parts of another step are sent": [
+        (serving._Service, "_differs", lambda self, ranks, wanted: None),
+        (serving._Model, "version", lambda self, number: "the same"),
+    ],
     "generation draws by itself": [(generation, "agree_on_randomness", _nothing)],
 }
 FAULTS = tuple(_FAULTS)

@@ -2,9 +2,9 @@
 
 import importlib
 import inspect
+import runpy
 import sys
 
-import rewards
 from datasets import load_dataset
 from transformers import AutoTokenizer
 
@@ -35,7 +35,7 @@ arguments = {
 arguments = {key: value for key, value in arguments.items() if key in known}
 taken = inspect.signature(trainer_class).parameters
 rewarded = "reward_funcs" in taken or "reward_funcs" in inspect.signature(trainer_class.__mro__[1]).parameters
-options = {"reward_funcs": rewards.liked} if rewarded else {"teacher_model": "./teacher"}
+options = {"reward_funcs": runpy.run_path("rewards.py")["liked"]} if rewarded else {"teacher_model": "./teacher"}
 trainer = trainer_class(
     model="./model",
     args=config_class(**arguments),
