@@ -276,6 +276,8 @@ def saved_alone():
     accelerator = make_accelerator(2, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=4))])
     model = accelerator.prepare(build_model("llama"))
     store = dist.distributed_c10d._get_default_store()
+    store.delete_key("told")  # by a run before
+    accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         with torch.no_grad():  # another step's weights
             for param in model.parameters():
