@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ours = plain if args.plain else run(folder / "tp", *shared, args.tp, args.dp)
             compared, found = differences(ours, plain, program.own)
             left = len(found) - args.most
-            result = "; ".join(found[: args.most]) + (f" and {left} more" if left > 0 else "")
+            result = "; ".join(text[:200] for text in found[: args.most]) + (f" and {left} more" if left > 0 else "")
         except ProgramFailed as error:
             compared, found, result = [], ["failed"], f"{where}: {error}"
         wrong += bool(found)
