@@ -33,7 +33,7 @@ LOOKS_AT_MATRICES = frozenset(
 
 
 def check_optimizer(optimizer: Optimizer, models: Iterable[nn.Module]) -> None:
-    """Raise unless `optimizer` is right on shards, and every parameter that it trains belongs to one of `models`.
+    """Raise unless `optimizer` is right on shards, and trains parameters of `models`, not what they had before.
 
     Raises:
         ValueError: With the optimizer's name, or the position and size of the first parameter that does not.
@@ -44,6 +44,8 @@ def check_optimizer(optimizer: Optimizer, models: Iterable[nn.Module]) -> None:
         for param in group["params"]:
             _check_state(optimizer, param)
     known = {id(param) for model in models for param in model.parameters()}
+    if _trains_all_of(models, {id(param) for group in optimizer.param_groups for param in group["params"]}):
+        return  # beside them others, such as those of a loss: no model's parameter has been left behind
     for group_index, group in enumerate(optimizer.param_groups):
         for index, param in enumerate(group["params"]):
             if id(param) in known:
@@ -58,6 +60,13 @@ def check_optimizer(optimizer: Optimizer, models: Iterable[nn.Module]) -> None:
                 "`model.parameters()` of the model that you prepare, after anything that replaces its parameters, and "
                 "prepare the model before the optimizer or together with it."
             )
+
+
+def _trains_all_of(models: list[nn.Module], trained: set[int]) -> bool:
+    """Whether those models of which some parameter is trained have all trained that can be."""
+    own = [{id(param) for param in model.parameters() if param.requires_grad} for model in models]
+    met = [params for params in own if params & trained]
+    return bool(met) and all(params <= trained for params in met)
 
 
 def check_step(optimizer: Optimizer) -> None:
