@@ -262,8 +262,11 @@ class _Service:
     def _differs(self, ranks: tuple[int, ...], wanted: dict[str, list[Any]] | None) -> str | None:
         if wanted is None:
             return "did not come"
+        models = self.models[ranks]
         for number, (versions, bits) in wanted.items():
-            model = self.models[ranks][int(number)]
+            if int(number) >= len(models):  # it is still sharding it: `parallelize` ends on each rank by itself
+                return "did not come, and has not sharded this model yet"
+            model = models[int(number)]
             own = model.versions()
             if own != versions:
                 ahead = _total(own) - _total(versions)

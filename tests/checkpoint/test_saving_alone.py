@@ -11,14 +11,15 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from accel_tp_ddp.core import store
+from accel_tp_ddp import parallelize
+from accel_tp_ddp.core import serving, store
 from accel_tp_ddp.core.store import Channel
 
 from ..helpers.compare import assert_tensors_close
 from ..helpers.files import contents
 from ..helpers.models import build_model
 from ..helpers.ranks import run_on_ranks
-from ..helpers.sharded import token_batch
+from ..helpers.sharded import token_batch, tp_mesh
 from ..helpers.training import make_accelerator
 
 HOW = ("save_pretrained", "save_model", "get_state_dict")
@@ -150,6 +151,27 @@ def test_what_cannot_be_saved_alone_is_an_error_that_says_what_to_change(how, wh
     if where == "before the step":
         elementwise_step(wanted, torch.optim.SGD(wanted.parameters(), lr=0.01))
     assert_tensors_close(loaded.state_dict(), wanted.state_dict(), 1e-7)
+
+
+def save_at_once(folder: str):
+    """The main process saves the second of two models while its peers are still sharding it."""
+    add = serving._Service.add
+
+    def late(service, model, mesh):
+        time.sleep(1.0 if dist.get_rank() else 0.0)
+        add(service, model, mesh)
+
+    parallelize(build_model("llama", seed=0), tp_mesh(2))
+    with mock.patch.object(serving._Service, "add", late):
+        model = parallelize(build_model("llama", seed=1), tp_mesh(2))
+        if dist.get_rank() == 0:
+            model.save_pretrained(folder)
+
+
+def test_a_peer_that_is_still_sharding_the_model_is_waited_for(tmp_path):
+    run_on_ranks(save_at_once, 2, str(tmp_path))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, build_model("llama", seed=1).lm_head.weight)
 
 
 def receive(silent: bool):
