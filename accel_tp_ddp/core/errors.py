@@ -4,12 +4,37 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
-__all__ = ["BadInputError", "CheckpointError", "PlanError", "nearest"]
+__all__ = [
+    "BadInputError",
+    "CheckpointError",
+    "NoPlanError",
+    "PlanError",
+    "UpstreamError",
+    "WrongPlanError",
+    "nearest",
+]
 
 
 class PlanError(ValueError):
     """A tensor-parallel plan that cannot be carried out. Raised before any weight is touched."""
+
+
+class NoPlanError(PlanError):
+    """A model for which there is no plan: neither the user's, nor this package's, nor one of its own."""
+
+
+class WrongPlanError(PlanError):
+    """A plan that can be carried out, but with which the model computes something else.
+
+    Attributes:
+        compared: What was tried, as in `Proof`.
+    """
+
+    def __init__(self, message: str, compared: tuple[Any, ...] = ()):
+        super().__init__(message)
+        self.compared = compared
 
 
 class BadInputError(ValueError):
@@ -18,6 +43,10 @@ class BadInputError(ValueError):
 
 class CheckpointError(RuntimeError):
     """A state that cannot be saved or loaded; raised on every rank. Nothing has been changed, unless it says so."""
+
+
+class UpstreamError(RuntimeError):
+    """An installed release of another package is not as it would have to be: which, what is wrong, what to install."""
 
 
 def nearest(name: str, names: Iterable[str], most: int = 3) -> str:
