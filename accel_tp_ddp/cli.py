@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from .checkpoint.merge import merge
 from .core.errors import BadInputError, CheckpointError, PlanError
 from .plugin.overrides import as_markdown, as_rows
+from .tools.verify import as_table, verify
 
 __all__ = ["BAD_INPUT", "CHECK_FAILED", "main"]
 
@@ -50,6 +51,25 @@ def _merged(result: dict[str, Any]) -> str:
     return "{out}: {kind}, {tensors} tensors, {bytes:,} bytes in {files} files".format(**counts)
 
 
+def _add_verify(commands: Any) -> None:
+    text = "prove a tensor-parallel plan numerically, on CPU ranks of this machine"
+    parser = commands.add_parser("verify", help=text, description=text)
+    _add_model(parser)
+    parser.add_argument("--full", action="store_true", help="compare the model as large as it is, not a small one")
+    parser.set_defaults(run=_verify, text=as_table, failed=lambda result: not result["ok"])
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, config.json, hub name, or module:function")
+    parser.add_argument("--tp", type=int, required=True, metavar="N", help="tensor-parallel ranks")
+    parser.add_argument("--plan", default="auto", metavar="FILE", help="YAML or JSON; else the model's own")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let code that comes with MODEL run")
+
+
+def _verify(args: argparse.Namespace) -> dict[str, Any]:
+    return verify(args.model, args.tp, args.plan, full=args.full, trust_remote_code=args.trust_remote_code)
+
+
 def _add_overrides(commands: Any) -> None:
     text = "list what this package replaces in Accelerate, transformers, TRL and PEFT, and why"
     parser = commands.add_parser("overrides", help=text, description=text)
@@ -67,8 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_merge(commands)
     _add_overrides(commands)
+    _add_verify(commands)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print the result as JSON")
+        if command.get_default("failed") is None:
+            command.set_defaults(failed=lambda result: False)
     try:
         args = parser.parse_args(argv)
         result = args.run(args)
@@ -77,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CheckpointError as error:
         return _failed(CHECK_FAILED, error, "--json" in argv)
     print(json.dumps(result) if args.json else args.text(result))
-    return 0
+    return CHECK_FAILED if args.failed(result) else 0
 
 
 def _failed(code: int, error: Exception, as_json: bool) -> int:

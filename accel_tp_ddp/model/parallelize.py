@@ -24,7 +24,7 @@ from .partial_gradients import link_partial_gradients
 from .peft_methods import watch_adapters
 from .transformers_tp import adopt
 
-__all__ = ["localize", "parallelize", "parallelize_with_map"]
+__all__ = ["localize", "parallelize", "parallelize_with_map", "shard"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,16 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
     Returns:
         Old parameter to new one, for those whose object had to change: none for a plain model.
     """
+    mapping = shard(model, mesh, plan)
+    install_methods(model, mesh, watch_adapters(model))
+    serve(model, mesh)
+    if plan is not None and dist.get_rank() == 0:
+        logger.info("%s", plan)
+    return mapping
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) -> dict[nn.Parameter, nn.Parameter]:
+    """Carry out a plan, but for the model's methods and what is served. See `parallelize_with_map`."""
     plain = dict(model.named_parameters(remove_duplicate=False)) if plan is not None else None
     if plan is not None:
         apply_plan(model, mesh, plan)
@@ -70,10 +80,6 @@ def parallelize_with_map(model: nn.Module, mesh: DeviceMesh, plan: Plan | None) 
         link_partial_gradients(plan)
     else:
         adopt(model, mesh)
-    install_methods(model, mesh, watch_adapters(model))
-    serve(model, mesh)
-    if plan is not None and dist.get_rank() == 0:
-        logger.info("%s", plan)
     return mapping
 
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..core.errors import PlanError
+from ..core.errors import NoPlanError, PlanError
 from ..core.layout import Layout
 from ..styles.base import Site, Style
 from ..styles.peft import adapter_style
 from ..styles.registry import get_style, is_known, style_label, tied_partner
 from ..styles.replicated import Replicate
 from .names import Names, unmarked, wildcards
-from .rules import PlanLike, load_plan, own_plan
+from .rules import InferredPlan, PlanLike, load_plan, own_plan
 from .shipped import check_shipped, shipped_plans
 
-__all__ = ["Plan", "PlanEntry", "resolve_plan"]
+__all__ = ["Plan", "PlanEntry", "resolve_plan", "unplanned"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PlanEntry:
         site: The module and its surroundings.
         style: The style object.
         label: The style as the plan names it.
-        source: Where the rule came from: "user", "package", "model" or "tied".
+        source: Where the rule came from: "user", "package", "model", "inferred" or "tied".
         layouts: Layout of each sharded parameter, by its name in the module.
     """
 
@@ -116,20 +116,23 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
             YAML or JSON file that holds such a mapping.
 
     Raises:
+        NoPlanError: If there is no rule at all.
         PlanError: (a ValueError) with the full name, the size and the nearest names, if a rule of the user or of
             this package matches nothing, a style is unknown or cannot be applied, sizes or head counts do not divide
             by `tp_size`, tied weights disagree, or nothing would be sharded.
     """
     user = load_plan(plan)
     names = Names(model)
-    shipped = shipped_plans(names.wrappings.base)
+    shipped = [] if isinstance(plan, InferredPlan) else shipped_plans(names.wrappings.base)
     sources = [
         ("user", user),
         *(("package", part.rules) for part in shipped),
         ("model", own_plan(names.wrappings.base)),
     ]
+    if isinstance(plan, InferredPlan):
+        sources = [("inferred", user)]
     if not any(rules for _, rules in sources):
-        raise PlanError(
+        raise NoPlanError(
             f"tensor-parallel plan: {type(model).__name__} has no plan of its own and this package ships none for it. "
             'Pass `tp_plan={"name.of.a.module": "style", ...}` or the path of a YAML file with such a mapping.'
         )
@@ -141,7 +144,7 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
         for rule, value in ranked:
             targets = names.match(rule)
             if not targets:
-                if source == "user" and not ("?" in rule and names.may_be_missing(rule)):
+                if source in ("user", "inferred") and not ("?" in rule and names.may_be_missing(rule)):
                     raise PlanError(
                         f"tensor-parallel plan: the rule `{rule}: {style_label(value)}` (tp_size={tp_size}) matches "
                         f"no module or parameter of {type(model).__name__}.{names.nearest(rule)} "
@@ -164,16 +167,16 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
     entries = [_entry(names, name, *chosen[name], tp_size, bare.get(name)) for name in names.modules if name in chosen]
     entries = _settle_tied(names, entries, tp_size)
     entries = _with_adapters(names, entries, tp_size)
-    result = Plan(
-        type(model).__name__,
-        tp_size,
-        tuple(entries),
-        tuple((name, param.shape) for name, param in model.named_parameters()),
-        tuple(param.dtype for param in model.parameters()),
-        tuple(unmatched),
-    )
+    result = replace(unplanned(model, tp_size), entries=tuple(entries), unmatched=tuple(unmatched))
     refuse_empty(result)
     return result
+
+
+def unplanned(model: nn.Module, tp_size: int) -> Plan:
+    """The plan of a model before there is a rule: nothing is sharded."""
+    parameters = [(name, param.shape, param.dtype) for name, param in model.named_parameters()]
+    sizes, dtypes = tuple(each[:2] for each in parameters), tuple(each[2] for each in parameters)
+    return Plan(type(model).__name__, tp_size, (), sizes, dtypes)
 
 
 def refuse_empty(plan: Plan) -> None:

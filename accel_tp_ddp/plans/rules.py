@@ -16,9 +16,13 @@ from ..core.errors import PlanError, nearest
 from ..styles.base import Style
 from .peft import unwrapped
 
-__all__ = ["PlanLike", "inside", "load_plan", "own_plan", "parts_of"]
+__all__ = ["InferredPlan", "PlanLike", "inside", "load_plan", "own_plan", "parts_of"]
 
 PlanLike = str | os.PathLike | Mapping[str, str | Style | ParallelStyle]
+
+
+class InferredPlan(dict[str, str]):
+    """Rules that were inferred from what a model computes: they are all there are for it."""
 
 
 def load_plan(plan: PlanLike) -> dict[str, Any]:

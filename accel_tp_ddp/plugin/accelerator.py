@@ -26,6 +26,7 @@ from ..checkpoint.export import export, full_state_dict_of_main, save_config
 from ..checkpoint.load import load_any_state, load_state
 from ..checkpoint.save import end_after_save, save_state, save_state_or_in_background
 from ..core.agreement import Ranks
+from ..core.errors import NoPlanError
 from ..core.override import Override, attributes, install
 from ..core.randomness import agree_as_processes, draw_by_replica
 from ..core.serving import stop_serving
@@ -35,7 +36,9 @@ from ..model.check import check_model
 from ..model.parallelize import parallelize_with_map
 from ..plans.peft import check_adapters
 from ..plans.plan import Plan
-from ..plans.rules import PlanLike
+from ..plans.rules import InferredPlan, PlanLike
+from ..proof.infer import infer_plan, log_inferred
+from ..proof.prove import prove_plan
 from ..training.drift import DriftGuard
 from ..training.full_tensor_step import FullTensorStep, steps_on_full_tensors
 from ..training.gradients import clip_grad_norm_, grad_scaler
@@ -55,6 +58,7 @@ class Settings(Protocol):
     dp_replicate_size: int
     device_mesh: DeviceMesh
     tp_plan: PlanLike
+    prove: str
     replica_check_steps: int
     replica_drift: str
     async_save: bool
@@ -116,8 +120,16 @@ class _Hooks:
             return stock(model, device_placement=device_placement, evaluation_mode=plainly)
 
     def _shard(self, models: list[nn.Module], optimizers: Sequence[Optimizer] = ()) -> None:
-        """Plan -> check -> shard -> localize -> optimizers. Raises on every rank, before a weight is touched."""
-        plans = self._agree(models, lambda: self._check(models, optimizers))
+        """Plan -> check -> proof -> shard -> localize -> optimizers. Raises on all ranks, before a weight changes."""
+        rules: list[PlanLike] = [self.plugin.tp_plan] * len(models)
+        found = self._agree(models, lambda: self._check(models, optimizers, rules))
+        missing = [index for index, plan in enumerate(found) if isinstance(plan, NoPlanError)]
+        if missing:
+            for index in missing:
+                rules[index] = infer_plan(unwrap(models[index]), self.tp_mesh)
+            found = self._agree(models, lambda: self._check(models, optimizers, rules))
+        plans = [plan for plan in found if not isinstance(plan, NoPlanError)]
+        self._prove(models, plans, rules)
         mapping: dict[nn.Parameter, nn.Parameter] = {}
         for model, plan in zip(models, plans):
             if not holds_shards(model):
@@ -129,9 +141,12 @@ class _Hooks:
         if models:
             agree_as_processes(self.plugin.device_mesh)
 
-    def _check(self, models: list[nn.Module], optimizers: Sequence[Optimizer]) -> list[Plan | None]:
-        plans = []
-        for model in models:
+    def _check(
+        self, models: list[nn.Module], optimizers: Sequence[Optimizer], rules: Sequence[PlanLike]
+    ) -> list[Plan | NoPlanError | None]:
+        """The plan of each model; None for one that is sharded already, an error where a plan may be inferred."""
+        plans: list[Plan | NoPlanError | None] = []
+        for model, own in zip(models, rules):
             if self.accelerator.verify_device_map(model):
                 device_map = next(m.hf_device_map for m in model.modules() if len(getattr(m, "hf_device_map", ())) > 1)
                 raise ValueError(
@@ -143,13 +158,20 @@ class _Hooks:
             by_hand = holds_shards(model) and not isinstance(model, nn.parallel.DistributedDataParallel)
             if by_hand:
                 check_mesh(model, self.tp_mesh)
-            plans.append(None if by_hand else check_model(model, self.tp_mesh, self.plugin.tp_plan))
+            try:
+                plans.append(None if by_hand else check_model(model, self.tp_mesh, own))
+            except NoPlanError as error:
+                if self.plugin.prove == "never":
+                    raise NoPlanError(f'{error} With prove="auto", `prepare` infers a plan and proves it.') from None
+                plans.append(error)
         known = [*models, *self.accelerator._models]
         for optimizer in optimizers if known else []:
             check_optimizer(optimizer, known)
         return plans
 
-    def _agree(self, models: list[nn.Module], check: Callable[[], list[Plan | None]]) -> list[Plan | None]:
+    def _agree(
+        self, models: list[nn.Module], check: Callable[[], list[Plan | NoPlanError | None]]
+    ) -> list[Plan | NoPlanError | None]:
         """Run `check` on every rank; raise on all of them if it fails on any, or if they would not do the same."""
         if not models:  # nothing that the other ranks would wait for
             return check()
@@ -158,6 +180,14 @@ class _Hooks:
             plans = check()
             ranks.same([row for model, plan in zip(models, plans) for row in _describe(model, plan)], _DIFFERENT)
         return plans
+
+    def _prove(self, models: list[nn.Module], plans: list[Plan | None], rules: Sequence[PlanLike]) -> None:
+        """Raise on every rank if a model would not compute the same when sharded."""
+        for model, plan, own in zip(models, plans, rules):
+            if plan is not None and self.plugin.prove != "never":
+                prove_plan(unwrap(model), self.tp_mesh, plan, own, self.plugin.prove)
+                if isinstance(own, InferredPlan):
+                    log_inferred(plan, own)
 
     def _watch(self, model: nn.Module) -> None:
         if any(model is known for known in self._guard.models()):
@@ -292,12 +322,12 @@ def _bare(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _describe(model: nn.Module, plan: Plan | None) -> list[str]:
+def _describe(model: nn.Module, plan: Plan | NoPlanError | None) -> list[str]:
     """What has to be the same on all ranks about a model, which is sharded already where it has no plan."""
-    if plan is not None:
+    if isinstance(plan, Plan):
         return plan.signature().split("\n")
     rows = (f"{name} {tuple(full_shape(param))} {param.dtype}" for name, param in model.named_parameters())
-    return ["parallelized", *rows]
+    return ["parallelized" if plan is None else "without a plan", *rows]
 
 
 _DIFFERENT = (
@@ -310,24 +340,28 @@ def _no_mesh(hooks: _Hooks, stock: Callable, accelerator: Accelerator, /) -> Non
     """The replicas are the processes already; see `replica_view`."""
 
 
-def _row(function: Callable[..., Any], line: int, reason: str, name: str | None = None) -> Override:
+def _row(function: Callable[..., Any], line: int, reason: str, name: str | None = None, **options: Any) -> Override:
     place = f"accelerate 1.15, accelerator.py:{line}"
-    return Override("accelerate.Accelerator", name or function.__name__, function, place, reason)
+    return Override("accelerate.Accelerator", name or function.__name__, function, place, reason, **options)
 
+
+_SHARDS = "writes the main process's shards"
+_DRIFTS = "lets replicated parameters drift, and one rank skip a step by itself"
+_UNSHARDED = "wraps a model unsharded, and averages gradients over all ranks"
 
 #: With tp_size > 1.
 OVERRIDES = (
     _row(_Hooks.prepare, 1415, "wraps the unsharded model, and an optimizer of its parameters"),
-    _row(_Hooks.prepare_model, 1770, "wraps a model unsharded, and averages gradients over all ranks"),
+    _row(_Hooks.prepare_model, 1770, _UNSHARDED, needs=("ddp_handler", "_models")),
     _row(_no_mesh, 2620, "lets loaders distribute by the mesh what they have by process", "_prepare_device_mesh"),
     _row(_Hooks.prepare_data_loader, 2685, "lets peers shuffle, and fetch what is dispatched, by themselves"),
     _row(_Hooks.skip_first_batches, 4314, "builds a new loader, of which the same is true"),
-    _row(_Hooks.prepare_optimizer, 2744, "lets replicated parameters drift, and one rank skip a step by itself"),
+    _row(_Hooks.prepare_optimizer, 2744, _DRIFTS, needs=("scaler", "_optimizers")),
     _row(_Hooks.clip_grad_norm_, 2989, "takes the norm of each rank's own shards"),
-    _row(_Hooks.join_uneven_inputs, 1300, "joins DDP modules, and with one replica there is none"),
+    _row(_Hooks.join_uneven_inputs, 1300, "joins DDP modules, and with one replica there is none", counts=False),
     _row(_Hooks.get_state_dict, 4043, "gives this rank's shards"),
-    _row(_Hooks.save_model, 3480, "writes the main process's shards"),
-    _row(_Hooks.save_state, 3625, "writes the main process's shards"),
+    _row(_Hooks.save_model, 3480, _SHARDS, needs=("get_state_dict",)),
+    _row(_Hooks.save_state, 3625, _SHARDS),
     _row(_Hooks.load_state, 3791, "gives every rank the main process's shards"),
     _row(_Hooks.end_training, 3429, "takes groups down that others, or a save in the background, still use"),
 )

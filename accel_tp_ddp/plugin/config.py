@@ -15,10 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..checkpoint.from_pretrained import load_in_slices
 from ..plans.rules import PlanLike
+from ..proof.prove import MODES
 from .accelerator import hook_accelerator, hook_without_tp
 from .ddp import _adopt_timeout, outlive
 from .replica_view import ReplicaView, current_view, present_replicas
 from .trainer import override_trainers
+from .upstream import check_upstream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,7 +44,11 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         dp_replicate_size: Number of replicas. Env `PARALLELISM_CONFIG_DP_REPLICATE_SIZE`, default: world size divided
             by `tp_size`, known once an `Accelerator` has been made.
         tp_plan: `"auto"`, a mapping of names to styles, or the path of a YAML or JSON file with one; see
-            `resolve_plan`. Env `ACCEL_TP_DDP_PLAN`, default `"auto"`.
+            `resolve_plan`. Env `ACCEL_TP_DDP_PLAN`, default `"auto"`, which infers a plan for a model that has none,
+            and uses it if the proof accepts it.
+        prove: Whether `prepare` proves the plan on a small model of the same class before a weight is touched:
+            `"auto"` where it was not proved before, `"always"`, or `"never"`, which trusts it. Env
+            `ACCEL_TP_DDP_PROVE`, default `"auto"`.
         loss_parallel: Vocab-parallel cross-entropy. Env `ACCEL_TP_DDP_LOSS_PARALLEL`. Not available yet.
         sequence_parallel: Norms and residuals sharded over the sequence. Env `ACCEL_TP_DDP_SEQUENCE_PARALLEL`. Not
             available yet.
@@ -58,6 +64,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
     """
 
     tp_plan: PlanLike | None = field(default=None, kw_only=True)
+    prove: str | None = field(default=None, kw_only=True)
     loss_parallel: bool | None = field(default=None, kw_only=True)
     sequence_parallel: bool | None = field(default=None, kw_only=True)
     replica_check_steps: int | None = field(default=None, kw_only=True)
@@ -84,6 +91,10 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             dp_size = _whole("dp_replicate_size", dp_size, None, 1, least=1)
         if self.tp_plan is None:
             self.tp_plan = os.environ.get("ACCEL_TP_DDP_PLAN", "auto")
+        if self.prove is None:
+            self.prove = os.environ.get("ACCEL_TP_DDP_PROVE", "auto")
+        if self.prove not in MODES:
+            raise ValueError(f'prove is {self.prove!r}; it has to be "auto", "always" or "never".')
         for name in ("loss_parallel", "sequence_parallel"):
             setattr(self, name, _flag(name, getattr(self, name), f"ACCEL_TP_DDP_{name.upper()}"))
             if getattr(self, name):
@@ -223,6 +234,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             outlive(group)
         if self.tp_size > 1:
             assert self.device_mesh is not None, "several processes have a mesh"
+            check_upstream()
             _adopt_timeout(accelerator, self.device_mesh)
             present_replicas(self.device_mesh).held_by(accelerator, self, _Shown(self))
             hook_accelerator(accelerator, self)

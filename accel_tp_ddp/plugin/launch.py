@@ -23,6 +23,7 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 
 from ..checkpoint.background import wait_for_save
+from ..core.errors import UpstreamError
 from ..core.override import Override, install_for_all
 from .config import TensorParallelDDPPlugin
 from .replica_view import current_view
@@ -35,6 +36,7 @@ _OPTIONS = {
     "tp_size": ("PARALLELISM_CONFIG_TP_SIZE", "ranks that share one model replica"),
     "dp_replicate_size": ("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "replicas; default: processes / tp_size"),
     "tp_plan": ("ACCEL_TP_DDP_PLAN", '"auto", or a YAML or JSON file'),
+    "prove": ("ACCEL_TP_DDP_PROVE", "auto, always or never: whether the plan is proved before a weight is touched"),
     "replica_check_steps": ("ACCEL_TP_DDP_REPLICA_CHECK_STEPS", "how often replicas are compared; 0: never"),
     "replica_drift": ("ACCEL_TP_DDP_REPLICA_DRIFT", "heal or raise"),
     "async_save": ("ACCEL_TP_DDP_ASYNC_SAVE", "true or false: whether save_state writes in the background"),
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ[_SWITCH] = "true"
     try:
         plugin = activate()
-    except ValueError as error:
+    except (ValueError, UpstreamError) as error:
         raise SystemExit(f"accel_tp_ddp.launch: {error}") from None
     if int(os.environ.get("RANK", "0")) == 0:
         print(

@@ -75,6 +75,9 @@ class LocalSizes(Style):
                 )
 
     def apply(self, site: Site, region: Region) -> None:
+        self.show_sizes(site)
+
+    def show_sizes(self, site: Site) -> None:
         for name in self.names:
             set_local_size(site.module, name, full_size(site.module, name) // site.tp_size)
 
@@ -280,3 +283,7 @@ class Together(Style):
     def apply(self, site: Site, region: Region) -> None:
         for style in self.styles:
             style.apply(site, region)
+
+    def show_sizes(self, site: Site) -> None:
+        for style in self.styles:
+            style.show_sizes(site)

@@ -16,10 +16,10 @@ from .direct_reads import read_full
 from .forward import ParallelForward
 from .region import Region
 
-__all__ = ["Site", "Style"]
+__all__ = ["HEAD_WIDTH_NAMES", "Site", "Style"]
 
 # What attention modules call the width of one head.
-_HEAD_WIDTH_NAMES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
+HEAD_WIDTH_NAMES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Site:
 
     def head_width(self) -> int | None:
         """Width of one attention head where the parent is an attention module, else None."""
-        for name in _HEAD_WIDTH_NAMES:
+        for name in HEAD_WIDTH_NAMES:
             width = getattr(self.parent, name, None)
             if isinstance(width, int) and width > 0:
                 return width
@@ -212,6 +212,9 @@ class Style:
                 f"dimension {layout.dim} of {size} is not divisible by tp_size.",
                 "Choose a tp_size that divides it, or set the style to `replicate`.",
             )
+
+    def show_sizes(self, site: Site) -> None:
+        """Let modules know which counts of theirs are a rank's, as `apply` does. Shards nothing."""
 
     def apply(self, site: Site, region: Region) -> None:
         """Shard the module's parameters in place (each keeps its identity) and install the style's forward."""

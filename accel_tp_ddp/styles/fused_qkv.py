@@ -13,7 +13,6 @@ from .base import Site, Style
 from .conv1d import out_features
 from .forward import ParallelForward
 from .linear import Colwise
-from .region import Region
 
 __all__ = ["GroupedQKVColwise"]
 
@@ -126,8 +125,17 @@ class GroupedQKVColwise(Colwise):
             ranges.append(tuple(own))
         return Layout(0, tuple(ranges))
 
-    def apply(self, site: Site, region: Region) -> None:
-        super().apply(site, region)
+    def handed_out(self, site: Site) -> Layout:
+        """With the whole of a key and value that ranks share."""
+        layout, (queries, keys, width), tp_size = self.output_layout(site), self._heads(site), site.tp_size
+        if keys % tp_size == 0:
+            return layout
+        sharing, group = tp_size // keys, queries // keys + 2
+        shared = [((rank // sharing + 1) * group - 2) * width for rank in range(tp_size)]
+        return Layout(0, tuple((own[0], (start, start + 2 * width)) for own, start in zip(layout.ranges, shared)))
+
+    def show_sizes(self, site: Site) -> None:
+        super().show_sizes(site)
         queries, keys, _ = self._heads(site)
         assert site.parent is not None, "it has just told the number of heads"
         set_local_size(site.parent, self.heads, queries // site.tp_size)

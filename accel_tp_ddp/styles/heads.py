@@ -11,11 +11,18 @@ from .around import full_size, set_local_size
 from .base import Site
 from .conv1d import is_linear
 
-__all__ = ["LocalHeadsConfig", "meets_a_neighbour", "show_local_heads", "verify_whole_heads"]
+__all__ = [
+    "KEY_VALUE_COUNTS",
+    "QUERY_COUNTS",
+    "LocalHeadsConfig",
+    "meets_a_neighbour",
+    "show_local_heads",
+    "verify_whole_heads",
+]
 
 # What attention modules call the head counts that they keep, and some of them view their activations by.
-_QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-_KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "n_head_kv")
+QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+KEY_VALUE_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "n_head_kv")
 
 
 class LocalHeadsConfig:
@@ -42,7 +49,7 @@ def meets_a_neighbour(site: Site, features: int, side: Callable[[nn.Module], int
     """
     if site.parent is None or not is_linear(site.module) or site.head_width() is not None:
         return False
-    if any(hasattr(site.parent, name) for name in ("qk_head_dim", *_QUERY_COUNTS, *_KEY_VALUE_COUNTS)):
+    if any(hasattr(site.parent, name) for name in ("qk_head_dim", *QUERY_COUNTS, *KEY_VALUE_COUNTS)):
         return False
     layers = [getattr(child, "base_layer", child) for child in site.parent.children()]  # in case it holds adapters
     others = [layer for layer in layers if is_linear(layer) and layer is not site.module]
@@ -98,7 +105,7 @@ def show_local_heads(site: Site, sections: Sequence[int]) -> None:
     else:
         key_values = site.head_counts().get("num_key_value_heads", queries)
     cut = {features // width for features in sections if features % width == 0}
-    for names, stated in ((_QUERY_COUNTS, queries), (_KEY_VALUE_COUNTS, key_values)):
+    for names, stated in ((QUERY_COUNTS, queries), (KEY_VALUE_COUNTS, key_values)):
         for name in names:
             count = full_size(parent, name)
             if count in cut and stated in (None, count):

@@ -53,6 +53,10 @@ class Colwise(Style):
         (parts,) = zip(*chunk_ranges(features, site.tp_size // copies))
         return Layout(0, tuple((part,) for part in parts for _ in range(copies)))
 
+    def handed_out(self, site: Site) -> Layout:
+        """Which of the outputs the module's forward gives on each rank: those that the rank holds the rows of."""
+        return self.output_layout(site)
+
     def sections(self, site: Site) -> list[int]:
         """Output features of each of the projections that the layer holds, such as queries, keys and values."""
         return [out_features(site.module)]
@@ -72,11 +76,14 @@ class Colwise(Style):
         super().verify(site)
 
     def apply(self, site: Site, region: Region) -> None:
-        sizes, sections = self.output_layout(site).sizes, self.sections(site)
+        sizes = self.output_layout(site).sizes
         super().apply(site, region)
+        self.show_sizes(site)
         show_local_outputs(site.module, sizes[region.mesh.get_local_rank()])
+
+    def show_sizes(self, site: Site) -> None:
         if self.local_output:
-            show_local_heads(site, sections)
+            show_local_heads(site, self.sections(site))
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
         return call.inner_with_sums(call.entered(input))

@@ -7,7 +7,6 @@ from .base import Site, Style
 from .conv1d import in_features, is_linear, out_features
 from .heads import LocalHeadsConfig, meets_a_neighbour, verify_whole_heads
 from .linear import Colwise, Rowwise, bare_output_dim
-from .region import Region
 
 __all__ = ["PackedColwise", "PackedQKVColwise", "PackedRowwise"]
 
@@ -83,8 +82,8 @@ class PackedQKVColwise(PackedColwise):
             verify_whole_heads(site, sizes[0], "queries")
         Style.verify(self, site)
 
-    def apply(self, site: Site, region: Region) -> None:
-        super().apply(site, region)
+    def show_sizes(self, site: Site) -> None:
+        super().show_sizes(site)
         if site.parent is not None and getattr(site.parent, "config", None) is site.config:
             setattr(site.parent, "config", LocalHeadsConfig(site.config, site.tp_size))
 

@@ -13,12 +13,12 @@ TESTS = Path(__file__).parents[1]
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
 
 # The wings, from the lowest: a module imports from its own wing and from those below.
-WINGS = ("core", "training", "styles", "plans", "checkpoint", "model", "plugin")
+WINGS = ("core", "training", "styles", "plans", "checkpoint", "model", "proof", "plugin", "tools")
 ENTRANCES = {"__init__.py", "cli.py", "launch.py"}
 
 KNOW_ACCELERATE = {
     *ENTRANCES,
-    *(file for file in SOURCES if file.startswith("plugin/")),
+    *(file for file in SOURCES if file.startswith(("plugin/", "tools/"))),
     *("checkpoint/from_pretrained.py", "checkpoint/load.py", "checkpoint/merge.py", "checkpoint/places.py"),
     "checkpoint/save.py",
 }
@@ -37,6 +37,8 @@ CALL_COLLECTIVES = {
     "training/gradients.py": "the norm of the full gradient",
     "plugin/replica_view.py": "what a script gathers, reduces and broadcasts, over the replicas",
     "core/randomness.py": "set-up: agreement",
+    "proof/compare.py": "set-up: the ranks of the proof, and what each has found",
+    "tools/verify.py": "the end of a rank of the command",
     "training/drift.py": "between steps: what is replicated stays equal",
 }
 COLLECTIVES = {

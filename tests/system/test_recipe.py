@@ -46,7 +46,8 @@ def launch(config, *arguments, recipe="finetune_causal_lm.py", unaware=False, ti
     return output
 
 
-def test_recipe_learns_and_its_checkpoint_is_the_trained_model(tmp_path):
+def test_recipe_learns_and_its_checkpoint_is_the_trained_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCEL_TP_DDP_PROVE", "always")
     output = launch("cpu_tp2_dp2.yaml", *TINY, "--output_dir", str(tmp_path))
 
     assert "2 replicas of 2 ranks" in output

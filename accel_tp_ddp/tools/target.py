@@ -1,0 +1,80 @@
+"""The model that a command is about: of its config, without weights."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
+
+from ..core.errors import BadInputError
+
+__all__ = ["build_target"]
+
+_HINT = "Give a folder with a config.json, such a file, the name of a model of the hub, or `module:function`."
+
+
+def build_target(spec: str, device: str = "meta", trust_remote_code: bool = False) -> nn.Module:
+    """The model that `spec` names, in training precision (fp32), with random weights or, on `meta`, with none.
+
+    Args:
+        spec: A folder, a `config.json`, a hub name, or `module:function`, of a function without arguments that returns
+            a model (found from the current folder too).
+        device: Where it is built.
+        trust_remote_code: Whether code that comes with a checkpoint may run.
+
+    Raises:
+        BadInputError: If there is no such model.
+    """
+    module, colon, function = spec.partition(":")
+    with torch.device(device):
+        if colon and function.isidentifier() and not os.path.exists(spec):
+            return _called(module, function)
+        return _of_config(_config(spec, trust_remote_code), trust_remote_code)
+
+
+def _called(module: str, function: str) -> nn.Module:
+    sys.path.insert(0, os.getcwd())
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise BadInputError(f"`{module}:{function}` names no function: {error}. {_HINT}") from error
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(os.getcwd())
+    if not isinstance(made, nn.Module):
+        raise BadInputError(f"`{module}:{function}` returned a {type(made).__name__}, and not a model. {_HINT}")
+    return made
+
+
+def _config(spec: str, trust_remote_code: bool) -> PretrainedConfig:
+    path = Path(spec)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise BadInputError(f"the folder {spec} has no config.json. {_HINT}")
+    try:
+        return AutoConfig.from_pretrained(spec, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise BadInputError(f"`{spec}` has no config that can be read: {first} {_HINT}") from error
+
+
+def _of_config(config: Any, trust_remote_code: bool) -> nn.Module:
+    """Of the class that the config names, else a causal language model, else the bare model."""
+    for name in getattr(config, "architectures", None) or ():
+        kind = getattr(transformers, name, None)
+        if kind is not None:
+            return kind._from_config(config)
+    problems = []
+    for auto in (AutoModelForCausalLM, AutoModel):
+        try:
+            return auto.from_config(config, trust_remote_code=trust_remote_code)
+        except (ValueError, KeyError, ImportError) as error:
+            problems.append(str(error).strip().splitlines()[0])
+    raise BadInputError(f"there is no model for a {type(config).__name__}: {problems[0]}")
