@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from .checkpoint.merge import merge
 from .core.errors import BadInputError, CheckpointError, PlanError
 from .plugin.overrides import as_markdown, as_rows
+from .tools.plan import as_text, show_plan
 from .tools.verify import as_table, verify
 
 __all__ = ["BAD_INPUT", "CHECK_FAILED", "main"]
@@ -59,6 +60,18 @@ def _add_verify(commands: Any) -> None:
     parser.set_defaults(run=_verify, text=as_table, failed=lambda result: not result["ok"])
 
 
+def _add_plan(commands: Any) -> None:
+    text = "print which module gets which style"
+    parser = commands.add_parser("plan", help=text, description=text)
+    _add_model(parser)
+    parser.add_argument("--infer", action="store_true", help="infer a plan, whatever others there are, as YAML")
+    parser.set_defaults(run=_plan, text=as_text)
+
+
+def _plan(args: argparse.Namespace) -> dict[str, Any]:
+    return show_plan(args.model, args.tp, args.plan, infer=args.infer, trust_remote_code=args.trust_remote_code)
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder, config.json, hub name, or module:function")
     parser.add_argument("--tp", type=int, required=True, metavar="N", help="tensor-parallel ranks")
@@ -87,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_merge(commands)
     _add_overrides(commands)
+    _add_plan(commands)
     _add_verify(commands)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -38,7 +38,7 @@ CALL_COLLECTIVES = {
     "plugin/replica_view.py": "what a script gathers, reduces and broadcasts, over the replicas",
     "core/randomness.py": "set-up: agreement",
     "proof/compare.py": "set-up: the ranks of the proof, and what each has found",
-    "tools/verify.py": "the end of a rank of the command",
+    "tools/ranks.py": "the end of a rank of the command",
     "training/drift.py": "between steps: what is replicated stays equal",
 }
 COLLECTIVES = {
