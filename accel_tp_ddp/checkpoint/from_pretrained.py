@@ -187,9 +187,10 @@ class _Loader:
         return next((load for load in self.loads if load.model is model), None)
 
 
-def _row(owner: str, name: str, function: Callable[..., Any], line: int, reason: str) -> Override:
+def _row(owner: str, name: str, function: Callable[..., Any], line: int, reason: str, since: str = "") -> Override:
     module = owner.removeprefix("transformers.").partition(".")[0]
-    return Override(owner, name, function, f"transformers 5.23, {module}.py:{line}", reason)
+    place = f"transformers 5.23, {module}.py:{line}"
+    return Override(owner, name, function, place, reason, since=since, counts=False)  # an error where it is used
 
 
 _MODEL = "transformers.modeling_utils.PreTrainedModel"
@@ -199,7 +200,10 @@ OVERRIDES = (
     _row(_MODEL, "_finalize_model_loading", _Loader.finalize, 4596, "is the end of loading: what is left is cut then"),
     _row(_MODEL, "_adjust_bias", _Loader.adjust_bias, 2621, "pads a bias to the rows of its weight that are here"),
     _row("transformers.core_model_loading", "set_param_for_module", _Loader.put, 1426, "puts in the full tensor"),
-    _row("transformers.modeling_utils", "_tied_params_are_equal", _Loader.are_equal, 2568, "compares slices only"),
+    _row(
+        *("transformers.modeling_utils", "_tied_params_are_equal", _Loader.are_equal, 2568, "compares slices only"),
+        since="5.23",
+    ),
 )
 
 

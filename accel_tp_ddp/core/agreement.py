@@ -14,14 +14,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch.distributed as dist
 
 from . import store
-from .errors import CheckpointError
+from .errors import CheckpointError, UpstreamError
 
 __all__ = ["Failure", "Ranks", "await_peers"]
 
 T = TypeVar("T")
 Kind = type[Exception]
-_KINDS: dict[str, Kind] = {kind.__name__: kind for kind in (ValueError, TypeError, CheckpointError)}
-_KEPT = (ValueError, CheckpointError)
+_KINDS: dict[str, Kind] = {kind.__name__: kind for kind in (ValueError, TypeError, CheckpointError, UpstreamError)}
+_KEPT = (ValueError, CheckpointError, UpstreamError)
 
 
 class Failure(NamedTuple):

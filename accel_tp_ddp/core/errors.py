@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["BadInputError", "CheckpointError", "PlanError", "nearest"]
+__all__ = ["BadInputError", "CheckpointError", "PlanError", "UpstreamError", "nearest"]
 
 
 class PlanError(ValueError):
@@ -18,6 +18,10 @@ class BadInputError(ValueError):
 
 class CheckpointError(RuntimeError):
     """A state that cannot be saved or loaded; raised on every rank. Nothing has been changed, unless it says so."""
+
+
+class UpstreamError(RuntimeError):
+    """An installed release of another package is not as it would have to be: which, what is wrong, what to install."""
 
 
 def nearest(name: str, names: Iterable[str], most: int = 3) -> str:

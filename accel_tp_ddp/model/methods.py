@@ -118,12 +118,14 @@ GENERATING = Override(
     generate,
     "transformers 5.23, generation/utils.py:2581",
     "draws other tokens on each rank, and stops by its own clock",
+    counts=False,  # it is public: whoever calls it would know
 )
 INITIALIZING = (
     _row("_init_weights", init_weights, "modeling_utils.py:2294", "draws each rank's part by itself"),
     Override(
         *("torch.nn.Linear", "reset_parameters", reset_parameters, "torch 2.13, each module's own"),
         "draws each rank's part by itself, at the scale of a part",
+        counts=False,
     ),
 )
 

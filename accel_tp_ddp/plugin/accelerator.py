@@ -310,24 +310,28 @@ def _no_mesh(hooks: _Hooks, stock: Callable, accelerator: Accelerator, /) -> Non
     """The replicas are the processes already; see `replica_view`."""
 
 
-def _row(function: Callable[..., Any], line: int, reason: str, name: str | None = None) -> Override:
+def _row(function: Callable[..., Any], line: int, reason: str, name: str | None = None, **options: Any) -> Override:
     place = f"accelerate 1.15, accelerator.py:{line}"
-    return Override("accelerate.Accelerator", name or function.__name__, function, place, reason)
+    return Override("accelerate.Accelerator", name or function.__name__, function, place, reason, **options)
 
+
+_SHARDS = "writes the main process's shards"
+_DRIFTS = "lets replicated parameters drift, and one rank skip a step by itself"
+_UNSHARDED = "wraps a model unsharded, and averages gradients over all ranks"
 
 #: With tp_size > 1.
 OVERRIDES = (
     _row(_Hooks.prepare, 1415, "wraps the unsharded model, and an optimizer of its parameters"),
-    _row(_Hooks.prepare_model, 1770, "wraps a model unsharded, and averages gradients over all ranks"),
+    _row(_Hooks.prepare_model, 1770, _UNSHARDED, needs=("ddp_handler", "_models")),
     _row(_no_mesh, 2620, "lets loaders distribute by the mesh what they have by process", "_prepare_device_mesh"),
     _row(_Hooks.prepare_data_loader, 2685, "lets peers shuffle, and fetch what is dispatched, by themselves"),
     _row(_Hooks.skip_first_batches, 4314, "builds a new loader, of which the same is true"),
-    _row(_Hooks.prepare_optimizer, 2744, "lets replicated parameters drift, and one rank skip a step by itself"),
+    _row(_Hooks.prepare_optimizer, 2744, _DRIFTS, needs=("scaler", "_optimizers")),
     _row(_Hooks.clip_grad_norm_, 2989, "takes the norm of each rank's own shards"),
-    _row(_Hooks.join_uneven_inputs, 1300, "joins DDP modules, and with one replica there is none"),
+    _row(_Hooks.join_uneven_inputs, 1300, "joins DDP modules, and with one replica there is none", counts=False),
     _row(_Hooks.get_state_dict, 4043, "gives this rank's shards"),
-    _row(_Hooks.save_model, 3480, "writes the main process's shards"),
-    _row(_Hooks.save_state, 3625, "writes the main process's shards"),
+    _row(_Hooks.save_model, 3480, _SHARDS, needs=("get_state_dict",)),
+    _row(_Hooks.save_state, 3625, _SHARDS),
     _row(_Hooks.load_state, 3791, "gives every rank the main process's shards"),
     _row(_Hooks.end_training, 3429, "takes groups down that others, or a save in the background, still use"),
 )

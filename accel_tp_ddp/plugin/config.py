@@ -19,6 +19,7 @@ from .accelerator import hook_accelerator, hook_without_tp
 from .ddp import _adopt_timeout, outlive
 from .replica_view import ReplicaView, current_view, present_replicas
 from .trainer import override_trainers
+from .upstream import check_upstream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -223,6 +224,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             outlive(group)
         if self.tp_size > 1:
             assert self.device_mesh is not None, "several processes have a mesh"
+            check_upstream()
             _adopt_timeout(accelerator, self.device_mesh)
             present_replicas(self.device_mesh).held_by(accelerator, self, _Shown(self))
             hook_accelerator(accelerator, self)

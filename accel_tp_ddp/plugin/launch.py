@@ -23,6 +23,7 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 
 from ..checkpoint.background import wait_for_save
+from ..core.errors import UpstreamError
 from ..core.override import Override, install_for_all
 from .config import TensorParallelDDPPlugin
 from .replica_view import current_view
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ[_SWITCH] = "true"
     try:
         plugin = activate()
-    except ValueError as error:
+    except (ValueError, UpstreamError) as error:
         raise SystemExit(f"accel_tp_ddp.launch: {error}") from None
     if int(os.environ.get("RANK", "0")) == 0:
         print(

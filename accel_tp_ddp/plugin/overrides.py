@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-from ..checkpoint import from_pretrained
-from ..core import slices
+from typing import Any
+
 from ..core.override import Override
-from ..model import full_parameters, methods, peft_methods
-from . import accelerator, launch, replica_view, trainer, vllm
+from . import launch, upstream
 
 __all__ = ["TABLES", "as_markdown", "as_rows"]
 
 #: By the object that has them, or the time for which they hold.
 TABLES: dict[str, tuple[Override, ...]] = {
-    "Accelerator": accelerator.OVERRIDES,
-    "Accelerator with tp_size=1": accelerator.OVERRIDES_WITHOUT_TP,
-    "Accelerate while replicas present themselves as processes": replica_view.OVERRIDES,
-    "Modules that call torch.distributed while replicas present themselves as processes": replica_view.MODULES,
+    **upstream.TABLES,
     "Accelerate under accel_tp_ddp.launch": launch.OVERRIDES,
-    "Trainer": trainer.OVERRIDES,
-    "Trainer while replicas present themselves as processes": trainer.OVERRIDES_OF_MAIN,
-    "TrainingArguments": trainer.OVERRIDES_OF_ARGUMENTS,
-    "TRL's rewards": trainer.OVERRIDES_OF_REWARDS,
-    "TRL with vLLM": vllm.OVERRIDES,
-    "vLLM while TRL makes an engine": vllm.OVERRIDES_OF_ENGINE,
-    "Model": methods.OVERRIDES,
-    "Model while its weights are sent to vLLM": full_parameters.OVERRIDES,
-    "Model that holds slices": slices.OVERRIDES,
-    "PeftModel": peft_methods.OVERRIDES,
-    "transformers while sharded_loading is active": from_pretrained.OVERRIDES,
 }
 
 
-def as_rows() -> list[dict[str, str]]:
-    """Each override as strings: the import path of what is replaced, its name, where it stands, what it does wrong."""
+def as_rows() -> list[dict[str, Any]]:
+    """Each override: the import path of what is replaced, its name, where it stands, what it does wrong; and `since`
+    which release it is there, what it `needs` to use, and whether its absence `counts`, as `Override` has it.
+    """
     return [
-        {"table": table, "owner": row.owner, "name": row.name, "place": row.place, "reason": row.reason}
+        {"table": table, **{field: getattr(row, field) for field in _FIELDS}, "needs": list(row.needs)}
         for table, rows in TABLES.items()
         for row in rows
     ]
+
+
+_FIELDS = ("owner", "name", "place", "reason", "since", "counts")
 
 
 def as_markdown() -> str:
@@ -47,15 +37,25 @@ def as_markdown() -> str:
         "",
         "Written by `accel-tp-ddp overrides`; a test compares it. Methods are replaced on one object each (an",
         "accelerator with the plugin, a sharded model), Trainer's for trainers with the plugin, and functions within",
-        "a block. How: `accel_tp_ddp/core/override.py`. A line number is that of the release named.",
+        "a block. How: `accel_tp_ddp/core/override.py`. A line number is that of the release named; where earlier",
+        "releases do without, the first that has it is named, too.",
+        "",
+        "All of it is compared with what is installed when the plugin takes hold, and again when it is put in place.",
+        "A place that has gone is an error on every rank where training or what is written would be silently wrong,",
+        "and one line on the main process where not (the last column). A function with another signature, or that",
+        "does not use what its replacement works by, is such a line, and an error where it is called.",
     ]
     for table, rows in TABLES.items():
         lines += [
             "",
             f"## {table}",
             "",
-            "| upstream | place | what it does under tensor parallelism |",
-            "| --- | --- | --- |",
+            "| upstream | place | what it does under tensor parallelism | if it has gone |",
+            "| --- | --- | --- | --- |",
         ]
-        lines += [f"| `{row.owner}.{row.name}` | {row.place} | {row.reason} |" for row in rows]
+        lines += [
+            f"| `{row.owner}.{row.name}` | {row.place}{row.since and f', since {row.since}'} | {row.reason} | "
+            f"{'error' if row.counts else 'warning'} |"
+            for row in rows
+        ]
     return "\n".join(lines)

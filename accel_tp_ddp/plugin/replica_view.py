@@ -255,19 +255,22 @@ def _gather(view: ReplicaView, stock: Callable, /, *args: Any, **kwargs: Any) ->
     return stock(*args, **kwargs) if view.dp_size > 1 else next(iter([*args, *kwargs.values()]))
 
 
-def _row(owner: str, name: str, function: Callable[..., Any], line: str, reason: str) -> Override:
-    return Override(f"accelerate.{owner}", name, function, f"accelerate 1.15, {line}", reason)
+def _row(owner: str, name: str, function: Callable[..., Any], line: str, reason: str, *needs: str) -> Override:
+    return Override(f"accelerate.{owner}", name, function, f"accelerate 1.15, {line}", reason, needs)
 
+
+_ONE = "adds a dimension in one process"
+_NO_PEERS, _COUNT = "sees no peers with one replica", "num_processes"
 
 #: While the view holds.
 OVERRIDES = (
-    _row("state.PartialState", "use_distributed", _use_distributed, "state.py:381", "sees no peers with one replica"),
+    _row("state.PartialState", "use_distributed", _use_distributed, "state.py:381", _NO_PEERS, _COUNT),
     _row("state.PartialState", "is_main_process", _is_main_process, "state.py:393", "is true on a replica's ranks"),
     _row("state.PartialState", "is_last_process", _is_last_process, "state.py:388", "is true on a replica's ranks"),
     _row("Accelerator", "is_last_process", _is_last_process, "accelerator.py:743", "counts by itself"),
     _row("state.PartialState", "_reset_state", _reset_state, "state.py:370", "forgets the counts, not the rest"),
     _row("state.AcceleratorState", "_reset_state", _reset_state, "state.py:1074", "forgets the counts, not the rest"),
-    _row("utils.operations", "_gpu_gather", _gather, "utils/operations.py:308", "adds a dimension in one process"),
+    _row("utils.operations", "_gpu_gather", _gather, "utils/operations.py:308", _ONE, "torch"),
     _row("utils.operations", "_gpu_gather_object", _gather, "utils/operations.py:488", "takes lists in one process"),
 )
 
@@ -281,6 +284,7 @@ MODULES = (
     Override(
         *("transformers.trainer_pt_utils", "dist", _torch_distributed, "transformers 5.23, trainer_pt_utils.py:36"),
         "sums FLOPs over all ranks, and samples by rank",
+        counts=False,
     ),
     Override(_SENTENCES[0], "torch", _torch, _SENTENCES[1], "gathers the negatives of peers, with gradients"),
     Override(_SENTENCES[0], "dist", _torch_distributed, _SENTENCES[1], "gathers the negatives of peers"),

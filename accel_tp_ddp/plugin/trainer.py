@@ -156,8 +156,9 @@ def _calculate_rewards(plugin: Config, stock: Callable, trainer: Any, /, *args: 
     return rewards
 
 
-def _trainer(name: str, function: Callable[..., Any], line: int, reason: str) -> Override:
-    return Override("transformers.trainer.Trainer", name, function, f"transformers 5.23, trainer.py:{line}", reason)
+def _trainer(name: str, function: Callable[..., Any], line: int, reason: str, **options: Any) -> Override:
+    place = f"transformers 5.23, trainer.py:{line}"
+    return Override("transformers.trainer.Trainer", name, function, place, reason, **options)
 
 
 def _arguments(name: str, function: Callable[..., Any], line: int, reason: str) -> Override:
@@ -165,15 +166,21 @@ def _arguments(name: str, function: Callable[..., Any], line: int, reason: str) 
     return Override("transformers.training_args.TrainingArguments", name, function, place, reason)
 
 
+_ON_MAIN = "in older releases (5.20) calls _save on the main process alone"
+_STATE = ("_save_optimizer_and_scheduler", _save_optimizer_and_scheduler, 3513, "writes the main process's state")
+
 #: For trainers whose accelerator has the plugin.
 OVERRIDES = (
     _trainer("get_tp_size", _get_tp_size, 2591, "asks the model before the accelerator"),
     _trainer("train", _train, 1450, "takes a model that was only evaluated for one that is wrapped in DDP"),
-    _trainer("hyperparameter_search", _hyperparameter_search, 4502, "starts trials on the main process alone"),
-    _trainer("save_model", _save_model, 4077, "in older releases (5.20) calls _save on the main process alone"),
+    _trainer(
+        *("hyperparameter_search", _hyperparameter_search, 4502, "starts trials on the main process alone"),
+        counts=False,
+    ),
+    _trainer("save_model", _save_model, 4077, _ON_MAIN, needs=("_save",)),
     _trainer("_save", _save, 4131, "writes the main process's shards"),
-    _trainer("_save_optimizer_and_scheduler", _save_optimizer_and_scheduler, 3513, "writes the main process's state"),
-    _trainer("_save_rng_state", _save_rng_state, 3462, "lets the ranks of a replica write one file"),
+    _trainer(*_STATE, needs=("optimizer",)),
+    _trainer("_save_rng_state", _save_rng_state, 3462, "lets the ranks of a replica write one file", counts=False),
 )
 
 #: For trainers whose completions are judged.
@@ -181,6 +188,7 @@ OVERRIDES_OF_REWARDS = tuple(
     Override(
         *(f"trl.trainer.{name}_trainer.{name.upper()}Trainer", "_calculate_rewards", _calculate_rewards),
         *(f"trl 1.16, trainer/{name}_trainer.py:{line}", "lets each rank of a replica judge by itself"),
+        counts=False,
     )
     for name, line in (("grpo", 1579), ("rloo", 1148))
 )

@@ -121,28 +121,30 @@ class _Idle:
         return getattr(self._llm, name)
 
 
-def _trl(owner: str, name: str, function: Callable[..., Any], line: int, reason: str) -> Override:
+def _trl(owner: str, name: str, function: Callable[..., Any], line: int, reason: str, **options: Any) -> Override:
     file = owner.removeprefix("trl.").rpartition(".")[0].replace(".", "/")
-    return Override(owner, name, function, f"trl 1.16, {file}.py:{line}", reason)
+    # Whoever has imported TRL may train by something else.
+    return Override(owner, name, function, f"trl 1.16, {file}.py:{line}", reason, counts=False, **options)
 
 
-def _engine(name: str, function: Callable[..., Any], line: int, reason: str) -> Override:
-    return _trl("trl.generation.vllm_generation.VLLMGeneration", name, function, line, reason)
+def _engine(name: str, function: Callable[..., Any], line: int, reason: str, *needs: str) -> Override:
+    return _trl("trl.generation.vllm_generation.VLLMGeneration", name, function, line, reason, needs=needs)
 
 
+_OF_ENGINE = ("llm", "tensor_parallel_size")
 _SENDS = "sends this rank's shards"
 _ONLINE_DPO = "trl.experimental.online_dpo.online_dpo_trainer.OnlineDPOTrainer"
 _ASYNC_GRPO = "trl.experimental.async_grpo.async_grpo_trainer.AsyncGRPOTrainer"
 _ASYNC_DISTILLATION = "trl.experimental.async_distillation.async_distillation_trainer.AsyncDistillationTrainer"
 
 OVERRIDES = (
-    _engine("_init_vllm", init_vllm, 289, "counts replicas where vLLM counts ranks"),
-    _engine("sync_weights", sync_weights, 481, _SENDS),
-    _engine("generate", generate, 550, "draws on each rank, and joins the prompts of peers"),
+    _engine("_init_vllm", init_vllm, 289, "counts replicas where vLLM counts ranks", "accelerator"),
+    _engine("sync_weights", sync_weights, 481, _SENDS, "named_parameters"),
+    _engine("generate", generate, 550, "draws on each rank, and joins the prompts of peers", *_OF_ENGINE),
     _trl(_ONLINE_DPO, "_move_model_to_vllm", sync_weights, 799, _SENDS),
     _trl(_ONLINE_DPO, "_generate_vllm_colocate", generate_in_replica, 735, "draws on each rank by itself"),
     _trl(_ASYNC_GRPO, "_sync_weight", sync_weights, 1733, _SENDS),
-    _trl(_ASYNC_DISTILLATION, "_sync_weight", sync_weights, 1902, _SENDS),
+    _trl(_ASYNC_DISTILLATION, "_sync_weight", sync_weights, 1902, _SENDS, since="1.11"),
 )
 
 #: While TRL makes one.
@@ -150,5 +152,6 @@ OVERRIDES_OF_ENGINE = (
     Override(
         *("vllm.LLM", "__init__", init_engine, "vllm 0.22, entrypoints/llm.py"),
         "is given the number of the engine for a seed, not that of the replica",
+        counts=False,
     ),
 )
