@@ -6,11 +6,12 @@ import pytest
 import transformers
 from packaging.version import Version
 
+TRANSFORMERS = Version(transformers.__version__)
 #: Pinned for Python 3.10 only: later ones want Python 3.11.
-FOR_PYTHON_3_10 = Version(transformers.__version__) < Version("5.21")
+FOR_PYTHON_3_10 = TRANSFORMERS < Version("5.21")
 needs_sharded_loading = pytest.mark.skipif(
-    FOR_PYTHON_3_10,
-    reason=f"sharded_loading refuses transformers {transformers.__version__}, and Python 3.10 has no newer one",
+    TRANSFORMERS < Version("5.23"),
+    reason=f"sharded_loading refuses transformers {TRANSFORMERS}, and Python 3.10 has no newer one",
 )
 needs_all_architectures = pytest.mark.skipif(
     FOR_PYTHON_3_10,

@@ -20,15 +20,16 @@ from accel_tp_ddp.core.override import (
     stock_of,
     uninstall,
 )
+from accel_tp_ddp.core.upstream import is_released
 from accel_tp_ddp.plugin.overrides import TABLES, as_markdown, as_rows
 from accel_tp_ddp.plugin.replica_view import MODULES
 
-from ..helpers.versions import needs_async_trainers, needs_sharded_loading
+from ..helpers.versions import needs_async_trainers
 
 
 def marks_of(row):
-    if row.name == "_tied_params_are_equal":
-        return needs_sharded_loading
+    if row.since and find_spec(row.package) is not None and not is_released(row.package, row.since):
+        return pytest.mark.skip(f"{row.package} has it since {row.since}")
     return needs_async_trainers if "async" in row.owner else ()
 
 

@@ -104,6 +104,12 @@ def run_without_whole_reads(kind, tp, folder):
 
 
 def test_without_reads_of_full_weights_the_loss_of_trl_is_another(folder_with_model):
+    import trl
+
+    if trl.SFTConfig.loss_type == "nll":
+        pytest.skip(
+            f"the loss of TRL {trl.__version__} reads the head in the model's forward only, unless it is told to"
+        )
     plain = run_on_ranks(run, 2, "SFT", None, folder_with_model)
     with pytest.raises((AssertionError, RanksError)):
         ours = run_on_ranks(run_without_whole_reads, 4, "SFT", 2, folder_with_model)

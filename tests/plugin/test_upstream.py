@@ -12,7 +12,9 @@ import accelerate
 import pytest
 import torch.distributed as dist
 import transformers
+from accelerate import Accelerator
 
+from accel_tp_ddp import TensorParallelDDPPlugin
 from accel_tp_ddp.core.errors import UpstreamError
 from accel_tp_ddp.core.override import attributes
 from accel_tp_ddp.plugin import upstream
@@ -134,6 +136,22 @@ def test_what_counts_and_has_gone_is_an_error_on_every_rank_when_the_plugin_take
         assert "takes the norm of each rank's own shards" in raised.message
 
 
+def loads_in_slices():
+    """As where transformers compares tied weights by itself, before 5.23."""
+    plugin = TensorParallelDDPPlugin(tp_size=2)
+    Accelerator(parallelism_config=plugin)
+    with ExitStack() as stack:
+        if hasattr(transformers.modeling_utils, "_tied_params_are_equal"):
+            stack.enter_context(without(transformers.modeling_utils, "_tied_params_are_equal"))
+        stack.enter_context(plugin.sharded_loading())
+
+
+def test_loading_in_slices_is_refused_on_every_rank_where_transformers_loads_otherwise():
+    for raised in run_on_ranks(loads_in_slices, 2, expect_raise=True):
+        assert "RuntimeError" in raised.type_names and "\n" not in raised.message
+        assert "_tied_params_are_equal" in raised.message and "without sharded_loading" in raised.message
+
+
 def test_of_the_installed_releases_nothing_is_said():
     """With everything imported that a row names, as far as it is installed."""
     script = (
@@ -162,7 +180,7 @@ def test_only_what_is_not_called_by_a_signature_has_none():
 
 def test_a_release_older_than_allowed_is_an_error():
     upstream.check_releases(upstream._required())
-    upstream.check_releases(["torch>=2.8", "numpy", "not-installed>=3", "peft>=999; extra == 'nothing'"][:3])
+    upstream.check_releases(["torch>=2.8", "transformers", "numpy>=999", "not-installed>=3"])
     with pytest.raises(
         UpstreamError, match=r"transformers 5\S+ \(the oldest is 999\.1\).*pip install 'transformers>=999"
     ):

@@ -180,3 +180,37 @@ def test_the_chosen_releases_are_those_pinned():
         for pin in chosen:
             if pin.marker is None or pin.marker.evaluate({"python_version": python.rpartition(".")[0]}):
                 assert found[canonicalize_name(pin.name)] == str(pin.specifier).removeprefix("==")
+
+
+# --- the oldest ------------------------------------------------------------------------------------------------------
+
+#: They run or check the tests, or draw: any release that does is good enough.
+TOOLS = {"hypothesis", "matplotlib", "mypy", "packaging", "pytest", "pytest-timeout", "ruff"}
+#: Of the programs that `benchmarks.programs` runs where they are installed.
+PROGRAMS = {"lm-eval", "setfit"}
+
+
+def literal(name: str, path: Path = ROOT / "noxfile.py") -> object:
+    """What a module assigns to a name; nox itself is no requirement of the tests."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return ast.literal_eval(node.value)
+    raise KeyError(name)
+
+
+def test_the_oldest_releases_that_are_tried_are_those_that_are_declared():
+    requirements = [requirement for own in declared().values() for requirement in own]
+    floors = {canonicalize_name(each.name): re.fullmatch(r">=(.+)", str(each.specifier))[1] for each in requirements}
+    tried = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins(ROOT / OLDEST)}
+    assert tried == {name: floor for name, floor in floors.items() if name not in TOOLS | PROGRAMS | {"torch"}}
+    assert "-c torch.txt" in (ROOT / OLDEST).read_text(encoding="utf-8").splitlines()
+
+
+OLDEST = literal("SETS")["oldest"]
+
+
+def test_nox_runs_tests_that_are_there_with_sets_that_are_there():
+    assert literal("SETS").keys() == {"oldest", "pinned", "newest"}
+    assert all((ROOT / constraints).is_file() for constraints in literal("SETS").values())
+    contract = literal("CONTRACT")
+    assert len(set(contract)) == len(contract) > 10 and all((ROOT / file).is_file() for file in contract)
