@@ -7,6 +7,7 @@
 # Both install the versions of constraints.txt. Each other set gets an environment of its own, of the day it was made on:
 #   CONSTRAINTS=                         the newest of everything
 #   CONSTRAINTS=constraints/torch.txt    the newest of everything but torch, of which pip may know a CPU build
+#   CONSTRAINTS=constraints/oldest.txt   the oldest that setup.cfg allows; the whole suite is made for newer ones, see noxfile.py
 #   CONSTRAINTS=mine.txt                 yours
 
 PYTHON ?= python3
