@@ -17,9 +17,11 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from . import standins
 from .catalog import PROGRAMS
-from .compare import differences
+from .compare import DOUBLE_SCALE, differences
 from .run import ProgramFailed, missing, preload, run_program
 
 
@@ -31,13 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dp", type=int, default=2)
     parser.add_argument("--plain", action="store_true", help="run plain DDP alone: whether the programs run here")
     parser.add_argument("--launcher", action="store_true", help="by `accelerate launch`, as users do: slower")
+    parser.add_argument("--double", action="store_true", help="in double precision, at a millionth of the tolerance")
     parser.add_argument("--seconds", type=float, default=420.0, help="for each run")
     parser.add_argument("--keep", type=Path, help="folder for what the runs leave")
     parser.add_argument("--most", type=int, default=6, help="differences shown of a program")
     args = parser.parse_args(argv)
     kept = args.keep or Path(tempfile.mkdtemp(prefix="programs-"))
-    if not (kept / "standins").is_dir():
-        standins.build(kept / "standins")
     if not args.launcher:
         preload()
     wrong = 0
@@ -50,11 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"| {program.name} | | not run: {reason} |", flush=True)
             continue
         folder = kept / program.name.replace(" ", "_").replace(",", "")
+        double = args.double or program.double
+        models = kept / ("standins-double" if double else "standins")
+        if not models.is_dir():
+            standins.build(models, torch.float64 if double else torch.float32)
         started = time.monotonic()
         where = "plain DDP"
         try:
-            run = partial(run_program, program, seconds=args.seconds, launcher=args.launcher)
-            shared = (kept / "standins", args.programs)
+            run = partial(run_program, program, seconds=args.seconds, launcher=args.launcher, double=double)
+            shared = (models, args.programs)
             try:
                 plain = run(folder / "plain", *shared, 1, args.dp)
             except ProgramFailed as error:  # now and then torch hangs as plain DDP's ranks end
@@ -62,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 plain = run(folder / "plain", *shared, 1, args.dp)
             where = f"tp {args.tp} x dp {args.dp}"
             ours = plain if args.plain else run(folder / "tp", *shared, args.tp, args.dp)
-            compared, found = differences(ours, plain, program.own)
+            compared, found = differences(ours, plain, program.own, DOUBLE_SCALE if double else 1.0)
             left = len(found) - args.most
             result = "; ".join(text[:200] for text in found[: args.most]) + (f" and {left} more" if left > 0 else "")
         except ProgramFailed as error:

@@ -20,6 +20,7 @@ class Program:
         args: Its arguments.
         needs: Packages without which it is left out.
         own: Parts of names of files that are not compared, as they are states in a format of this package.
+        double: Run in double precision, as rounding in single grows past the tolerance.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Program:
     args: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
+    double: bool = False
 
     @property
     def is_file(self) -> bool:
@@ -114,18 +116,23 @@ def _trl() -> list[Program]:
     for name, args in examples.items():
         found.append(Program(f"trl experimental {name}", f"trl/examples/scripts/{name}.py", _words(args), ("trl",)))
     for folder, trainer in (("sdpo", "SDPO"), ("a2po", "A2PO"), ("gmpo", "GMPO"), ("iw_opd", "IWOPD")):
-        found.append(Program(f"trl experimental {folder}", "trl_experimental.py", (folder, trainer), ("trl",)))
+        # SDPO's loss is a mean of terms of either sign: 0.2 is left of them at the third step.
+        double = folder == "sdpo"
+        found.append(
+            Program(f"trl experimental {folder}", "trl_experimental.py", (folder, trainer), ("trl",), double=double)
+        )
     return found
 
 
 def _transformers() -> list[Program]:
     args = _words(
-        "--model_name_or_path ./model --train_file data/text/train.json --block_size 16 "
-        "--per_device_train_batch_size 3 --per_device_eval_batch_size 3 --num_train_epochs 2 --learning_rate 1e-2 "
-        "--gradient_accumulation_steps 2 --num_warmup_steps 2 --seed 7 --output_dir out"
+        "--model_name_or_path ./model --train_file data/text/train.json --validation_file data/text/test.json "
+        "--block_size 16 --per_device_train_batch_size 3 --per_device_eval_batch_size 3 --num_train_epochs 2 "
+        "--learning_rate 1e-2 --gradient_accumulation_steps 2 --num_warmup_steps 2 --checkpointing_steps epoch "
+        "--with_tracking --seed 7 --output_dir out"
     )
     target = "transformers/examples/pytorch/language-modeling/run_clm_no_trainer.py"
-    return [Program("transformers run_clm_no_trainer", target, args)]
+    return [Program("transformers run_clm_no_trainer", target, args, own=("out/epoch_",))]
 
 
 def _sentence_transformers() -> list[Program]:

@@ -12,6 +12,7 @@ import logging
 import os
 import runpy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import transformers.trainer
 import transformers.utils
 from accelerate import Accelerator, DistributedType
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.overrides import TorchFunctionMode
 
-from benchmarks.programs.run import FOLDER
+from benchmarks.programs.run import DOUBLE, FOLDER
 
 Record = dict[str, list[Any]]
 
@@ -36,13 +38,29 @@ def main() -> None:
     if not hasattr(DistributedType, "TPU"):
         DistributedType.TPU = DistributedType.XLA
     sys.path[0:1] = [os.getcwd()] if module else [str(Path(sys.argv[0]).resolve().parent), os.getcwd()]
+    double = os.environ.get(DOUBLE)
+    if double:
+        torch.set_default_dtype(torch.float64)
     try:
-        if module:
-            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+        with Double() if double else nullcontext():
+            if module:
+                runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
         (folder / f"rank{rank}.json").write_text(json.dumps(record, default=_plain))
+
+
+class Double(TorchFunctionMode):
+    """In its body, what asks for single precision gets double.
+
+    Differences that are rounding all but vanish then; those that are mistakes stay.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        kwargs = {name: torch.float64 if arg is torch.float32 else arg for name, arg in (kwargs or {}).items()}
+        return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)
 
 
 def overhear() -> Record:
@@ -78,13 +96,13 @@ def overhear() -> Record:
 
     class Listener(logging.Handler):
         def emit(self, message: logging.LogRecord) -> None:
-            if message.name == "__main__":
-                record["messages"].append(message.getMessage())
+            record["messages"].append(message.getMessage())
 
     Accelerator.backward, Accelerator.print, Accelerator.log = on_backward, on_print, on_track  # type: ignore[method-assign]
     transformers.trainer.Trainer.log = on_log  # type: ignore[method-assign]
     register_optimizer_step_pre_hook(on_step)
-    logging.getLogger().addHandler(Listener())
+    # Not at the root: `logging.basicConfig`, which sets the level, does nothing where that has a handler already.
+    logging.getLogger("__main__").addHandler(Listener())
     return record
 
 

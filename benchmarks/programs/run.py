@@ -30,6 +30,7 @@ __all__ = ["ProgramFailed", "missing", "preload", "run_program"]
 
 ROOT = Path(__file__).parents[2]
 FOLDER = "PROGRAM_RECORD"  # environment variable: where each rank writes its record
+DOUBLE = "PROGRAM_DOUBLE"  # likewise: in double precision
 CONFIG = """
 distributed_type: MULTI_GPU
 num_machines: 1
@@ -83,6 +84,7 @@ def run_program(
     *,
     seconds: float = 420.0,
     launcher: bool = False,
+    double: bool = False,
 ) -> Run:
     """Run it on `tp x dp` CPU ranks; at tp 1 that is plain DDP, without this package."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -94,6 +96,9 @@ def run_program(
     environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", FOLDER: str(records)}
     environment |= {"HF_HOME": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "cache")}
+    if double:
+        # Weights are then loaded where `record.Double` sees it, not by other threads.
+        environment |= {DOUBLE: "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"}
     arguments = _command(program, repositories)
     output = folder / "output.txt"
     start = _launch if launcher else _fork

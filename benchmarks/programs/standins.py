@@ -98,8 +98,8 @@ metadata: {version: 1}
 }
 
 
-def build(folder: Path) -> None:
-    """Write all of them into `folder`."""
+def build(folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write all of them into `folder`, the models in `dtype`."""
     folder.mkdir(parents=True, exist_ok=True)
     bert = BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=2)
     llama = LlamaConfig(**SIZES, num_key_value_heads=4, eos_token_id=EOS, bos_token_id=None, tie_word_embeddings=False)
@@ -125,7 +125,7 @@ def build(folder: Path) -> None:
             for parameter in model.parameters():  # norms and biases that are all alike would hide a swap
                 if parameter.ndim == 1:
                     parameter += 0.1 * torch.randn_like(parameter)
-        model.save_pretrained(folder / name)
+        model.to(dtype).save_pretrained(folder / name)
         (_byte_tokenizer() if config is by_bytes else _tokenizer(config is bert)).save_pretrained(folder / name)
     _write_data(folder)
     (folder / "rewards.py").write_text(REWARDS)

@@ -50,7 +50,7 @@ def test_a_difference_between_two_runs_is_seen(tmp_path):
     import torch
     from safetensors.torch import save_file
 
-    from benchmarks.programs.compare import Run, differences
+    from benchmarks.programs.compare import DOUBLE_SCALE, Run, differences
 
     record = {
         "losses": [2.5, 2.0],
@@ -65,11 +65,11 @@ def test_a_difference_between_two_runs_is_seen(tmp_path):
     files = {"out/model.safetensors": tmp_path / "plain.safetensors"}
     plain = Run([record, copy.deepcopy(record)], files)
 
-    def seen(change=None, files=files):
+    def seen(change=None, files=files, scale=1.0):
         records = [copy.deepcopy(record) for _ in range(4)]
         if change:
             change(records)
-        return differences(Run(records, files), plain)[1]
+        return differences(Run(records, files), plain, scale=scale)[1]
 
     assert seen() == []
     assert seen(lambda r: r[3]["losses"].__setitem__(1, 2.001)) == ["rank 3 losses[1]: 2.001 for 2.0"]
@@ -80,3 +80,33 @@ def test_a_difference_between_two_runs_is_seen(tmp_path):
     assert seen(files={}) == ["file out/model.safetensors is missing"]
     assert "(2, 2) for (4, 2)" in seen(files={"out/model.safetensors": tmp_path / "shard.safetensors"})[0]
     assert "off by" in seen(files={"out/model.safetensors": tmp_path / "other.safetensors"})[0]
+
+    # In double precision a millionth of it.
+    for scale, change in ((1.0, 1e-3), (DOUBLE_SCALE, 1e-9)):
+        save_file({"weight": torch.ones(4, 2, dtype=torch.float64) + 1.5 * change}, tmp_path / "off.safetensors")
+        off = {"out/model.safetensors": tmp_path / "off.safetensors"}
+        assert len(seen(lambda r: r[0]["losses"].__setitem__(0, 2.5 * (1 + change)), off, scale)) == 2
+        save_file({"weight": torch.ones(4, 2, dtype=torch.float64) + 0.5 * change}, tmp_path / "off.safetensors")
+        assert seen(lambda r: r[0]["losses"].__setitem__(0, 2.5 * (1 + change / 10)), off, scale) == []
+
+
+def test_double_precision_is_kept_where_a_program_asks_for_single():
+    import torch
+
+    from benchmarks.programs.record import Double
+
+    third = torch.ones(2, dtype=torch.float64) / 3
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(third.clone())
+    with Double():
+        asked = {
+            "float": third.float(),
+            "to": third.to(torch.float32),
+            "to, by name": third.to(dtype=torch.float32),
+            "softmax": torch.softmax(third.log(), -1, dtype=torch.float32) * 2 / 3,
+            "zeros": torch.zeros(2, dtype=torch.float32) + third,
+            "module": module.to(torch.float32).weight,
+        }
+    for name, tensor in asked.items():
+        assert torch.equal(tensor, third), name
+    assert third.float().dtype == torch.float32 and torch.zeros(2, dtype=torch.float32).dtype == torch.float32

@@ -19,6 +19,8 @@ arguments = CrossEncoderTrainingArguments(
     use_cpu=True,
     report_to=[],
     disable_tqdm=True,
+    # The outputs are a `BatchEncoding`, in which DDP finds no tensors: it would take all parameters for unused.
+    ddp_find_unused_parameters=False,
     seed=7,
 )
 trainer = CrossEncoderTrainer(
