@@ -60,7 +60,7 @@ def check_upstream() -> None:
 
 
 def check_releases(required: Iterable[str]) -> None:
-    """Raise if a package that is in use is older than required.
+    """Raise if a package in which something is replaced is in use, and older than required.
 
     Args:
         required: As the metadata of a distribution has it. Other conditions than a first release are passed over.
@@ -68,10 +68,11 @@ def check_releases(required: Iterable[str]) -> None:
     Raises:
         UpstreamError: With all of them.
     """
+    packages = {row.package for rows in TABLES.values() for row in rows}
     old = {}
     for requirement in required:
         match = re.match(r"([\w.-]+)\s*>=\s*([\d.]+)", requirement)
-        if match is not None and match[1].replace("-", "_") in sys.modules:
+        if match is not None and (package := match[1].replace("-", "_")) in packages and package in sys.modules:
             installed = installed_version(match[1])
             if release(installed) < release(match[2]):
                 old[match[1]] = installed, match[2]
