@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import gc
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,6 +92,9 @@ class Compared:
     broken: bool = False
 
 
+_numbers = itertools.count()
+
+
 class CpuRanks:
     """The ranks of a mesh, on CPU, over a gloo group of their own that lives as long as the `with` block.
 
@@ -105,7 +109,8 @@ class CpuRanks:
             if ranks == mine:
                 group = made
         assert group is not None, "a mesh holds its own rank"
-        self.mesh: DeviceMesh | None = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
+        # Equal to no other mesh: DTensor keeps what it has worked out for an equal one, and so a group that is gone.
+        self.mesh: DeviceMesh | None = DeviceMesh.from_group(group, "cpu", mesh_dim_names=(f"proof_{next(_numbers)}",))
 
     def __enter__(self) -> CpuRanks:
         return self

@@ -241,10 +241,11 @@ def _serve(connection: Any, rank: int, world_size: int, port: int | None, stack_
 
 
 def _set_environment(rank: int, world_size: int, port: int | None) -> None:
+    prove = os.environ.get("ACCEL_TP_DDP_PROVE", "never")  # see conftest.py
     for name in list(os.environ):
         if name.startswith(FOREIGN_ENVIRONMENT) or name in RANK_ENVIRONMENT:
             del os.environ[name]
-    os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", ACCEL_TP_DDP_PROVE=prove)
     if world_size > 1:
         os.environ.update(
             RANK=str(rank),

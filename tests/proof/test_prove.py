@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-from accel_tp_ddp import PlanError, TensorParallelDDPPlugin, resolve_plan
+from accel_tp_ddp import PlanError, TensorParallelDDPPlugin, parallelize, resolve_plan
 from accel_tp_ddp.core.errors import WrongPlanError
 from accel_tp_ddp.core.shard import holds_shards
 from accel_tp_ddp.proof import compare as comparing
@@ -276,3 +277,23 @@ def test_what_cannot_be_proved_is_said_by_name(tmp_path):
     assert all(sharded for sharded, _ in answers)
     assert "Scale" in answers[0][1][0] and "accel-tp-ddp verify" in answers[0][1][0]
     assert [len(told) for _, told in answers] == [1, 0]  # the main process says it
+
+
+# --- torch's own styles ----------------------------------------------------------------------------------------------
+
+
+def train_after_proofs() -> list[float]:
+    """DTensor keeps what it has worked out for a mesh, and uses it for an equal one: whose group has to be there."""
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model, mesh = Mlp(), tp_mesh(2)
+        rules = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        assert prove_plan(model, mesh, resolve_plan(model, 2, rules), rules, "always").how == "proved"
+        losses.append(parallelize(model, mesh, rules)(torch.ones(2, 8)).square().mean().item())
+    return losses
+
+
+def test_a_proof_leaves_torchs_styles_as_they_are():
+    first, second = run_on_ranks(train_after_proofs, 2)
+    assert first == second
