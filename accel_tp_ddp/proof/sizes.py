@@ -303,10 +303,8 @@ class _Sizes:
         return self.vocabularies[max(below)] + value - max(below) if below else None
 
     def _experts(self, part: _Part, name: str, value: int) -> int:
-        if "shared" in name:
-            return min(value, 2)
-        if "zero" in name:
-            return min(value, 2)
+        if "shared" in name or "zero" in name:
+            return self._like(value, min(value, 2))
         chosen = min(
             max((_ints(held)[0] for key, held in part.before.items() if _few_chosen(key) and _ints(held)), default=1),
             2,
@@ -315,11 +313,10 @@ class _Sizes:
         least = max(4, chosen + 1, 2 * groups, self.tp_size * (2 if value % self.tp_size == 0 else 1))
         return self._like(value, least, groups)
 
-    @staticmethod
-    def _groups(part: _Part) -> int:
+    def _groups(self, part: _Part) -> int:
         """Of experts, of which some are chosen first: more than are chosen."""
         groups = max((part.before.get(name) or 1 for name in _GROUPS), default=1)
-        return min(groups, 4 if (part.before.get("topk_group") or 1) > 1 else 2)
+        return self._like(groups, min(groups, 4 if (part.before.get("topk_group") or 1) > 1 else 2))
 
     def _like(self, value: int, least: int, of: int = 1) -> int:
         """The least value from `least` on that the ranks divide as they divide `value`, and `of`, if it did."""
@@ -376,14 +373,14 @@ class _Sizes:
         return None
 
     def _width(self, part: _Part, value: int) -> int:
+        grain = next(grain for grain in (8 * self.tp_size, 8, 1) if value % grain == 0)  # as kernels want it
         related = self._related(part, value)
-        if related is not None:
+        if related is not None and (related % grain == 0 or value >= (part.hidden or 0)):
             return min(related, value)
         hidden = part.hidden or max((each.hidden for each in self.parts if each.hidden), default=0)
         if not hidden:
             return self._like(value, min(value, 32), 8)
         scaled = round(value * self.hidden[hidden] / hidden)
-        grain = 8 if value % 8 == 0 else 1
         return self._like(value, max(-(-scaled // grain) * grain, min(value, 16), self.tp_size), grain)
 
     def _image(self, part: _Part, name: str, value: int) -> int | None:

@@ -310,8 +310,8 @@ class _Shrinking:
             Choice(kept, heads, ratio, width, images)
             for heads, ratio, width in _SIZES
             if heads is None or heads >= self.least_heads
-            for kept in layers
             for images in (True, False)
+            for kept in layers
         )
         return itertools.islice(choices, _TRIALS)
 
