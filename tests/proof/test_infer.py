@@ -54,9 +54,14 @@ WREN = {
 }
 
 
+def settings(folder):
+    """A cache of one's own, and the default way to prove."""
+    return mock.patch.dict(os.environ, ACCEL_TP_DDP_CACHE=folder, ACCEL_TP_DDP_PROVE="auto")
+
+
 def training(tp, kind):
     """Three steps of a stranger: losses, gradient norms, the weights after."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, ACCEL_TP_DDP_CACHE=folder):
+    with tempfile.TemporaryDirectory() as folder, settings(folder):
         accelerator = make_accelerator(tp)
         model = build(kind)
         takes_labels = hasattr(model, "config")
