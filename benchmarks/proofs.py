@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name:58} {verdict:8} {took} {answer.get('reason', '')}", flush=True)
 
         each(tasks, args.jobs, args.seconds + 60.0, done)
-    if args.ledger:
-        write_shipped(proved)
+        if args.ledger:
+            write_shipped(proved)  # after each group: a run that is ended keeps what it has proved
     print(*(f"{name} {count}" for name, count in sorted(counts.items())), sep="\n")
     if seconds:
         ordered = sorted(seconds)
