@@ -6,6 +6,7 @@ parallelism is left to the accelerator's own.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -49,6 +50,8 @@ from .ddp import _OverReplicas
 from .replica_view import current_view
 
 __all__ = ["OVERRIDES", "OVERRIDES_WITHOUT_TP", "Settings", "hook_accelerator", "hook_without_tp"]
+
+logger = logging.getLogger(__name__)
 
 
 class Settings(Protocol):
@@ -184,10 +187,25 @@ class _Hooks:
     def _prove(self, models: list[nn.Module], plans: list[Plan | None], rules: Sequence[PlanLike]) -> None:
         """Raise on every rank if a model would not compute the same when sharded."""
         for model, plan, own in zip(models, plans, rules):
-            if plan is not None and self.plugin.prove != "never":
-                prove_plan(unwrap(model), self.tp_mesh, plan, own, self.plugin.prove)
-                if isinstance(own, InferredPlan):
-                    log_inferred(plan, own)
+            if self.plugin.prove == "never":
+                continue
+            if plan is None:
+                self._warn_of_sharded(unwrap(model))
+                continue
+            prove_plan(unwrap(model), self.tp_mesh, plan, own, self.plugin.prove)
+            if isinstance(own, InferredPlan):
+                log_inferred(plan, own)
+
+    def _warn_of_sharded(self, model: nn.Module) -> None:
+        """There is no unsharded model left to compare one with that was sharded before `prepare`."""
+        if any(model is known for known in self._guard.models()) or not self.accelerator.is_main_process:
+            return
+        logger.warning(
+            "The tensor-parallel plan of %s was not proved: it was sharded before `prepare`. If the plan is wrong "
+            "somewhere, training may be wrong without a word. To prove it: `accel-tp-ddp verify`, or leave the "
+            'sharding to `prepare`. prove="never" says that it is known to be right.',
+            type(model).__name__,
+        )
 
     def _watch(self, model: nn.Module) -> None:
         if any(model is known for known in self._guard.models()):
