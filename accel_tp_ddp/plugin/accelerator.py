@@ -16,7 +16,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -41,7 +40,7 @@ from ..proof.infer import infer_plan, log_inferred
 from ..proof.prove import prove_plan
 from ..training.drift import DriftGuard
 from ..training.full_tensor_step import FullTensorStep, steps_on_full_tensors
-from ..training.gradients import clip_grad_norm_, grad_scaler
+from ..training.gradients import agree_on_overflow, clip_grad_norm_
 from ..training.optimizer import check_optimizer, check_step, follow_model, take_full_state
 from ..training.same_batch import watch_batches
 from .data_loader import serve_replicas
@@ -201,11 +200,8 @@ class _Hooks:
 
     def _agree_on_overflow(self) -> None:
         """An overflow in one rank's gradients has to skip the step on all of them."""
-        scaler = self.accelerator.scaler
-        if scaler is not None and not isinstance(scaler, ShardedGradScaler):
-            handler = self.accelerator.scaler_handler
-            kwargs = handler.to_kwargs() if handler is not None else {}
-            self.accelerator.scaler = grad_scaler(self.tp_mesh, self.accelerator.device.type, **kwargs)
+        if self.accelerator.scaler is not None:
+            agree_on_overflow(self.accelerator.scaler, self.tp_mesh)
 
     def prepare_data_loader(
         self, stock: Callable, accelerator: Accelerator, /, data_loader: DataLoader, *args: Any, **kwargs: Any
