@@ -45,6 +45,7 @@ from ..training.optimizer import check_optimizer, check_step, follow_model, take
 from ..training.same_batch import watch_batches
 from .data_loader import serve_replicas
 from .ddp import _OverReplicas
+from .placement import empty_cache, end_waiting
 from .replica_view import current_view
 
 __all__ = ["OVERRIDES", "OVERRIDES_WITHOUT_TP", "Settings", "hook_accelerator", "hook_without_tp"]
@@ -112,6 +113,8 @@ class _Hooks:
         if not _is_prepared(model) and not any(model is sharded for sharded in self._sharded):
             self._shard([model])
         self._sharded = [sharded for sharded in self._sharded if sharded is not model]
+        if (device := end_waiting(model)) is not None:
+            model.to(device)
         # One replica needs no DDP; the evaluation mode does all the rest.
         plainly = evaluation_mode or self.dp_size == 1
         settings = _OverReplicas(accelerator.ddp_handler or DistributedDataParallelKwargs(), self.dp_group)
@@ -138,6 +141,7 @@ class _Hooks:
         for optimizer in [*optimizers, *(_bare(prepared) for prepared in self.accelerator._optimizers)]:
             follow_model(optimizer, mapping)
         if models:
+            empty_cache(self.tp_mesh.device_type)
             agree_as_processes(self.plugin.device_mesh)
 
     def _check(

@@ -33,6 +33,7 @@ TABLES: dict[str, tuple[Override, ...]] = {
     "Trainer": trainer.OVERRIDES,
     "Trainer while replicas present themselves as processes": trainer.OVERRIDES_OF_MAIN,
     "TrainingArguments": trainer.OVERRIDES_OF_ARGUMENTS,
+    "Losses of sentence-transformers": trainer.OVERRIDES_OF_LOSSES,
     "TRL's rewards": trainer.OVERRIDES_OF_REWARDS,
     "TRL with vLLM": vllm.OVERRIDES,
     "vLLM while TRL makes an engine": vllm.OVERRIDES_OF_ENGINE,
