@@ -112,10 +112,10 @@ def gather_replicas(mesh: DeviceMesh, tensor: Tensor) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def send_first_rank(mesh: DeviceMesh, tensor: Tensor) -> None:
-    """Overwrite `tensor` with its values on the first rank of `mesh`, on every rank; it may be on any device."""
+    """Overwrite `tensor` with its values on the first rank of `mesh`, on every rank; of any device and type."""
     group, own = mesh.get_group(), tensor.detach()
-    sent = own.to(mesh.device_type).contiguous()  # a backend takes tensors of its own device only
-    dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
+    sent = own.to(mesh.device_type).contiguous()  # a backend takes tensors of its own device only, and of some types
+    dist.broadcast(sent.view(-1).view(torch.uint8), dist.get_global_rank(group, 0), group=group)
     if sent is not own:  # so `to` or `contiguous` has made a copy
         tensor.copy_(sent)
 

@@ -17,7 +17,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -42,11 +41,12 @@ from ..proof.infer import infer_plan, log_inferred
 from ..proof.prove import prove_plan
 from ..training.drift import DriftGuard
 from ..training.full_tensor_step import FullTensorStep, steps_on_full_tensors
-from ..training.gradients import clip_grad_norm_, grad_scaler
+from ..training.gradients import agree_on_overflow, clip_grad_norm_
 from ..training.optimizer import check_optimizer, check_step, follow_model, take_full_state
 from ..training.same_batch import watch_batches
 from .data_loader import serve_replicas
 from .ddp import _OverReplicas
+from .placement import empty_cache, end_waiting
 from .replica_view import current_view
 
 __all__ = ["OVERRIDES", "OVERRIDES_WITHOUT_TP", "Settings", "hook_accelerator", "hook_without_tp"]
@@ -116,6 +116,8 @@ class _Hooks:
         if not _is_prepared(model) and not any(model is sharded for sharded in self._sharded):
             self._shard([model])
         self._sharded = [sharded for sharded in self._sharded if sharded is not model]
+        if (device := end_waiting(model)) is not None:
+            model.to(device)
         # One replica needs no DDP; the evaluation mode does all the rest.
         plainly = evaluation_mode or self.dp_size == 1
         settings = _OverReplicas(accelerator.ddp_handler or DistributedDataParallelKwargs(), self.dp_group)
@@ -142,6 +144,7 @@ class _Hooks:
         for optimizer in [*optimizers, *(_bare(prepared) for prepared in self.accelerator._optimizers)]:
             follow_model(optimizer, mapping)
         if models:
+            empty_cache(self.tp_mesh.device_type)
             agree_as_processes(self.plugin.device_mesh)
 
     def _check(
@@ -219,11 +222,8 @@ class _Hooks:
 
     def _agree_on_overflow(self) -> None:
         """An overflow in one rank's gradients has to skip the step on all of them."""
-        scaler = self.accelerator.scaler
-        if scaler is not None and not isinstance(scaler, ShardedGradScaler):
-            handler = self.accelerator.scaler_handler
-            kwargs = handler.to_kwargs() if handler is not None else {}
-            self.accelerator.scaler = grad_scaler(self.tp_mesh, self.accelerator.device.type, **kwargs)
+        if self.accelerator.scaler is not None:
+            agree_on_overflow(self.accelerator.scaler, self.tp_mesh)
 
     def prepare_data_loader(
         self, stock: Callable, accelerator: Accelerator, /, data_loader: DataLoader, *args: Any, **kwargs: Any
