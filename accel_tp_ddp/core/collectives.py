@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from .control import first_object
 from .layout import Shared
 
 __all__ = [
@@ -122,9 +123,7 @@ def send_first_rank(mesh: DeviceMesh, tensor: Tensor) -> None:
 
 def object_of_first_rank(mesh: DeviceMesh, data: Any) -> Any:
     """What the first rank of `mesh` holds, on every rank: anything that can be pickled."""
-    group, sent = mesh.get_group(), [data]
-    dist.broadcast_object_list(sent, dist.get_global_rank(group, 0), group=group)
-    return sent[0]
+    return first_object(data, mesh.get_group())
 
 
 @torch.no_grad()
