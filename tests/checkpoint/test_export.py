@@ -147,7 +147,15 @@ class Counts:
     def watch(self) -> Any:
         stack = ExitStack()
         stack.enter_context(mock.patch.multiple(ShardInfo, collect=self._collect, send_part=self._send))
-        gathers = ("all_gather", "all_gather_object", "all_reduce", "barrier", "broadcast", "gather")
+        gathers = (
+            "all_gather",
+            "all_gather_into_tensor",
+            "all_gather_object",
+            "all_reduce",
+            "barrier",
+            "broadcast",
+            "gather",
+        )
         stack.enter_context(mock.patch.object(agreement, "gather_objects", self._collective))
         return stack, mock.patch.multiple(torch.distributed, **dict.fromkeys(gathers, self._collective))
 
