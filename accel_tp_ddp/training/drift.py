@@ -5,7 +5,8 @@ Ranks compute the gradients of replicated parameters from equal inputs, but kern
 optimizer step the first rank's gradients are therefore sent to its peers, in one fused collective for each data type.
 Those of a part that some of the ranks hold alike (of key/value heads that are fewer than the ranks) go from the first
 of them to the others.
-A sentinel compares parameters, buffers and optimizer state now and then, for whatever else may change one rank's copy.
+A sentinel compares parameters, buffers, optimizer state and random states now and then, for whatever else may change
+one rank's copy.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,13 +22,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from ..core.checksum import by_device, can_be_summed, checksum
 from ..core.collectives import laid_out, send_first_rank, with_shared
+from ..core.randomness import Generator, default_generators
 from ..core.shard import ShardInfo, shard_info
 
 __all__ = ["DriftGuard", "checksum"]
 
-_RANDOM_STATE = "torch's random state"
-_PIECE = 1 << 20
 _NONE = -(1 << 62)  # below every checksum and its negative
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class DriftGuard:
         self.mesh = mesh
         self.every = every
         self.on_drift = on_drift
+        self.generators: dict[str, Generator] = default_generators(mesh.device_type)
         self._models: list[weakref.ref[nn.Module]] = []  # weakly: a model that is no longer used is freed
         self._steps: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
 
@@ -101,25 +103,23 @@ class DriftGuard:
     def compare(self, optimizer: Optimizer | None = None) -> list[str]:
         """Compare checksums over the ranks in one small collective, and correct what has drifted.
 
+        The host waits for the device once, for the verdict.
+
         Returns:
             Names of the tensors that differed.
 
         Raises:
             RuntimeError: On every rank, if something differs and `on_drift` is "raise".
         """
-        named = {name: (tensor, info) for name, tensor, info in self._replicated(optimizer)}
-        named[_RANDOM_STATE] = (torch.get_rng_state(), None)
-        sums = [_checksums(tensor, info) for tensor, info in named.values()]
-        # max(c) and -max(-c) = min(c) differ if any two ranks do.
-        bounds = torch.cat([*(c for c, _ in sums), *(negative for _, negative in sums)]).to(self.mesh.device_type)
-        dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.mesh.get_group())
-        highest, lowest = bounds.cpu().chunk(2)
-        differs = (highest != -lowest).split([len(c) for c, _ in sums])
-        drifted = [name for name, pieces in zip(named, differs) if pieces.any()]
+        replicated = self._replicated(optimizer)
+        watched = {name: _Watched(tensor, info) for name, tensor, info in replicated if can_be_summed(tensor)}
+        for device, generator in self.generators.items():
+            watched[f"torch's random state ({device})"] = _Watched(generator.get_state(), generator=generator)
+        drifted = self._differing(watched)
         if drifted:
             steps = self._steps[optimizer] if optimizer else 0
             message = (
-                f"after {steps} steps {len(drifted)} of {len(named)} things to be replicated differ over the "
+                f"after {steps} steps {len(drifted)} of {len(watched)} things to be replicated differ over the "
                 f"tensor-parallel ranks: {', '.join(drifted[:10])}{', ...' if len(drifted) > 10 else ''}."
             )
             if self.on_drift == "raise":
@@ -127,15 +127,31 @@ class DriftGuard:
                     f"{message} Something changed them on one rank only; look for code that runs on a single rank."
                 )
             for name in drifted:
-                tensor, info = named[name]
-                if info is None:
-                    send_first_rank(self.mesh, tensor)
-                else:
-                    send_first_holders(self.mesh, [(tensor, info)])
-            if _RANDOM_STATE in drifted:
-                torch.set_rng_state(named[_RANDOM_STATE][0])
+                self._heal(watched[name])
             logger.warning("%s The first rank's values were sent to the others.", message)
         return drifted
+
+    def _differing(self, watched: dict[str, _Watched]) -> list[str]:
+        """The names of those that any two ranks have unlike."""
+        names = [name for name, (tensor, info, _) in watched.items() for _ in range(_pieces(info))]
+        sums = [total for tensor, info, _ in watched.values() for total in _checksums(tensor, info)]
+        order, stacks = by_device(sums)
+        own = torch.cat([stack.to(self.mesh.device_type) for stack in stacks])
+        # max(c) and -max(-c) = min(c) differ if any two ranks do.
+        bounds = torch.stack([own, torch.where(own == _NONE, own, -own)])
+        dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.mesh.get_group())
+        differs = (bounds[0] != -bounds[1]).tolist()
+        found = {names[index] for index, differ in zip(order, differs) if differ}
+        return [name for name in watched if name in found]
+
+    def _heal(self, drifted: _Watched) -> None:
+        """The first rank's value on all ranks."""
+        if drifted.info is not None:
+            send_first_holders(self.mesh, [(drifted.tensor, drifted.info)])
+            return
+        send_first_rank(self.mesh, drifted.tensor)
+        if drifted.generator is not None:
+            drifted.generator.set_state(drifted.tensor)
 
     def _replicated(self, optimizer: Optimizer | None) -> Iterator[tuple[str, Tensor, ShardInfo | None]]:
         """Name and value of all that several ranks hold, with the shard where it is not all of them."""
@@ -171,19 +187,35 @@ def _is_held_by_several(param: nn.Parameter) -> bool:
     return is_replicated(param) or _repeated(param) is not None
 
 
-def _checksums(tensor: Tensor, info: ShardInfo | None) -> tuple[Tensor, Tensor]:
-    """The checksum of what several ranks hold, and its negative; one for each piece, if it is not all of the tensor.
+class _Watched(NamedTuple):
+    """What several ranks hold.
+
+    Attributes:
+        tensor: Its value.
+        info: The shard, where it is not all of a tensor that they hold.
+        generator: The generator whose state it is.
+    """
+
+    tensor: Tensor
+    info: ShardInfo | None = None
+    generator: Generator | None = None
+
+
+def _pieces(info: ShardInfo | None) -> int:
+    return 1 if info is None or info.layout is None else len(info.layout.repeated)
+
+
+def _checksums(tensor: Tensor, info: ShardInfo | None) -> list[Tensor]:
+    """The checksum of what several ranks hold; one for each piece, if it is not all of the tensor.
 
     Pieces that this rank does not hold have the lowest number there is.
     """
-    if info is None:
-        total = checksum(tensor).view(1)
-        return total, -total
-    both = torch.full((2, len(info.layout.repeated)), _NONE, dtype=torch.int64)
+    if info is None or info.layout is None:
+        return [checksum(tensor)]
+    sums = [torch.full((), _NONE, dtype=torch.int64, device=tensor.device) for _ in info.layout.repeated]
     for piece in info.shared.pieces:
-        total = checksum(tensor.narrow(info.layout.dim, piece.start, piece.length))
-        both[:, piece.number] = torch.stack([total, -total])
-    return both[0], both[1]
+        sums[piece.number] = checksum(tensor.narrow(info.layout.dim, piece.start, piece.length))
+    return sums
 
 
 def send_first_holders(mesh: DeviceMesh, parts: list[tuple[Tensor, ShardInfo]]) -> None:
@@ -197,14 +229,3 @@ def send_first_holders(mesh: DeviceMesh, parts: list[tuple[Tensor, ShardInfo]]) 
     dist.all_reduce(flat, group=mesh.get_group())  # to all others it adds nothing but zeros
     for (tensor, info), sent, buffer in zip(parts, flat.split([b.numel() for b in buffers]), buffers):
         tensor.copy_(with_shared(tensor, sent.view_as(buffer), info.shared))
-
-
-def checksum(tensor: Tensor) -> Tensor:
-    """An integer made of the bits of `tensor`, on the CPU: equal for equal bits, hardly ever for others."""
-    bits = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    bits = bits.view(torch.int32) if bits.numel() % 4 == 0 else bits
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for index, piece in enumerate(bits.split(_PIECE)):  # the sums need eight bytes an element
-        position = torch.arange(index * _PIECE, index * _PIECE + piece.numel(), device=bits.device)
-        total += (piece.to(torch.int64) * (2 * position + 1)).sum()  # odd, so that a change of one bit shows
-    return (total % (1 << 61)).cpu()  # small enough for its negative to be exact
