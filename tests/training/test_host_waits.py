@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 
 from accel_tp_ddp import TensorParallelDDPPlugin
 from accel_tp_ddp.training.drift import DriftGuard
@@ -90,3 +94,30 @@ def test_a_step_waits_as_often_as_without_tensor_parallelism(architecture):
     for first, *sharded in run_on_ranks(waits_of_a_step, 2, architecture, 2):
         assert sharded == plain[1:]
         assert len(first) > len(plain[0])  # the batch is compared in the first step
+
+
+def waits_of_trained_tokens(tied):
+    model = get_peft_model(build_model("llama", tied=tied), LoraConfig(trainable_token_indices=[1, 2, 130], r=2))
+    plain, batch = copy.deepcopy(model), token_batch()
+    sharded = Accelerator(parallelism_config=TensorParallelDDPPlugin(tp_size=2)).prepare(model)
+    with torch.inference_mode():
+        sharded(**batch)  # which may leave nothing behind that a backward cannot use
+    sharded(**batch).loss.backward()
+    with HostWaits() as waits:
+        sharded(**batch)
+    with HostWaits() as waits_of_plain:
+        plain(**batch)
+    layers = [
+        module for each in (sharded, plain) for module in each.modules() if isinstance(module, TrainableTokensLayer)
+    ]
+    for layer in layers:
+        layer.token_indices = {name: [3, 4, 5] for name in layer.token_indices}
+    assert len(layers) == 2 * (1 + tied)
+    torch.testing.assert_close(sharded(**batch).loss, plain(**batch).loss)
+    return waits.calls, waits_of_plain.calls
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_tokens_are_sent_to_the_device_once(tied):
+    for waits, plain in run_on_ranks(waits_of_trained_tokens, 2, tied):
+        assert len(plain) - len(waits) == 1 + tied, (waits, plain)
