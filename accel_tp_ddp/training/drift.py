@@ -2,7 +2,7 @@
 
 Ranks compute the gradients of replicated parameters from equal inputs, but kernels whose order of additions varies
 (atomics on GPUs) give each of them other last bits, and the copies drift apart for good (pytorch#160169). Before every
-optimizer step the first rank's gradients are therefore sent to its peers, in one fused collective for each data type.
+optimizer step the first rank's gradients are therefore sent to its peers, in buckets as DDP's for each data type.
 Those of a part that some of the ranks hold alike (of key/value heads that are fewer than the ranks) go from the first
 of them to the others.
 A sentinel compares parameters, buffers, optimizer state and random states now and then, for whatever else may change
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,9 +26,12 @@ from ..core.checksum import by_device, can_be_summed, checksum
 from ..core.collectives import laid_out, send_first_rank, with_shared
 from ..core.randomness import Generator, default_generators
 from ..core.shard import ShardInfo, shard_info
+from .decisions import Decisions, decisions_of
 
 __all__ = ["DriftGuard", "checksum"]
 
+T = TypeVar("T")
+_BUCKET_BYTES = 25 << 20  # as DDP's
 _NONE = -(1 << 62)  # below every checksum and its negative
 logger = logging.getLogger(__name__)
 
@@ -53,6 +56,8 @@ class DriftGuard:
     def add(self, model: nn.Module) -> None:
         """Watch the replicated part of a bare, parallelized model."""
         self._models.append(weakref.ref(model))
+        for _, decisions in decisions_of(model):
+            decisions.begin(due=self.every == 1)
 
     def models(self) -> list[nn.Module]:
         """The models that are still in use."""
@@ -74,30 +79,39 @@ class DriftGuard:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._steps[optimizer] += 1
-        if self.every and self._steps[optimizer] % self.every == 0:
+        if not self.every:
+            return
+        since = self._steps[optimizer] % self.every
+        if since == 0:
             self.compare(optimizer)
+        if since in (0, self.every - 1):
+            for _, decisions in self._decisions(optimizer):
+                decisions.begin(due=since == self.every - 1 or self.every == 1)
 
     @torch.no_grad()
     def agree_on_gradients(self, optimizer: Optimizer) -> None:
-        """The gradients of what several ranks hold, as the first of them has them: two collectives for a data type."""
-        grads: dict[torch.dtype, list[Tensor]] = {}
-        repeated: dict[torch.dtype, list[tuple[Tensor, ShardInfo]]] = {}
+        """The gradients of what several ranks hold, as the first of them has them, in buckets of a data type each."""
+        grads: list[Tensor] = []
+        repeated: list[tuple[Tensor, ShardInfo]] = []
         for group in optimizer.param_groups:
             for param in group["params"]:
                 if param.grad is None or param.grad.layout != torch.strided:
                     continue
                 if is_replicated(param):
-                    grads.setdefault(param.grad.dtype, []).append(param.grad)
+                    grads.append(param.grad)
                 elif (info := _repeated(param)) is not None:
-                    repeated.setdefault(param.grad.dtype, []).append((param.grad, info))
-        for shards in repeated.values():
+                    repeated.append((param.grad, info))
+        for shards in _buckets(repeated, lambda shard: shard[0]):
             send_first_holders(self.mesh, shards)
-        for same_dtype in grads.values():
-            flat = torch.cat([grad.reshape(-1) for grad in same_dtype])
+        for bucket in _buckets(grads, lambda grad: grad):
+            if len(bucket) == 1:
+                send_first_rank(self.mesh, bucket[0])
+                continue
+            flat = torch.cat([grad.reshape(-1) for grad in bucket])
             send_first_rank(self.mesh, flat)
             if self.mesh.get_local_rank() != 0:
-                parts = flat.split([grad.numel() for grad in same_dtype])
-                torch._foreach_copy_(same_dtype, [part.view_as(grad) for part, grad in zip(parts, same_dtype)])
+                parts = flat.split([grad.numel() for grad in bucket])
+                torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(parts, bucket)])
 
     @torch.no_grad()
     def compare(self, optimizer: Optimizer | None = None) -> list[str]:
@@ -115,26 +129,38 @@ class DriftGuard:
         watched = {name: _Watched(tensor, info) for name, tensor, info in replicated if can_be_summed(tensor)}
         for device, generator in self.generators.items():
             watched[f"torch's random state ({device})"] = _Watched(generator.get_state(), generator=generator)
-        drifted = self._differing(watched)
+        for name, decisions in self._decisions(optimizer):
+            watched[f"choices for {name}"] = _Watched(decisions.number(self.mesh.device_type), is_past=True)
+        found = self._differing(watched)
+        chosen = [name for name in found if watched[name].is_past]
+        drifted = [name for name in found if not watched[name].is_past]
+        steps, problems = self._steps[optimizer] if optimizer else 0, []
         if drifted:
-            steps = self._steps[optimizer] if optimizer else 0
-            message = (
+            problems.append(
                 f"after {steps} steps {len(drifted)} of {len(watched)} things to be replicated differ over the "
-                f"tensor-parallel ranks: {', '.join(drifted[:10])}{', ...' if len(drifted) > 10 else ''}."
+                f"tensor-parallel ranks: {_some(drifted)}."
             )
-            if self.on_drift == "raise":
-                raise RuntimeError(
-                    f"{message} Something changed them on one rank only; look for code that runs on a single rank."
-                )
-            for name in drifted:
-                self._heal(watched[name])
-            logger.warning("%s The first rank's values were sent to the others.", message)
-        return drifted
+        if chosen:
+            problems.append(
+                f"before step {steps} the tensor-parallel ranks did not choose the same for the same input: "
+                f"{_some(chosen)}. They then add up parts of different experts. Let all ranks run the same kernels: "
+                "no autotuning by rank (torch.compile's max-autotune, torch.backends.cudnn.benchmark)."
+            )
+        if problems and self.on_drift == "raise":
+            changed = " Something changed them on one rank only; look for code that runs on a single rank."
+            raise RuntimeError(" ".join(problems) + changed * bool(drifted))
+        for name in drifted:
+            self._heal(watched[name])
+        if drifted:
+            problems[0] += " The first rank's values were sent to the others."
+        for problem in problems:
+            logger.warning("%s", problem)
+        return found
 
     def _differing(self, watched: dict[str, _Watched]) -> list[str]:
         """The names of those that any two ranks have unlike."""
-        names = [name for name, (tensor, info, _) in watched.items() for _ in range(_pieces(info))]
-        sums = [total for tensor, info, _ in watched.values() for total in _checksums(tensor, info)]
+        names = [name for name, each in watched.items() for _ in range(_pieces(each.info))]
+        sums = [total for each in watched.values() for total in _checksums(each.tensor, each.info)]
         order, stacks = by_device(sums)
         own = torch.cat([stack.to(self.mesh.device_type) for stack in stacks])
         # max(c) and -max(-c) = min(c) differ if any two ranks do.
@@ -153,15 +179,24 @@ class DriftGuard:
         if drifted.generator is not None:
             drifted.generator.set_state(drifted.tensor)
 
+    def _decisions(self, optimizer: Optimizer | None) -> Iterator[tuple[str, Decisions]]:
+        """Of the modules of all models that `optimizer` trains, with names."""
+        for prefix, model in self._models_of(optimizer):
+            for name, decisions in decisions_of(model):
+                yield prefix + name, decisions
+
+    def _models_of(self, optimizer: Optimizer | None) -> Iterator[tuple[str, nn.Module]]:
+        """The models that `optimizer` trains something of, and what stands before the names of what is in them."""
+        trained = {id(param) for group in (optimizer.param_groups if optimizer else ()) for param in group["params"]}
+        for index, model in enumerate(self.models()):
+            if not trained or not trained.isdisjoint(map(id, model.parameters())):
+                yield f"model {index}: " if index else "", model
+
     def _replicated(self, optimizer: Optimizer | None) -> Iterator[tuple[str, Tensor, ShardInfo | None]]:
         """Name and value of all that several ranks hold, with the shard where it is not all of them."""
-        trained = {id(param) for group in (optimizer.param_groups if optimizer else ()) for param in group["params"]}
         names: dict[int, str] = {}
-        for index, model in enumerate(self.models()):
+        for prefix, model in self._models_of(optimizer):
             params = {name: param for name, param in model.named_parameters() if _is_held_by_several(param)}
-            if trained and trained.isdisjoint(map(id, model.parameters())):
-                continue  # another optimizer's model
-            prefix = f"model {index}: " if index else ""
             for name, tensor in [*params.items(), *model.named_buffers()]:
                 names[id(tensor)] = prefix + name
                 yield names[id(tensor)], tensor.detach(), _repeated(tensor)
@@ -187,6 +222,25 @@ def _is_held_by_several(param: nn.Parameter) -> bool:
     return is_replicated(param) or _repeated(param) is not None
 
 
+def _buckets(parts: Iterable[T], tensor_of: Callable[[T], Tensor]) -> Iterator[list[T]]:
+    """What is sent together: of one data type, and no more than `_BUCKET_BYTES` unless it is a single tensor.
+
+    A large tensor is a bucket by itself, and takes no memory for a copy.
+    """
+    filling: dict[torch.dtype, tuple[int, list[T]]] = {}
+    for part in parts:
+        tensor = tensor_of(part)
+        size, bucket = filling.get(tensor.dtype, (0, []))
+        if tensor.nbytes >= _BUCKET_BYTES:
+            yield [part]
+            continue
+        if size + tensor.nbytes > _BUCKET_BYTES:
+            yield bucket
+            size, bucket = 0, []
+        filling[tensor.dtype] = size + tensor.nbytes, [*bucket, part]
+    yield from (bucket for _, bucket in filling.values())
+
+
 class _Watched(NamedTuple):
     """What several ranks hold.
 
@@ -194,11 +248,17 @@ class _Watched(NamedTuple):
         tensor: Its value.
         info: The shard, where it is not all of a tensor that they hold.
         generator: The generator whose state it is.
+        is_past: Whether it is something that has been, and cannot be healed.
     """
 
     tensor: Tensor
     info: ShardInfo | None = None
     generator: Generator | None = None
+    is_past: bool = False
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
 
 
 def _pieces(info: ShardInfo | None) -> int:
