@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -120,7 +119,7 @@ class _Hooks:
             model.to(device)
         # One replica needs no DDP; the evaluation mode does all the rest.
         plainly = evaluation_mode or self.dp_size == 1
-        settings = _OverReplicas(accelerator.ddp_handler or DistributedDataParallelKwargs(), self.dp_group)
+        settings = _OverReplicas(accelerator.ddp_handler, self.dp_group)
         with self.plugin.as_plain_ddp(), attributes(accelerator, ddp_handler=settings):
             return stock(model, device_placement=device_placement, evaluation_mode=plainly)
 

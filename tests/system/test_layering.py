@@ -37,6 +37,7 @@ CALL_COLLECTIVES = {
     "proof/compare.py": "set-up: the ranks of the proof, and what each has found",
     "tools/ranks.py": "the end of a rank of the command",
     "training/drift.py": "between steps: what is replicated stays equal",
+    "training/same_batch.py": "now and then before a forward: whether the ranks of a replica have one batch",
 }
 COLLECTIVES = {
     *("all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce"),
