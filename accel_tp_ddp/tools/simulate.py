@@ -33,7 +33,7 @@ from ..core.errors import BadInputError
 from ..core.override import attributes
 from ..plugin.config import TensorParallelDDPPlugin
 
-__all__ = ["Collective", "Copy", "Held", "Memory", "Setting", "Simulation", "simulate"]
+__all__ = ["Collective", "Copy", "Held", "Memory", "Setting", "Simulation", "one_of", "simulate"]
 
 PHASES = ("forward", "backward", "clip", "step")
 PRECISIONS = ("fp32", "bf16", "bf16-weights")
@@ -202,7 +202,7 @@ def simulate(
         PlanError: If the model cannot be sharded.
     """
     started = time.perf_counter()
-    with _one_of(setting.tp * setting.dp):
+    with one_of(setting.tp * setting.dp):
         run = _Run(build, setting, inputs, optimizer)
         run.step()  # makes the optimizer's state
         tally = run.step()
@@ -218,8 +218,8 @@ def simulate(
         saved=saved,
         gradient_excess=tally.excess,
         gradients_with_excess=tally.with_excess,
-        collectives=tuple(Collective(*key, count=count) for key, count in sorted(tally.collectives.items())),
-        copies=tuple(Copy(*key, count=count) for key, count in sorted(tally.copies.items())),
+        collectives=tuple(_rows(Collective, tally.collectives)),
+        copies=tuple(_rows(Copy, tally.copies)),
         kernels={phase: tally.kernels[phase] for phase in PHASES},
         held=listed,
         graphs=counted,
@@ -228,19 +228,28 @@ def simulate(
     )
 
 
+def _rows(kind: Callable[..., Any], counted: Counter[tuple]) -> list[Any]:
+    return [kind(*key, count) for key, count in sorted(counted.items())]
+
+
 # ---------------------------------------------------------------------------------------------------------- the ranks
 
 
 @contextmanager
-def _one_of(ranks: int) -> Iterator[None]:
-    """In the block, this process is the first of `ranks`, of which there are no others."""
+def one_of(ranks: int, cpu: bool = True) -> Iterator[None]:
+    """In the block, this process is the first of `ranks`, of which there are no others.
+
+    Args:
+        ranks: How many there seem to be.
+        cpu: Whether Accelerate is to be told that they are on the CPU, whatever there is.
+    """
     if dist.is_available() and dist.is_initialized():
         raise BadInputError("a simulation needs a process without a process group. Run it in one of its own.")
     if AcceleratorState._shared_state:
         raise BadInputError("a simulation needs a process without an Accelerator. Run it in one of its own.")
     with ExitStack() as stack:
         stack.callback(AcceleratorState._reset_state, True)
-        stack.enter_context(_environment(ACCELERATE_USE_CPU="true"))
+        stack.enter_context(_environment(ACCELERATE_USE_CPU=str(cpu).lower()))
         # Positions have no values, by which packed samples are told, and so whether there has to be a mask.
         stack.enter_context(attributes(masking_utils, find_packed_sequence_indices=lambda *args, **kwargs: None))
         if ranks > 1:
@@ -504,8 +513,7 @@ class _Live:
         alike: Counter[tuple] = Counter()
         for part, size, made, dtype, shape in self._parts.values():
             alike[part, made, dtype, shape, size] += 1
-        rows = [Held(*key, count=count) for key, count in alike.items()]
-        return tuple(sorted(rows, key=lambda row: -row.bytes * row.count))
+        return tuple(sorted(_rows(Held, alike), key=lambda row: -row.bytes * row.count))
 
 
 class _Tally(TorchDispatchMode):

@@ -72,7 +72,7 @@ def runs():
 
 def peaks_by_both(values, changes):
     chosen = setting(**changes)
-    with simulation._one_of(chosen.tp * chosen.dp):
+    with simulation.one_of(chosen.tp * chosen.dp):
         run = simulation._Run(lambda: plain(config_of(values)), chosen, None, None)
         run.step()
         tracker = MemTracker()
