@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..core.agreement import Ranks
+from ..core.control import patience
 from ..core.errors import CheckpointError
 
 __all__ = ["finish_background_save", "group_of_its_own", "run_in_background", "wait_for_save"]
@@ -96,6 +97,7 @@ def group_of_its_own(timeout: timedelta | None) -> dist.ProcessGroup | None:
     if not dist.is_initialized():
         return None
     if _group is None or _group[0] is not dist.group.WORLD:
-        made: Any = dist.new_group(backend="gloo", timeout=timeout)  # whose type counts ranks outside it in
+        longer = max(timeout, patience()) if timeout is not None else patience()
+        made: Any = dist.new_group(backend="gloo", timeout=longer)  # whose type counts ranks outside it in
         _group = (dist.group.WORLD, made)
     return _group[1]

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from ..core.control import control_group
 from ..core.errors import CheckpointError
 from ..core.layout import Ranges
 from ..core.shard import ShardInfo
@@ -161,7 +162,9 @@ def write_tensors(folder: Path, values: Mapping[str, Any]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(_with_contents(values), storage_writer=_Writer(folder), planner=_SavePlanner())
+            group = control_group() if dist.is_initialized() else None
+            planner = _SavePlanner()
+            dcp.save(_with_contents(values), storage_writer=_Writer(folder), planner=planner, process_group=group)
     except CheckpointException as error:
         raise CheckpointError(_first_failure(error)) from None
 

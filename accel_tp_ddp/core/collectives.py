@@ -12,8 +12,8 @@
 The pairs are Megatron-LM's f/g functions (arXiv:1909.08053, section 3): `copy_to_tp` opens a tensor-parallel region,
 `reduce_from_tp` closes one. All take a one-dimensional mesh, the tensor-parallel one but for `gather_replicas`, and
 never change their input in place. Only `send_first_rank`, which is for set-up and between steps and has no backward,
-does that. Nor have `gather_parts` (full tensors), `object_of_first_rank` (generated tokens) and `on_any_rank` (a
-question before a step).
+does that. Nor have `gather_parts` and `gather_whole` (full tensors), `object_of_first_rank` (generated tokens) and
+`on_any_rank` (a question before a step).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from .control import first_object
 from .layout import Shared
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "gather_from_tp",
     "gather_parts",
     "gather_replicas",
+    "gather_whole",
     "object_of_first_rank",
     "on_any_rank",
     "reduce_from_tp",
@@ -112,19 +114,17 @@ def gather_replicas(mesh: DeviceMesh, tensor: Tensor) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def send_first_rank(mesh: DeviceMesh, tensor: Tensor) -> None:
-    """Overwrite `tensor` with its values on the first rank of `mesh`, on every rank; it may be on any device."""
+    """Overwrite `tensor` with its values on the first rank of `mesh`, on every rank; of any device and type."""
     group, own = mesh.get_group(), tensor.detach()
-    sent = own.to(mesh.device_type).contiguous()  # a backend takes tensors of its own device only
-    dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
+    sent = own.to(mesh.device_type).contiguous()  # a backend takes tensors of its own device only, and of some types
+    dist.broadcast(sent.view(-1).view(torch.uint8), dist.get_global_rank(group, 0), group=group)
     if sent is not own:  # so `to` or `contiguous` has made a copy
         tensor.copy_(sent)
 
 
 def object_of_first_rank(mesh: DeviceMesh, data: Any) -> Any:
     """What the first rank of `mesh` holds, on every rank: anything that can be pickled."""
-    group, sent = mesh.get_group(), [data]
-    dist.broadcast_object_list(sent, dist.get_global_rank(group, 0), group=group)
-    return sent[0]
+    return first_object(data, mesh.get_group())
 
 
 @torch.no_grad()
@@ -190,7 +190,7 @@ class _GatherFromTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]):
         ctx.mesh, ctx.dim, ctx.sizes = mesh, dim, sizes
-        return _all_gather(mesh, tensor, dim, sizes)
+        return gather_whole(mesh, tensor, dim, sizes)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -205,7 +205,7 @@ class _ScatterToTP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return None, _all_gather(ctx.mesh, grad, ctx.dim, ctx.sizes), None, None
+        return None, gather_whole(ctx.mesh, grad, ctx.dim, ctx.sizes), None, None
 
 
 def laid_out(tensor: MaybeTensor, shared: Shared | None) -> MaybeTensor:
@@ -262,21 +262,30 @@ def _all_reduce_together(mesh: DeviceMesh, tensors: Sequence[Tensor | None]) -> 
 
 
 def gather_parts(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> list[Tensor]:
-    """The slices of all ranks, as long as `sizes` says along `dim`, by one all-gather."""
-    # Collectives want equal shapes: pad to the longest slice, and cut the padding off again.
-    missing = max(sizes) - tensor.size(dim)
-    if missing:
-        padding = list(tensor.shape)
-        padding[dim] = missing
-        tensor = torch.cat([tensor, tensor.new_zeros(padding)], dim)
-    tensor = tensor.contiguous()
-    parts = [torch.empty_like(tensor) for _ in sizes]
-    dist.all_gather(parts, tensor, group=mesh.get_group())
-    return [part.narrow(dim, 0, size) for part, size in zip(parts, sizes)]
+    """The slices of all ranks, as long as `sizes` says along `dim`, by one all-gather: views of one buffer."""
+    # Collectives want equal shapes: pad to the longest slice, and leave the padding out again.
+    shape = list(tensor.shape)
+    shape[dim] = max(sizes)
+    if shape[dim] > tensor.size(dim):
+        padded = tensor.new_empty(shape)
+        padded.narrow(dim, 0, tensor.size(dim)).copy_(tensor)
+        tensor = padded
+    buffer = _one_after_another(mesh, tensor).view(len(sizes), *shape)
+    return [part.narrow(dim, 0, size) for part, size in zip(buffer, sizes)]
 
 
-def _all_gather(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+def gather_whole(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """The slices of all ranks joined along `dim`, by one all-gather and at most one copy."""
+    if dim % tensor.dim() == 0 and len(set(sizes)) == 1:
+        return _one_after_another(mesh, tensor)
     return torch.cat(gather_parts(mesh, tensor, dim, sizes), dim)
+
+
+def _one_after_another(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
+    """Equal slices of all ranks, joined along the first dimension, without a list of them or a copy."""
+    joined = tensor.new_empty((mesh.size() * tensor.size(0), *tensor.shape[1:]))
+    dist.all_gather_into_tensor(joined, tensor.contiguous(), group=mesh.get_group())
+    return joined
 
 
 def _own_slice(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:

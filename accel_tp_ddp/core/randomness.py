@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .collectives import send_first_rank
+from .control import gather_objects
 
 __all__ = [
     "RandomStream",
@@ -145,8 +145,7 @@ def agree_as_processes(mesh: DeviceMesh) -> None:
     on_gpu = mesh.device_type == "cuda"
     own: tuple[Any, ...] = (random.getstate(), np.random.get_state(), torch.get_rng_state().numpy().tobytes())
     own += (torch.cuda.get_rng_state().numpy().tobytes(),) if on_gpu else ()
-    states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, pickle.dumps(own))
+    states = gather_objects(pickle.dumps(own))
     tp_size = mesh.size(1)
     if all(state == states[rank - rank % tp_size] for rank, state in enumerate(states)):
         return

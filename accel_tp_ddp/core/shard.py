@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
-from .collectives import gather_parts
+from .collectives import gather_parts, gather_whole
 from .layout import Layout, Shared
 from .transfer import Link, mesh_ranks
 
@@ -105,6 +105,8 @@ class ShardInfo:
         local = local.detach()
         if self.layout is None:
             return local.clone()
+        if self.layout.in_order:
+            return gather_whole(self.mesh, local, self.layout.dim, self.layout.sizes)
         parts = gather_parts(self.mesh, local, self.layout.dim, self.layout.sizes)
         full = local.new_empty(self.global_shape)
         for rank, part in enumerate(parts):

@@ -6,6 +6,7 @@ parallelism is left to the accelerator's own.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,7 +17,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -41,14 +41,17 @@ from ..proof.infer import infer_plan, log_inferred
 from ..proof.prove import prove_plan
 from ..training.drift import DriftGuard
 from ..training.full_tensor_step import FullTensorStep, steps_on_full_tensors
-from ..training.gradients import clip_grad_norm_, grad_scaler
+from ..training.gradients import agree_on_overflow, clip_grad_norm_
 from ..training.optimizer import check_optimizer, check_step, follow_model, take_full_state
 from ..training.same_batch import watch_batches
 from .data_loader import serve_replicas
 from .ddp import _OverReplicas
+from .placement import empty_cache, end_waiting
 from .replica_view import current_view
 
 __all__ = ["OVERRIDES", "OVERRIDES_WITHOUT_TP", "Settings", "hook_accelerator", "hook_without_tp"]
+
+logger = logging.getLogger(__name__)
 
 
 class Settings(Protocol):
@@ -113,6 +116,8 @@ class _Hooks:
         if not _is_prepared(model) and not any(model is sharded for sharded in self._sharded):
             self._shard([model])
         self._sharded = [sharded for sharded in self._sharded if sharded is not model]
+        if (device := end_waiting(model)) is not None:
+            model.to(device)
         # One replica needs no DDP; the evaluation mode does all the rest.
         plainly = evaluation_mode or self.dp_size == 1
         settings = _OverReplicas(accelerator.ddp_handler or DistributedDataParallelKwargs(), self.dp_group)
@@ -139,6 +144,7 @@ class _Hooks:
         for optimizer in [*optimizers, *(_bare(prepared) for prepared in self.accelerator._optimizers)]:
             follow_model(optimizer, mapping)
         if models:
+            empty_cache(self.tp_mesh.device_type)
             agree_as_processes(self.plugin.device_mesh)
 
     def _check(
@@ -184,10 +190,25 @@ class _Hooks:
     def _prove(self, models: list[nn.Module], plans: list[Plan | None], rules: Sequence[PlanLike]) -> None:
         """Raise on every rank if a model would not compute the same when sharded."""
         for model, plan, own in zip(models, plans, rules):
-            if plan is not None and self.plugin.prove != "never":
-                prove_plan(unwrap(model), self.tp_mesh, plan, own, self.plugin.prove)
-                if isinstance(own, InferredPlan):
-                    log_inferred(plan, own)
+            if self.plugin.prove == "never":
+                continue
+            if plan is None:
+                self._warn_of_sharded(unwrap(model))
+                continue
+            prove_plan(unwrap(model), self.tp_mesh, plan, own, self.plugin.prove)
+            if isinstance(own, InferredPlan):
+                log_inferred(plan, own)
+
+    def _warn_of_sharded(self, model: nn.Module) -> None:
+        """There is no unsharded model left to compare one with that was sharded before `prepare`."""
+        if any(model is known for known in self._guard.models()) or not self.accelerator.is_main_process:
+            return
+        logger.warning(
+            "The tensor-parallel plan of %s was not proved: it was sharded before `prepare`. If the plan is wrong "
+            "somewhere, training may be wrong without a word. To prove it: `accel-tp-ddp verify`, or leave the "
+            'sharding to `prepare`. prove="never" says that it is known to be right.',
+            type(model).__name__,
+        )
 
     def _watch(self, model: nn.Module) -> None:
         if any(model is known for known in self._guard.models()):
@@ -201,11 +222,8 @@ class _Hooks:
 
     def _agree_on_overflow(self) -> None:
         """An overflow in one rank's gradients has to skip the step on all of them."""
-        scaler = self.accelerator.scaler
-        if scaler is not None and not isinstance(scaler, ShardedGradScaler):
-            handler = self.accelerator.scaler_handler
-            kwargs = handler.to_kwargs() if handler is not None else {}
-            self.accelerator.scaler = grad_scaler(self.tp_mesh, self.accelerator.device.type, **kwargs)
+        if self.accelerator.scaler is not None:
+            agree_on_overflow(self.accelerator.scaler, self.tp_mesh)
 
     def prepare_data_loader(
         self, stock: Callable, accelerator: Accelerator, /, data_loader: DataLoader, *args: Any, **kwargs: Any

@@ -12,17 +12,28 @@ from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..checkpoint.export import export
 from ..core.collectives import send_first_rank
 from ..core.override import Override, attributes, install_for_all
+from ..core.shard import holds_shards
 from ..training.optimizer import full_optimizer_state
 from . import vllm
+from .placement import move_but_for, wait_for_prepare, waits_for
 from .replica_view import ReplicaView, current_view
 
-__all__ = ["OVERRIDES", "OVERRIDES_OF_ARGUMENTS", "OVERRIDES_OF_MAIN", "OVERRIDES_OF_REWARDS", "override_trainers"]
+__all__ = [
+    "OVERRIDES",
+    "OVERRIDES_OF_ARGUMENTS",
+    "OVERRIDES_OF_LOSSES",
+    "OVERRIDES_OF_MAIN",
+    "OVERRIDES_OF_REWARDS",
+    "override_trainers",
+]
 
 
 class Config(Protocol):
@@ -42,7 +53,7 @@ def override_trainers(plugin_type: type[Any]) -> None:
         view = current_view()
         return (view,) if view is not None else None
 
-    install_for_all((*OVERRIDES, *OVERRIDES_OF_REWARDS, *vllm.OVERRIDES), plugin_of)
+    install_for_all((*OVERRIDES, *OVERRIDES_OF_LOSSES, *OVERRIDES_OF_REWARDS, *vllm.OVERRIDES), plugin_of)
     install_for_all(OVERRIDES_OF_MAIN, view_of)
     install_for_all(OVERRIDES_OF_ARGUMENTS, lambda args: (plugin_type,))
 
@@ -89,6 +100,24 @@ def _train(plugin: Config, stock: Callable, trainer: Any, /, *args: Any, **kwarg
     """`evaluation_loop` marks the model as prepared, and training then continues without DDP (so it does upstream)."""
     trainer.model.__dict__.pop("_is_accelerate_prepared", None)
     return stock(*args, **kwargs)
+
+
+def _move_model_to_device(
+    plugin: Config, stock: Callable, trainer: Any, /, model: nn.Module, device: torch.device
+) -> None:
+    """`__init__` and `train` move a model to the GPU before it is prepared, all of it to each."""
+    if holds_shards(model) or getattr(model, "hf_device_map", None) is not None:
+        stock(model, device)
+    else:
+        wait_for_prepare(model, torch.device(device))
+
+
+def _prepare_loss(plugin: Config, stock: Callable, trainer: Any, /, loss: Any, model: nn.Module) -> Any:
+    """`prepare_loss` moves a loss to where its model is, which is yet to be moved."""
+    prepared, device = stock(loss, model), waits_for(model)
+    if device is not None:
+        move_but_for(model, prepared, device)
+    return prepared
 
 
 def _hyperparameter_search(plugin: Config, stock: Callable, trainer: Any, /, *args: Any, **kwargs: Any) -> None:
@@ -173,6 +202,7 @@ _STATE = ("_save_optimizer_and_scheduler", _save_optimizer_and_scheduler, 3513, 
 OVERRIDES = (
     _trainer("get_tp_size", _get_tp_size, 2591, "asks the model before the accelerator"),
     _trainer("train", _train, 1450, "takes a model that was only evaluated for one that is wrapped in DDP"),
+    _trainer("_move_model_to_device", _move_model_to_device, 4750, "puts all of the model on each GPU", counts=False),
     _trainer(
         *("hyperparameter_search", _hyperparameter_search, 4502, "starts trials on the main process alone"),
         counts=False,
@@ -191,6 +221,15 @@ OVERRIDES_OF_REWARDS = tuple(
         counts=False,
     )
     for name, line in (("grpo", 1579), ("rloo", 1148))
+)
+
+#: For trainers of sentence-transformers.
+OVERRIDES_OF_LOSSES = (
+    Override(
+        *("sentence_transformers.base.trainer.BaseTrainer", "prepare_loss", _prepare_loss),
+        *("sentence_transformers 6.2, base/trainer.py:454", "moves a loss to where its model waits for `prepare`"),
+        counts=False,
+    ),
 )
 
 #: While replicas present themselves as processes.

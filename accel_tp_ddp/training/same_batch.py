@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..core.control import gather_objects
 from .drift import checksum
 
 __all__ = ["watch_batches"]
@@ -53,8 +54,7 @@ class _BatchWatch:
         }
         group = self.mesh.get_group()
         ranks = dist.get_process_group_ranks(group)
-        seen: list[Any] = [None] * len(ranks)
-        dist.all_gather_object(seen, own, group=group)
+        seen = gather_objects(own, group)
         first = seen[0]
         for rank, other in zip(ranks[1:], seen[1:]):
             differing = [key for key in {**first, **other} if first.get(key) != other.get(key)]

@@ -258,22 +258,29 @@ def outcome_of_mlp(down: str) -> str:
         assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
 
 
-def prepare_scale(folder: str):
+def prepare_scale(folder: str, before: bool):
+    """Whether it is sharded, and what is said of it; `prepare` is called twice."""
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
     logging.getLogger("accel_tp_ddp").addHandler(handler)
     try:
         with cache(folder):
-            plugin = TensorParallelDDPPlugin(tp_size=2, tp_plan={"up": "colwise", "down": "rowwise"}, prove="auto")
-            model = Accelerator(parallelism_config=plugin).prepare(Scale())
+            rules = {"up": "colwise", "down": "rowwise"}
+            model = parallelize(Scale(), tp_mesh(2), rules) if before else Scale()
+            accelerator = Accelerator(
+                parallelism_config=TensorParallelDDPPlugin(tp_size=2, tp_plan=rules, prove="auto")
+            )
+            for _ in range(2):
+                model = accelerator.unwrap_model(accelerator.prepare(model))
     finally:
         logging.getLogger("accel_tp_ddp").removeHandler(handler)
     return holds_shards(model), [record for record in records if "not proved" in record]
 
 
-def test_what_cannot_be_proved_is_said_by_name(tmp_path):
-    answers = run_on_ranks(prepare_scale, 2, str(tmp_path))
+@pytest.mark.parametrize("before", [False, True])
+def test_what_cannot_be_proved_is_said_by_name(tmp_path, before):
+    answers = run_on_ranks(prepare_scale, 2, str(tmp_path), before)
     assert all(sharded for sharded, _ in answers)
     assert "Scale" in answers[0][1][0] and "accel-tp-ddp verify" in answers[0][1][0]
     assert [len(told) for _, told in answers] == [1, 0]  # the main process says it
