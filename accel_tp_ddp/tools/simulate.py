@@ -33,7 +33,7 @@ from ..core.errors import BadInputError
 from ..core.override import attributes
 from ..plugin.config import TensorParallelDDPPlugin
 
-__all__ = ["Collective", "Copy", "Held", "Memory", "Setting", "Simulation", "one_of", "simulate"]
+__all__ = ["Collective", "Copy", "Held", "Memory", "Setting", "Simulation", "collective_name", "one_of", "simulate"]
 
 PHASES = ("forward", "backward", "clip", "step")
 PRECISIONS = ("fp32", "bf16", "bf16-weights")
@@ -580,8 +580,7 @@ class _Tally(TorchDispatchMode):
         # A list of outputs is as much as one large output.
         lists = [arg for arg in args if isinstance(arg, list)]
         size = max([sum(leaf.nbytes for leaf in tree_leaves(each)) for each in lists] or [largest.nbytes])
-        kind = name.strip("_").replace("allreduce", "all_reduce").replace("allgather", "all_gather")
-        self.collectives[kind, _short(largest.dtype), size, self._group(args), self.phase] += 1
+        self.collectives[collective_name(name), _short(largest.dtype), size, self._group(args), self.phase] += 1
 
     def _group(self, args: tuple) -> str:
         for arg in args:
@@ -603,6 +602,18 @@ class _Tally(TorchDispatchMode):
         else:
             return
         self.copies[kind, _short(result.dtype), tuple(result.shape), self.phase] += 1
+
+
+def collective_name(operation: str) -> str:
+    """The function of `torch.distributed` for one of its operations: `all_reduce` for `allreduce_`."""
+    name = operation.strip("_")
+    return _FUNCTIONS.get(name, name)
+
+
+_FUNCTIONS = {
+    **{"allreduce": "all_reduce", "allreduce_coalesced": "all_reduce_coalesced", "allgather": "all_gather"},
+    **{"allgather_base": "all_gather_into_tensor", "reduce_scatter_base": "reduce_scatter_tensor"},
+}
 
 
 def _runs(func: Any) -> bool:

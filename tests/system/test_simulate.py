@@ -105,7 +105,7 @@ def test_real_ranks_send_what_the_simulation_does(runs):
         if each.phase in ("forward", "backward"):
             sent[each.kind] += each.count
     for counted in run_on_ranks(counted_on_ranks, TP):
-        assert {name.strip("_").replace("all", "all_"): count for name, count in counted.items()} == sent
+        assert {simulation.collective_name(name): count for name, count in counted.items()} == sent
 
 
 def test_weights_and_state_are_what_arithmetic_says(runs):
