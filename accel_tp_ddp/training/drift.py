@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,12 +26,11 @@ from ..core.checksum import by_device, can_be_summed, checksum
 from ..core.collectives import laid_out, send_first_rank, with_shared
 from ..core.randomness import Generator, default_generators
 from ..core.shard import ShardInfo, shard_info
+from .buckets import buckets, buckets_of
 from .decisions import Decisions, decisions_of
 
 __all__ = ["DriftGuard", "checksum"]
 
-T = TypeVar("T")
-_BUCKET_BYTES = 25 << 20  # as DDP's
 _NONE = -(1 << 62)  # below every checksum and its negative
 logger = logging.getLogger(__name__)
 
@@ -101,9 +100,9 @@ class DriftGuard:
                     grads.append(param.grad)
                 elif (info := _repeated(param)) is not None:
                     repeated.append((param.grad, info))
-        for shards in _buckets(repeated, lambda shard: shard[0]):
+        for shards in buckets_of(repeated, lambda shard: shard[0]):
             send_first_holders(self.mesh, shards)
-        for bucket in _buckets(grads, lambda grad: grad):
+        for bucket in buckets(grads):
             if len(bucket) == 1:
                 send_first_rank(self.mesh, bucket[0])
                 continue
@@ -220,25 +219,6 @@ def _repeated(tensor: Tensor) -> ShardInfo | None:
 
 def _is_held_by_several(param: nn.Parameter) -> bool:
     return is_replicated(param) or _repeated(param) is not None
-
-
-def _buckets(parts: Iterable[T], tensor_of: Callable[[T], Tensor]) -> Iterator[list[T]]:
-    """What is sent together: of one data type, and no more than `_BUCKET_BYTES` unless it is a single tensor.
-
-    A large tensor is a bucket by itself, and takes no memory for a copy.
-    """
-    filling: dict[torch.dtype, tuple[int, list[T]]] = {}
-    for part in parts:
-        tensor = tensor_of(part)
-        size, bucket = filling.get(tensor.dtype, (0, []))
-        if tensor.nbytes >= _BUCKET_BYTES:
-            yield [part]
-            continue
-        if size + tensor.nbytes > _BUCKET_BYTES:
-            yield bucket
-            size, bucket = 0, []
-        filling[tensor.dtype] = size + tensor.nbytes, [*bucket, part]
-    yield from (bucket for _, bucket in filling.values())
 
 
 class _Watched(NamedTuple):
