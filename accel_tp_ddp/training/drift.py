@@ -133,7 +133,7 @@ class DriftGuard:
         found = self._differing(watched)
         chosen = [name for name in found if watched[name].is_past]
         drifted = [name for name in found if not watched[name].is_past]
-        steps, problems = self._steps[optimizer] if optimizer else 0, []
+        steps, problems = self._steps.get(optimizer, 0) if optimizer else 0, []
         if drifted:
             problems.append(
                 f"after {steps} steps {len(drifted)} of {len(watched)} things to be replicated differ over the "
@@ -199,9 +199,10 @@ class DriftGuard:
             for name, tensor in [*params.items(), *model.named_buffers()]:
                 names[id(tensor)] = prefix + name
                 yield names[id(tensor)], tensor.detach(), _repeated(tensor)
-        for param, state in (optimizer.state if optimizer else {}).items():
+        # Not in the order of the states, which a rank may have made in another one.
+        for param in (param for group in (optimizer.param_groups if optimizer else ()) for param in group["params"]):
             if id(param) in names:
-                for key, value in state.items():
+                for key, value in optimizer.state.get(param, {}).items():
                     if isinstance(value, Tensor):
                         like_param = value.shape == param.shape
                         yield f"{names[id(param)]} ({key})", value, _repeated(param) if like_param else None

@@ -159,13 +159,13 @@ def agreement_in_buckets(sizes, dtypes, bucket):
 @pytest.mark.parametrize(
     "bucket, wanted",
     [
-        (1 << 20, [(torch.float32, 190, False), (torch.bfloat16, 20, False)]),
+        (1 << 20, [(torch.float32, 190, False), (torch.bfloat16, 20, True)]),
         (
             200,
             [
                 (torch.float32, 100, True),
                 (torch.float32, 50, False),
-                (torch.bfloat16, 20, False),
+                (torch.bfloat16, 20, True),
                 (torch.float32, 40, False),
             ],
         ),
