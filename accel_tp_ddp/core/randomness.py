@@ -8,6 +8,7 @@ checkpointing, which puts that one back, draws the same again.
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import random
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ __all__ = [
     "default_generators",
     "draw_by_replica",
     "draws_dropout",
+    "random_digest",
 ]
 
 _GOLDEN = 0x9E3779B97F4A7C15  # an odd constant that spreads rank numbers over 64 bits
@@ -190,6 +192,14 @@ def agree_as_processes(mesh: DeviceMesh) -> None:
     np.random.set_state(numpy)
     for generator, state in zip(generators, drawn):
         generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+
+
+def random_digest(device_type: str) -> str:
+    """Where the random streams of this process stand."""
+    digest = hashlib.blake2b(digest_size=16)
+    for generator in default_generators(device_type).values():
+        digest.update(generator.get_state().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def agree_on_randomness(mesh: DeviceMesh) -> None:

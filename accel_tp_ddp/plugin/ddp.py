@@ -44,9 +44,9 @@ def left_to_plugin(handler: DistributedDataParallelKwargs) -> DistributedDataPar
 class _OverReplicas:
     """The user's DDP settings, over the data-parallel group; communication hooks too.
 
-    Where the user gave none, gradients are views of the buckets: plain DDP keeps all of them twice. Buckets are as
-    large as they always are: a rank has 1/tp of the gradients, and so 1/tp of the buckets, and larger ones would only
-    begin later, beside less that is left of the backward.
+    Where the user gave none, gradients are views of DDP's buckets, which keeps them once and not twice. Its buckets
+    are as large as they always are: a rank has 1/tp of the gradients and so 1/tp of the buckets, and larger ones would
+    be sent later, beside less that is left of the backward.
     """
 
     def __init__(self, handler: DistributedDataParallelKwargs | None, group: dist.ProcessGroup):

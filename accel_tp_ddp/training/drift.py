@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,12 +26,11 @@ from ..core.checksum import by_device, can_be_summed, checksum
 from ..core.collectives import laid_out, send_first_rank, with_shared
 from ..core.randomness import Generator, default_generators
 from ..core.shard import ShardInfo, shard_info
+from .buckets import buckets, buckets_of
 from .decisions import Decisions, decisions_of
 
 __all__ = ["DriftGuard", "checksum"]
 
-T = TypeVar("T")
-_BUCKET_BYTES = 25 << 20  # as DDP's
 _NONE = -(1 << 62)  # below every checksum and its negative
 logger = logging.getLogger(__name__)
 
@@ -101,9 +100,9 @@ class DriftGuard:
                     grads.append(param.grad)
                 elif (info := _repeated(param)) is not None:
                     repeated.append((param.grad, info))
-        for shards in _buckets(repeated, lambda shard: shard[0]):
+        for shards in buckets_of(repeated, lambda shard: shard[0]):
             send_first_holders(self.mesh, shards)
-        for bucket in _buckets(grads, lambda grad: grad):
+        for bucket in buckets(grads):
             if len(bucket) == 1:
                 send_first_rank(self.mesh, bucket[0])
                 continue
@@ -134,7 +133,7 @@ class DriftGuard:
         found = self._differing(watched)
         chosen = [name for name in found if watched[name].is_past]
         drifted = [name for name in found if not watched[name].is_past]
-        steps, problems = self._steps[optimizer] if optimizer else 0, []
+        steps, problems = self._steps.get(optimizer, 0) if optimizer else 0, []
         if drifted:
             problems.append(
                 f"after {steps} steps {len(drifted)} of {len(watched)} things to be replicated differ over the "
@@ -200,9 +199,10 @@ class DriftGuard:
             for name, tensor in [*params.items(), *model.named_buffers()]:
                 names[id(tensor)] = prefix + name
                 yield names[id(tensor)], tensor.detach(), _repeated(tensor)
-        for param, state in (optimizer.state if optimizer else {}).items():
+        # Not in the order of the states, which a rank may have made in another one.
+        for param in (param for group in (optimizer.param_groups if optimizer else ()) for param in group["params"]):
             if id(param) in names:
-                for key, value in state.items():
+                for key, value in optimizer.state.get(param, {}).items():
                     if isinstance(value, Tensor):
                         like_param = value.shape == param.shape
                         yield f"{names[id(param)]} ({key})", value, _repeated(param) if like_param else None
@@ -220,25 +220,6 @@ def _repeated(tensor: Tensor) -> ShardInfo | None:
 
 def _is_held_by_several(param: nn.Parameter) -> bool:
     return is_replicated(param) or _repeated(param) is not None
-
-
-def _buckets(parts: Iterable[T], tensor_of: Callable[[T], Tensor]) -> Iterator[list[T]]:
-    """What is sent together: of one data type, and no more than `_BUCKET_BYTES` unless it is a single tensor.
-
-    A large tensor is a bucket by itself, and takes no memory for a copy.
-    """
-    filling: dict[torch.dtype, tuple[int, list[T]]] = {}
-    for part in parts:
-        tensor = tensor_of(part)
-        size, bucket = filling.get(tensor.dtype, (0, []))
-        if tensor.nbytes >= _BUCKET_BYTES:
-            yield [part]
-            continue
-        if size + tensor.nbytes > _BUCKET_BYTES:
-            yield bucket
-            size, bucket = 0, []
-        filling[tensor.dtype] = size + tensor.nbytes, [*bucket, part]
-    yield from (bucket for _, bucket in filling.values())
 
 
 class _Watched(NamedTuple):

@@ -277,3 +277,13 @@ def test_predictions_that_are_generated_are_those_of_plain_ddp(tmp_path):
     assert len(expected[0][0]) == 8 and expected[0][0] != expected[0][1]  # upstream, with one to fill up the batch
     for results in run_on_ranks(generated, 4, 2, str(tmp_path)):
         assert results == expected[0]
+
+
+def views_under_trainer(folder):
+    made = make_trainer(2, folder, Case())
+    made.train()
+    return made.model_wrapped.gradient_as_bucket_view, made.accelerator.ddp_handler.gradient_as_bucket_view
+
+
+def test_trainers_own_ddp_settings_leave_bucket_views_open(tmp_path):
+    assert run_on_ranks(views_under_trainer, 4, str(tmp_path)) == [(True, False)] * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from accel_tp_ddp import TensorParallelDDPPlugin
 from accel_tp_ddp.core.randomness import DeviceGenerator, default_generators
+from accel_tp_ddp.training import buckets
 from accel_tp_ddp.training.drift import DriftGuard, checksum
 
 from ..helpers.drifting import drift, noisy_gradients
@@ -131,3 +133,51 @@ def sparse_buffer():
 
 def test_what_has_no_bits_in_an_order_is_left_out():
     assert run_on_ranks(sparse_buffer, 2) == [[], []]
+
+
+def agreement_in_buckets(sizes, dtypes, bucket):
+    """What is sent for replicated gradients of these sizes, and whether all ranks have the first one's then."""
+    params = [torch.nn.Parameter(torch.zeros(size, dtype=dtype)) for size, dtype in zip(sizes, dtypes)]
+    for param in params:
+        param.grad = torch.full_like(param, dist.get_rank() + 1)
+    params[-1].grad = torch.stack([params[-1].grad] * 2, -1)[..., 0]  # not contiguous
+    own = [param.grad.data_ptr() for param in params]
+    guard, sent = DriftGuard(tp_mesh(2), 0, "heal"), []
+    stock = dist.broadcast
+
+    def broadcast(tensor, *args, **kwargs):
+        sent.append((tensor.dtype, tensor.numel(), tensor.data_ptr() in own))
+        return stock(tensor, *args, **kwargs)
+
+    with mock.patch.object(buckets, "BUCKET_BYTES", bucket), mock.patch.object(dist, "broadcast", broadcast):
+        guard.agree_on_gradients(torch.optim.SGD(params))
+    assert all((param.grad == 1).all() for param in params)
+    assert own == [param.grad.data_ptr() for param in params]
+    return sent
+
+
+@pytest.mark.parametrize(
+    "bucket, wanted",
+    [
+        (1 << 20, [(torch.float32, 190, False), (torch.bfloat16, 20, True)]),
+        (
+            200,
+            [
+                (torch.float32, 100, True),
+                (torch.float32, 50, False),
+                (torch.bfloat16, 20, True),
+                (torch.float32, 40, False),
+            ],
+        ),
+        (
+            1,
+            [(torch.float32, size, True) for size in (10, 20, 20)]
+            + [(torch.float32, 100, True), (torch.bfloat16, 20, True), (torch.float32, 40, False)],
+        ),
+    ],
+    ids=["one a type", "several", "each by itself"],
+)
+def test_replicated_gradients_are_sent_in_buckets_and_large_ones_as_they_are(bucket, wanted):
+    sizes, dtypes = [10, 20, 20, 100, 20, 40], [*[torch.float32] * 4, torch.bfloat16, torch.float32]
+    for sent in run_on_ranks(agreement_in_buckets, 2, sizes, dtypes, bucket):
+        assert sorted(sent, key=str) == sorted(wanted, key=str)
