@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from ..checkpoint.background import wait_for_save
+from ..checkpoint.background import buffers, wait_for_save
 from ..checkpoint.deferred import materialized
 from ..checkpoint.export import export, full_state_dict_of_main, save_config
 from ..checkpoint.load import load_any_state, load_state
@@ -319,6 +319,7 @@ class _Hooks:
     def end_training(self, stock: Callable, accelerator: Accelerator, /) -> None:
         try:
             wait_for_save()
+            buffers.clear()
         finally:
             # A rank that takes its groups down while others still talk makes them abort at exit.
             accelerator.wait_for_everyone()
