@@ -185,9 +185,7 @@ class _DealtStep:
                 tensors += held[index]
             for bucket in buckets(tensors):
                 _send_together(self.mesh, bucket, rank)
-        if (
-            len({digest for _, digest, _ in told}) > 1
-        ):  # a step that draws numbers, of which each rank has taken others
+        if len({digest for _, digest, _ in told}) > 1:  # a step draws numbers, and each rank has taken other steps
             agree_on_randomness(self.mesh)
         if self.problem is not None:
             raise self.problem
