@@ -546,6 +546,12 @@ def training(
     return step, model
 
 
+def multiplied(model: nn.Module) -> int:
+    """The parameters that a token is multiplied by: all but the embedding, where it is looked up."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return sum(param.numel() for param in model.parameters()) - (0 if head is embedding else embedding.numel())
+
+
 def operations_a_token(parameters: int, layers: int, width: int, length: int) -> float:
     """Of forward and backward: PaLM's 6 N + 12 L H Q T (Chowdhery et al., arXiv:2204.02311, appendix B)."""
     return 6.0 * parameters + 12.0 * layers * width * length
@@ -554,7 +560,7 @@ def operations_a_token(parameters: int, layers: int, width: int, length: int) ->
 def _speed(place: Place, tp: int) -> str:
     sizes, ranks = sizes_of(place), int(os.environ["WORLD_SIZE"])
     unsharded = large(place)
-    parameters, layers, width = sum(p.numel() for p in unsharded.parameters()), sizes["layers"], sizes["hidden_size"]
+    parameters, layers, width = multiplied(unsharded), sizes["layers"], sizes["hidden_size"]
     step, _ = training(place, tp, unsharded)
     if place.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
