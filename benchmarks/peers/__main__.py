@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from . import __doc__ as about
 from .contenders import CONTENDERS
-from .growth import growth_rows
+from .growth import growth
 from .rounds import enter, interleave
 from .sizes import SIZES, Setting
 from .table import as_json, as_text
@@ -38,7 +38,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=4, help="where torchrun has not started them")
     parser.add_argument("--rounds", type=int, default=30, help="at most")
-    parser.add_argument("--budget", type=float, default=200, help="seconds after which no further round is begun")
+    parser.add_argument("--budget", type=float, default=180, help="seconds after which no further round is begun")
     parser.add_argument("--only", nargs="+", metavar="PART", help="contenders whose names contain one of these")
     parser.add_argument("--optimizer", choices=["fused", "loop"], default="fused", help="which of torch's AdamW")
     parser.add_argument("--growth", action="store_true", help="how a step grows with layers and tokens, instead")
@@ -56,7 +56,8 @@ def start_ranks(count: int) -> int:
 def quietly() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    for category in (FutureWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category)
 
 
 def main() -> int:
@@ -74,16 +75,14 @@ def main() -> int:
     changed = {name: getattr(given, name) for name in ("hidden", "layers", "vocab", "batch", "length")}
     size = replace(SIZES[given.size], **{name: value for name, value in changed.items() if value is not None})
     chosen = {
-        name: build
-        for name, build in CONTENDERS.items()
-        if not given.only or any(part in name for part in given.only)
+        name: build for name, build in CONTENDERS.items() if not given.only or any(part in name for part in given.only)
     }
     with tempfile.TemporaryDirectory() as folder:
         shared = [folder]
         dist.broadcast_object_list(shared, 0, group=control)
         setting = Setting(size, mesh, shared[0], given.optimizer == "fused")
         if given.growth:
-            rows = growth_rows(setting, given.rounds, given.budget, control)
+            rows = growth(setting, given.rounds, given.budget, control)
             if rank == 0:
                 print("\n".join(rows), flush=True)
         else:

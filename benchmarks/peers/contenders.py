@@ -6,8 +6,9 @@ A feature of this package is a row of `VARIANTS`: the plugin's arguments with wh
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator

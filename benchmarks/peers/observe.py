@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -119,6 +121,19 @@ def _call(each: Collective, whole: Tensor, own: Tensor) -> Callable[[], Any]:
     raise NotImplementedError(f"no replay of {each.kind}")
 
 
+@contextmanager
+def _mute() -> Iterator[None]:
+    """The profiler reports its start and stop on stderr, past Python."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of torch's CPU allocator that were allocated since a contender was begun and not freed yet."""
@@ -139,11 +154,13 @@ class MemoryOf:
     def __enter__(self) -> MemoryOf:
         gc.collect()
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self._profile.__enter__()
+        with _mute():
+            self._profile.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._profile.__exit__(*error)
+        with _mute():
+            self._profile.__exit__(*error)
 
     def step(self, step: Callable[[], T]) -> T:
         """The step whose memory is asked for; after others, so that all that lasts is there."""

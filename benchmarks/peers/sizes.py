@@ -47,12 +47,13 @@ class Size:
         )
 
 
+#: A dozen contenders are in memory at once, with weights, moments and buckets on every rank: 12 GiB at most.
 SIZES = {
     "host-bound": Size(hidden=256, layers=4, vocab=4096, batch=4, length=128),
-    "compute-bound": Size(hidden=1024, layers=4, vocab=4096, batch=2, length=128),
+    "compute-bound": Size(hidden=1024, layers=2, vocab=4096, batch=4, length=128),
     "vocab-64k": Size(hidden=256, layers=2, vocab=65_536, batch=2, length=128),
-    "vocab-128k": Size(hidden=256, layers=2, vocab=131_072, batch=2, length=128),
-    "long": Size(hidden=256, layers=2, vocab=4096, batch=2, length=4096),
+    "vocab-128k": Size(hidden=128, layers=2, vocab=131_072, batch=2, length=128),
+    "long": Size(hidden=256, layers=1, vocab=1024, batch=2, length=4096),
     "tiny": Size(hidden=64, layers=2, vocab=512, batch=2, length=16),
 }
 
@@ -71,13 +72,6 @@ class Setting:
     mesh: DeviceMesh
     folder: str
     fused: bool = True
-
-    def __post_init__(self):
-        if self.size.batch % self.tp:
-            raise ValueError(
-                f"a batch of {self.size.batch} a replica cannot be shared by its {self.tp} ranks, which plain DDP does. "
-                f"Set --batch to a multiple of {self.tp}."
-            )
 
     @property
     def tp(self) -> int:
@@ -105,6 +99,11 @@ class Setting:
     @property
     def rank_ids(self) -> Tensor:
         """This rank's part, where every rank is a replica."""
+        if self.size.batch % self.tp:
+            raise ValueError(
+                f"{self.size.batch} sequences a replica cannot be shared by {self.tp} ranks, as plain DDP has to. "
+                f"Set --batch to a multiple of {self.tp}."
+            )
         return self._ids.chunk(dist.get_world_size())[dist.get_rank()]
 
     def model(self, shards: int = 1) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .contenders import LOCAL, OURS
+from .contenders import LOCAL, OURS, PLAIN
 from .observe import Collective
 from .rounds import Entrant, Times, spread
 from .sizes import Setting
@@ -48,7 +48,7 @@ def _figures(setting: Setting, entrant: Entrant, entrants: Sequence[Entrant], ti
     }
     if OURS in times.steps:
         found["ratio"] = spread([own / ours for own, ours in zip(steps, times.steps[OURS])])
-    if LOCAL in times.steps and entrant.name != LOCAL:
+    if LOCAL in times.steps and entrant.name not in (LOCAL, PLAIN):
         local = times.steps[LOCAL]
         found["efficiency"] = spread([(part + comm) / own for own, comm, part in zip(steps, bare, local)])
     first = next((other for other in entrants if not other.error), None)
