@@ -1,4 +1,4 @@
-"""`benchmarks.peers`: what it counts is exact, a contender that fails or trains wrongly is told, and the command runs."""
+"""`benchmarks.peers`: what it counts is exact, a contender that fails or is wrong is told, and the command runs."""
 
 import json
 import os
