@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -113,14 +112,11 @@ def _run(name: str, ranks: int, seconds: float, gpus: int, trace: str | None) ->
     shared = 0 < gpus < count
     place = {"device": "cuda" if gpus else "cpu", "backend": "nccl" if gpus and not shared else "gloo", "gpus": gpus}
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(count):
             own = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": 0 if shared else rank, "LOCAL_WORLD_SIZE": count}
-            variables = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            variables = {**os.environ, "GPU_RENDEZVOUS": f"{folder}/rendezvous"}
             variables = {key: value for key, value in variables.items() if not key.startswith("TORCHELASTIC")}
             variables |= {} if alone else {key: str(value) for key, value in own.items()}
             if alone:

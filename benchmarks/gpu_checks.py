@@ -30,6 +30,7 @@ from accel_tp_ddp import TensorParallelDDPPlugin, full_state_dict, grad_scaler
 
 TOLERANCE = 2e-4
 BATCH, LENGTH, VOCABULARY, LAYERS = 4, 32, 256, 2
+NUMBERS = (0, 1, 0, 1, 0, 1)  # of batches, each seen again, so that the losses fall
 
 
 class Skipped(Exception):
@@ -96,10 +97,16 @@ def batch(place: Place, number: int = 0, size: int = BATCH, length: int = LENGTH
     return {"input_ids": ids, "labels": ids}
 
 
+def rendezvous() -> str:
+    """By a file of this check's own: a port may be taken by the time it is used."""
+    return "file://{GPU_RENDEZVOUS}?rank={RANK}&world_size={WORLD_SIZE}".format_map(os.environ)
+
+
 def accelerator_of(place: Place, tp: int | None = None, precision: str = "no", **fields: Any) -> Accelerator:
     """One with the plugin over all ranks; the replicas are what `tp` leaves."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    group = InitProcessGroupKwargs(backend=place.backend, timeout=timedelta(seconds=60))
+    own = {} if dist.is_initialized() else {"init_method": rendezvous()}
+    group = InitProcessGroupKwargs(backend=place.backend, timeout=timedelta(seconds=60), **own)
     plugin = TensorParallelDDPPlugin(tp_size=tp or int(os.environ["WORLD_SIZE"]), **fields)
     kwargs = {"parallelism_config": plugin, "kwargs_handlers": [group], "mixed_precision": precision}
     return Accelerator(cpu=place.device == "cpu", **kwargs)
@@ -109,7 +116,9 @@ def prepared(place: Place, kind: str = "llama", **kwargs: Any) -> tuple[Accelera
     accelerator = accelerator_of(place, **kwargs)
     model = build(kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    unsharded = sum(param.numel() for param in model.parameters())
     model, optimizer = accelerator.prepare(model, optimizer)
+    assert sum(param.numel() for param in model.parameters()) < 0.6 * unsharded, "the model is not sharded"
     return accelerator, model, optimizer
 
 
@@ -176,7 +185,7 @@ def collectives_of_one_rank(place: Place) -> str:
 
     from accel_tp_ddp.core import collectives
 
-    dist.init_process_group(place.backend, timeout=timedelta(seconds=60))
+    dist.init_process_group(place.backend, init_method=rendezvous(), timeout=timedelta(seconds=60))
     mesh = init_device_mesh(place.device, (1,), mesh_dim_names=("tp",))
     given = torch.randn(4, 6, device=device_of(place), requires_grad=True)
     functions: dict[str, Callable[[Tensor], Tensor]] = {
@@ -199,7 +208,7 @@ def collectives_of_one_rank(place: Place) -> str:
 @check()
 def losses_of_one_process(place: Place) -> str:
     accelerator, model, optimizer = prepared(place)
-    return close(steps(accelerator, model, optimizer, place, range(5)), plain_steps(place, range(5)))
+    return close(steps(accelerator, model, optimizer, place, NUMBERS), plain_steps(place, NUMBERS))
 
 
 @check(ranks=4)
@@ -207,14 +216,14 @@ def losses_of_plain_ddp(place: Place) -> str:
     """tp 2 x dp 2; both replicas get the same batch, so that one process on it is plain DDP's answer."""
     accelerator, model, optimizer = prepared(place, tp=2)
     assert isinstance(model, nn.parallel.DistributedDataParallel)
-    return close(steps(accelerator, model, optimizer, place, range(5)), plain_steps(place, range(5)))
+    return close(steps(accelerator, model, optimizer, place, NUMBERS), plain_steps(place, NUMBERS))
 
 
 @check()
 def losses_of_qwen3(place: Place) -> str:
     """Norms over heads, whose gradients are partial."""
     accelerator, model, optimizer = prepared(place, "qwen3")
-    return close(steps(accelerator, model, optimizer, place, range(5)), plain_steps(place, range(5), "qwen3"))
+    return close(steps(accelerator, model, optimizer, place, NUMBERS), plain_steps(place, NUMBERS, "qwen3"))
 
 
 @check()
@@ -250,8 +259,8 @@ def fp16_training(place: Place) -> str:
     if place.device == "cpu":
         raise Skipped("Accelerate has no fp16 on the CPU")
     accelerator, model, optimizer = prepared(place, precision="fp16")
-    losses = steps(accelerator, model, optimizer, place, range(5))
-    return close(losses, plain_steps(place, range(5)), 0.05)
+    losses = steps(accelerator, model, optimizer, place, NUMBERS)
+    return close(losses, plain_steps(place, NUMBERS), 0.05)
 
 
 @check()
@@ -537,6 +546,12 @@ def training(
     return step, model
 
 
+def multiplied(model: nn.Module) -> int:
+    """The parameters that a token is multiplied by: all but the embedding, where it is looked up."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return sum(param.numel() for param in model.parameters()) - (0 if head is embedding else embedding.numel())
+
+
 def operations_a_token(parameters: int, layers: int, width: int, length: int) -> float:
     """Of forward and backward: PaLM's 6 N + 12 L H Q T (Chowdhery et al., arXiv:2204.02311, appendix B)."""
     return 6.0 * parameters + 12.0 * layers * width * length
@@ -545,7 +560,7 @@ def operations_a_token(parameters: int, layers: int, width: int, length: int) ->
 def _speed(place: Place, tp: int) -> str:
     sizes, ranks = sizes_of(place), int(os.environ["WORLD_SIZE"])
     unsharded = large(place)
-    parameters, layers, width = sum(p.numel() for p in unsharded.parameters()), sizes["layers"], sizes["hidden_size"]
+    parameters, layers, width = multiplied(unsharded), sizes["layers"], sizes["hidden_size"]
     step, _ = training(place, tp, unsharded)
     if place.device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -203,7 +203,7 @@ def as_text(result: dict[str, Any], top: int) -> str:
     lines.append(f"  bytes beyond their own: {run['gradient_excess']:,}")
     lines += ["", "collectives of a step"]
     for sent in run["collectives"]:
-        lines.append("  {count:5} x {kind:<16}{dtype:<10}{group:<7}{phase:<10}{bytes:>16,} bytes".format(**sent))
+        lines.append("  {count:5} x {kind:<24}{dtype:<10}{group:<7}{phase:<10}{bytes:>16,} bytes".format(**sent))
     lines += ["", "a layer adds (difference of 4 and 2 layers)"]
     lines += [f"  {name:<58}{value:>16,.1f}" for name, value in result["per_layer"].items()]
     for title, held in (("this package", run["held"]), ("the least", least["held"] if least else ())):
@@ -256,6 +256,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = report(args, MODELS[args.model] if args.model else _read(args.config))
     except (BadInputError, PlanError) as error:
         print(f"simulate: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:  # of an operation that has no fake kernel, or none for these types
+        why = str(error).strip().splitlines()[0]
+        print(f"simulate: this model cannot run on fake CPU tensors: {why} Try another --precision.", file=sys.stderr)
         return 2
     print(json.dumps(result) if args.json else as_text(result, args.top))
     return 0

@@ -350,7 +350,9 @@ def gather_whole(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int
 def _one_after_another(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
     """Equal slices of all ranks, joined along the first dimension, without a list of them or a copy."""
     joined = tensor.new_empty((mesh.size() * tensor.size(0), *tensor.shape[1:]))
-    dist.all_gather_into_tensor(joined, tensor.contiguous(), group=mesh.get_group())
+    # Which is the name since torch 2.13.
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather(joined, tensor.contiguous(), group=mesh.get_group())
     return joined
 
 

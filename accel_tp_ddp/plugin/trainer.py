@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..checkpoint.export import export
 from ..core.collectives import send_first_rank
 from ..core.override import Override, attributes, install_for_all
+from ..core.randomness import agree_on_randomness
 from ..core.shard import holds_shards
 from ..training.optimizer import full_optimizer_state
 from . import vllm
@@ -193,6 +194,16 @@ def _save_rng_state(plugin: Config, stock: Callable, trainer: Any, /, output_dir
         stock(output_dir)
 
 
+def _load_rng_state(plugin: Config, stock: Callable, trainer: Any, /, checkpoint: str | None) -> None:
+    """`_load_rng_state` gives each rank what the writer of its replica's file knew of that rank's GPU: nothing.
+
+    Only the stream of the writer's own GPU has been drawn from, by its process; that is the replica's.
+    """
+    stock(checkpoint)
+    if checkpoint is not None:
+        agree_on_randomness(plugin.device_mesh["tp"])
+
+
 # ---- RL in TRL ------------------------------------------------------------------------------------------------------
 
 
@@ -229,6 +240,7 @@ OVERRIDES = (
     _trainer("_save", _save, 4131, "writes the main process's shards"),
     _trainer(*_STATE, needs=("optimizer",)),
     _trainer("_save_rng_state", _save_rng_state, 3462, "lets the ranks of a replica write one file", counts=False),
+    _trainer("_load_rng_state", _load_rng_state, 3841, "gives peers states of GPUs that nobody drew from"),
 )
 
 #: For trainers that are about to make their accelerator.
