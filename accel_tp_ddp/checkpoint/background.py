@@ -18,8 +18,9 @@ import torch.distributed as dist
 from ..core.agreement import Ranks
 from ..core.control import patience
 from ..core.errors import CheckpointError
+from .dcp import HostBuffers
 
-__all__ = ["finish_background_save", "group_of_its_own", "run_in_background", "wait_for_save"]
+__all__ = ["buffers", "finish_background_save", "group_of_its_own", "run_in_background", "wait_for_save"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class _BackgroundSave:
 
 
 _pending: _BackgroundSave | None = None
+buffers = HostBuffers()  # one save at a time has them
 _group: tuple[Any, Any] | None = None  # with the default group that it was made beside
 
 

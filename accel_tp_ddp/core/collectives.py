@@ -19,6 +19,7 @@ does that. Nor have `gather_parts` and `gather_whole` (full tensors), `object_of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -26,21 +27,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .control import first_object
+from .control import first_object, gather_objects
 from .layout import Shared
 
 __all__ = [
     "add_share",
     "copy_to_tp",
+    "exchange",
     "gather_from_tp",
     "gather_parts",
     "gather_replicas",
     "gather_whole",
     "object_of_first_rank",
+    "objects_of_ranks",
     "on_any_rank",
     "reduce_from_tp",
     "scatter_to_tp",
     "send_first_rank",
+    "send_rank",
 ]
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
@@ -112,14 +116,76 @@ def gather_replicas(mesh: DeviceMesh, tensor: Tensor) -> tuple[Tensor, ...]:
     return _GatherReplicas.apply(mesh, tensor)
 
 
-@torch.no_grad()
 def send_first_rank(mesh: DeviceMesh, tensor: Tensor) -> None:
     """Overwrite `tensor` with its values on the first rank of `mesh`, on every rank; of any device and type."""
+    send_rank(mesh, tensor, 0)
+
+
+@torch.no_grad()
+def send_rank(mesh: DeviceMesh, tensor: Tensor, rank: int) -> None:
+    """Overwrite `tensor` with its values on `rank` of `mesh`, on every rank; of any device and type."""
     group, own = mesh.get_group(), tensor.detach()
     sent = own.to(mesh.device_type).contiguous()  # a backend takes tensors of its own device only, and of some types
-    dist.broadcast(sent.view(-1).view(torch.uint8), dist.get_global_rank(group, 0), group=group)
+    dist.broadcast(sent.view(-1).view(torch.uint8), dist.get_global_rank(group, rank), group=group)
     if sent is not own:  # so `to` or `contiguous` has made a copy
         tensor.copy_(sent)
+
+
+@torch.no_grad()
+def exchange(
+    mesh: DeviceMesh,
+    outgoing: Sequence[Sequence[Tensor]],
+    incoming: Sequence[Sequence[tuple[Sequence[int], torch.dtype]]],
+) -> list[list[Tensor]]:
+    """Send tensors of any shapes and types from every rank to every rank, by one all-to-all of their bytes.
+
+    Args:
+        mesh: One-dimensional tensor-parallel mesh.
+        outgoing: For each rank, what it gets from this one.
+        incoming: For each rank, shape and type of what this one gets from it.
+
+    Returns:
+        What came from each rank: views of one buffer.
+    """
+    sent = [[(tuple(tensor.shape), tensor.dtype) for tensor in tensors] for tensors in outgoing]
+    send, places = _room(sent, mesh.device_type)
+    for tensors, own in zip(outgoing, places):
+        for tensor, place in zip(tensors, own):
+            place.copy_(tensor)
+    received, found = _room(incoming, mesh.device_type)
+    dist.all_to_all_single(
+        received, send, [_bytes(each) for each in incoming], [_bytes(each) for each in sent], group=mesh.get_group()
+    )
+    return found
+
+
+def _room(
+    wanted: Sequence[Sequence[tuple[Sequence[int], torch.dtype]]], device_type: str
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """A buffer of bytes, and the tensors in it, each aligned."""
+    buffer = torch.empty(sum(_bytes(each) for each in wanted), dtype=torch.uint8, device=device_type)
+    views, start = [], 0
+    for each in wanted:
+        own = []
+        for shape, dtype in each:
+            size = prod(shape) * dtype.itemsize
+            own.append(buffer[start : start + size].view(dtype).view(tuple(shape)))
+            start += _aligned(size)
+        views.append(own)
+    return buffer, views
+
+
+def _bytes(wanted: Sequence[tuple[Sequence[int], torch.dtype]]) -> int:
+    return sum(_aligned(prod(shape) * dtype.itemsize) for shape, dtype in wanted)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 16) * 16
+
+
+def objects_of_ranks(mesh: DeviceMesh, data: Any) -> list[Any]:
+    """What each rank of `mesh` has: anything that can be pickled."""
+    return gather_objects(data, mesh.get_group())
 
 
 def object_of_first_rank(mesh: DeviceMesh, data: Any) -> Any:
@@ -284,7 +350,9 @@ def gather_whole(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int
 def _one_after_another(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
     """Equal slices of all ranks, joined along the first dimension, without a list of them or a copy."""
     joined = tensor.new_empty((mesh.size() * tensor.size(0), *tensor.shape[1:]))
-    dist.all_gather_into_tensor(joined, tensor.contiguous(), group=mesh.get_group())
+    # Which is the name since torch 2.13.
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather(joined, tensor.contiguous(), group=mesh.get_group())
     return joined
 
 

@@ -203,7 +203,7 @@ class _OfAccelerate(_AmongReplicas):
 
     def broadcast(self, tensor: Tensor, src: int) -> None:
         """From a replica's first rank to all ranks; a sharded parameter, to the ranks that hold the same part."""
-        is_shard = any(tensor.is_set_to(param) for param, _ in self.view.shards())
+        is_shard = any(param.device == tensor.device and tensor.is_set_to(param) for param, _ in self.view.shards())
         if self.view.dp_size == 1:
             if not is_shard:
                 send_first_rank(self.view.tp_mesh, tensor)

@@ -14,15 +14,18 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..checkpoint.export import export
 from ..core.collectives import send_first_rank
 from ..core.override import Override, attributes, install_for_all
+from ..core.randomness import agree_on_randomness
 from ..core.shard import holds_shards
 from ..training.optimizer import full_optimizer_state
 from . import vllm
+from .ddp import left_to_plugin
 from .placement import move_but_for, wait_for_prepare, waits_for
 from .replica_view import ReplicaView, current_view
 
@@ -32,6 +35,7 @@ __all__ = [
     "OVERRIDES_OF_LOSSES",
     "OVERRIDES_OF_MAIN",
     "OVERRIDES_OF_REWARDS",
+    "OVERRIDES_OF_SETTINGS",
     "override_trainers",
 ]
 
@@ -54,7 +58,13 @@ def override_trainers(plugin_type: type[Any]) -> None:
         return (view,) if view is not None else None
 
     install_for_all((*OVERRIDES, *OVERRIDES_OF_LOSSES, *OVERRIDES_OF_REWARDS, *vllm.OVERRIDES), plugin_of)
+
+    def config_of(trainer: Any) -> tuple[Any] | None:
+        config = getattr(getattr(trainer, "args", None), "parallelism_config", None)
+        return (config,) if isinstance(config, plugin_type) and config.tp_size > 1 else None
+
     install_for_all(OVERRIDES_OF_MAIN, view_of)
+    install_for_all(OVERRIDES_OF_SETTINGS, config_of)
     install_for_all(OVERRIDES_OF_ARGUMENTS, lambda args: (plugin_type,))
 
 
@@ -91,6 +101,15 @@ def _main_process_first(
         return stock(local, desc)
     state = args.distributed_state
     return state.local_main_process_first() if local else state.main_process_first()
+
+
+def _build_accelerator_args(plugin: Config, stock: Callable, trainer: Any, /, **kwargs: Any) -> dict[str, Any]:
+    """`_build_accelerator_args` always gives DDP settings, in which a user can say nothing of bucket views."""
+    found = stock(**kwargs)
+    for handler in found.get("kwargs_handlers", ()):
+        if isinstance(handler, DistributedDataParallelKwargs):
+            left_to_plugin(handler)
+    return found
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -175,6 +194,16 @@ def _save_rng_state(plugin: Config, stock: Callable, trainer: Any, /, output_dir
         stock(output_dir)
 
 
+def _load_rng_state(plugin: Config, stock: Callable, trainer: Any, /, checkpoint: str | None) -> None:
+    """`_load_rng_state` gives each rank what the writer of its replica's file knew of that rank's GPU: nothing.
+
+    Only the stream of the writer's own GPU has been drawn from, by its process; that is the replica's.
+    """
+    stock(checkpoint)
+    if checkpoint is not None:
+        agree_on_randomness(plugin.device_mesh["tp"])
+
+
 # ---- RL in TRL ------------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +240,15 @@ OVERRIDES = (
     _trainer("_save", _save, 4131, "writes the main process's shards"),
     _trainer(*_STATE, needs=("optimizer",)),
     _trainer("_save_rng_state", _save_rng_state, 3462, "lets the ranks of a replica write one file", counts=False),
+    _trainer("_load_rng_state", _load_rng_state, 3841, "gives peers states of GPUs that nobody drew from"),
+)
+
+#: For trainers that are about to make their accelerator.
+OVERRIDES_OF_SETTINGS = (
+    _trainer(
+        *("_build_accelerator_args", _build_accelerator_args, 741, "gives DDP settings where the user gave none"),
+        counts=False,
+    ),
 )
 
 #: For trainers whose completions are judged.

@@ -32,6 +32,7 @@ TABLES: dict[str, tuple[Override, ...]] = {
     "Modules that call torch.distributed while replicas present themselves as processes": replica_view.MODULES,
     "Trainer": trainer.OVERRIDES,
     "Trainer while replicas present themselves as processes": trainer.OVERRIDES_OF_MAIN,
+    "Trainer before it makes its accelerator": trainer.OVERRIDES_OF_SETTINGS,
     "TrainingArguments": trainer.OVERRIDES_OF_ARGUMENTS,
     "Losses of sentence-transformers": trainer.OVERRIDES_OF_LOSSES,
     "TRL's rewards": trainer.OVERRIDES_OF_REWARDS,

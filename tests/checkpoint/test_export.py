@@ -149,7 +149,7 @@ class Counts:
         stack.enter_context(mock.patch.multiple(ShardInfo, collect=self._collect, send_part=self._send))
         gathers = (
             "all_gather",
-            "all_gather_into_tensor",
+            "all_gather_single",
             "all_gather_object",
             "all_reduce",
             "barrier",
