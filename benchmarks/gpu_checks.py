@@ -97,16 +97,23 @@ def batch(place: Place, number: int = 0, size: int = BATCH, length: int = LENGTH
     return {"input_ids": ids, "labels": ids}
 
 
-def rendezvous() -> str:
-    """By a file of this check's own: a port may be taken by the time it is used."""
-    return "file://{GPU_RENDEZVOUS}?rank={RANK}&world_size={WORLD_SIZE}".format_map(os.environ)
+def start_group(place: Place) -> None:
+    """The ranks meet in a file of this check's own: a port may be taken by the time it is used."""
+    dist.init_process_group(
+        place.backend,
+        init_method=f"file://{os.environ['GPU_RENDEZVOUS']}",
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=60),
+    )
 
 
 def accelerator_of(place: Place, tp: int | None = None, precision: str = "no", **fields: Any) -> Accelerator:
     """One with the plugin over all ranks; the replicas are what `tp` leaves."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    own = {} if dist.is_initialized() else {"init_method": rendezvous()}
-    group = InitProcessGroupKwargs(backend=place.backend, timeout=timedelta(seconds=60), **own)
+    if not dist.is_initialized():
+        start_group(place)
+    group = InitProcessGroupKwargs(backend=place.backend, timeout=timedelta(seconds=60))
     plugin = TensorParallelDDPPlugin(tp_size=tp or int(os.environ["WORLD_SIZE"]), **fields)
     kwargs = {"parallelism_config": plugin, "kwargs_handlers": [group], "mixed_precision": precision}
     return Accelerator(cpu=place.device == "cpu", **kwargs)
@@ -185,7 +192,7 @@ def collectives_of_one_rank(place: Place) -> str:
 
     from accel_tp_ddp.core import collectives
 
-    dist.init_process_group(place.backend, init_method=rendezvous(), timeout=timedelta(seconds=60))
+    start_group(place)
     mesh = init_device_mesh(place.device, (1,), mesh_dim_names=("tp",))
     given = torch.randn(4, 6, device=device_of(place), requires_grad=True)
     functions: dict[str, Callable[[Tensor], Tensor]] = {
