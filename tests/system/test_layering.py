@@ -38,6 +38,7 @@ CALL_COLLECTIVES = {
     "tools/ranks.py": "the end of a rank of the command",
     "training/drift.py": "between steps: what is replicated stays equal",
     "training/same_batch.py": "now and then before a forward: whether the ranks of a replica have one batch",
+    "tools/simulate.py": "one rank of a fake group: nothing is sent",
 }
 COLLECTIVES = {
     *(

@@ -136,7 +136,7 @@ def test_what_has_no_bits_in_an_order_is_left_out():
 
 
 def agreement_in_buckets(sizes, dtypes, bucket):
-    """What is sent for replicated gradients of these sizes: how many bytes, and whether they are the gradient's own."""
+    """What is sent for replicated gradients of these sizes: bytes, and whether they are the gradient's own."""
     params = [torch.nn.Parameter(torch.zeros(size, dtype=dtype)) for size, dtype in zip(sizes, dtypes)]
     for param in params:
         param.grad = torch.full_like(param, dist.get_rank() + 1)
