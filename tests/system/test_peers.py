@@ -1,4 +1,4 @@
-"""`benchmarks.peers`: what it counts is exact, a contender that fails or trains wrongly is told, and the command runs."""
+"""`benchmarks.peers`: its counts are exact, a contender that fails or trains wrongly is told, the command runs."""
 
 import json
 import os
