@@ -5,6 +5,7 @@ A feature of this package is a row of `VARIANTS`: the plugin's arguments with wh
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -88,8 +89,7 @@ def deepspeed_autotp(setting: Setting, **options: Any) -> Step:
     Its shared-memory all-reduce is for CPU ranks only, is compiled at the first run, and reduces over all ranks
     whatever the group: left out.
     """
-    import deepspeed
-
+    deepspeed = importlib.import_module("deepspeed")  # no requirement: its build wants torch in the same environment
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.ERROR)
     model = setting.model()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -121,63 +120,82 @@ def _call(each: Collective, whole: Tensor, own: Tensor) -> Callable[[], Any]:
     raise NotImplementedError(f"no replay of {each.kind}")
 
 
-@contextmanager
-def _mute() -> Iterator[None]:
-    """The profiler reports its start and stop on stderr, past Python."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of torch's CPU allocator that were allocated since a contender was begun and not freed yet."""
+    """Bytes of the storages that were made or used since a contender was begun, and are not freed yet."""
 
     held: int  # before a step: weights, optimizer state, buckets
-    peak: int  # during it: gradients, activations, what a collective or a kernel allocates
+    peak: int  # during it: gradients, activations, what collectives are given
 
 
-class MemoryOf:
-    """Follows every allocation of torch's in this thread while active, C++ ones (DDP's buckets) too, exactly.
+class MemoryOf(TorchDispatchMode):
+    """Follows every storage on the CPU that an operation makes or takes while active, DDP's buckets too, to the byte.
 
-    Resident memory would be what the process had before, what the allocator keeps, and chance. Not seen: scratch
-    memory of libraries (oneDNN, gloo), and files that stay mapped.
+    Resident memory would be what the process had before, what the allocator keeps, and chance. torch's profiler loses
+    what gloo's threads free. Not seen here: scratch memory inside a kernel or a library.
     """
 
-    MARK = "benchmarks.peers: the step"
+    def __init__(self):
+        super().__init__()
+        self._lock = threading.RLock()  # what is freed may be freed by a thread of gloo's
+        self._sizes: dict[int, int] = {}
+        self._now = self._held = self._peak = 0
 
     def __enter__(self) -> MemoryOf:
         gc.collect()
-        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        with _mute():
-            self._profile.__enter__()
-        return self
+        self._resize = torch.UntypedStorage.resize_
+        torch.UntypedStorage.resize_ = self._resizing  # FSDP frees and allocates so, which is no operation
+        return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        with _mute():
-            self._profile.__exit__(*error)
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(each, DTensor) for each in types):
+            return NotImplemented  # it comes back with local tensors
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, Tensor) and leaf.device.type == "cpu" and leaf.layout == torch.strided:
+                self._see(leaf.untyped_storage())
+        return result
 
     def step(self, step: Callable[[], T]) -> T:
         """The step whose memory is asked for; after others, so that all that lasts is there."""
         gc.collect()
-        with record_function(self.MARK):
-            return step()
+        with self._lock:
+            self._held = self._peak = self._now
+        return step()
 
     def result(self) -> Memory:
-        events = self._profile.profiler.kineto_results.events()
-        (begin, end) = next((e.start_ns(), e.end_ns()) for e in events if e.name() == self.MARK)
-        changes = sorted((e.start_ns(), index, e.nbytes()) for index, e in enumerate(events) if e.name() == "[memory]")
-        now = held = peak = 0
-        for when, _, size in changes:
-            if when > end:
-                break
-            now += size
-            if when < begin:
-                held = peak = now
-            peak = max(peak, now)
-        return Memory(held, peak)
+        return Memory(self._held, self._peak)
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        with self._lock:
+            if key not in self._sizes:
+                self._sizes[key] = 0
+                weakref.finalize(storage, self._free, key).atexit = False
+            self._change(key, storage.nbytes())
+
+    def _change(self, key: int, size: int) -> None:
+        self._now += size - self._sizes[key]
+        self._sizes[key] = size
+        self._peak = max(self._peak, self._now)
+
+    def _free(self, key: int) -> None:
+        with self._lock:
+            self._now -= self._sizes.pop(key)
+
+    @property
+    def _resizing(self) -> Callable[..., Any]:
+        stock, mode = self._resize, self
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            result = stock(storage, size)
+            with mode._lock:
+                if storage._cdata in mode._sizes:
+                    mode._change(storage._cdata, storage.nbytes())
+            return result
+
+        return resize_
