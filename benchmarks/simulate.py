@@ -22,6 +22,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +122,7 @@ def minimum(config: PretrainedConfig, setting: Setting) -> Simulation | None:
     tied = config.tie_word_embeddings or config.num_attention_heads % setting.tp
     if config.model_type not in CUT_BY_CONFIG or (tied and setting.tp > 1):
         return None
-    alone = Setting(
-        dp=setting.dp,
-        micro_batch=setting.micro_batch,
-        seq_len=setting.seq_len,
-        precision=setting.precision,
-        checkpointing=setting.checkpointing,
-    )
-    return simulate(lambda: of_local_sizes(config, setting.tp), alone, held=True)
+    return simulate(lambda: of_local_sizes(config, setting.tp), replace(setting, tp=1), held=True)
 
 
 def per_layer(shallow: Simulation, deep: Simulation, layers: int, hidden_state: int) -> dict[str, float]:

@@ -11,7 +11,6 @@ it casts on the CPU.
 
 from __future__ import annotations
 
-import os
 import time
 import weakref
 from collections import Counter
@@ -24,6 +23,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import patch_environment
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -249,18 +249,17 @@ def one_of(ranks: int, cpu: bool = True) -> Iterator[None]:
         raise BadInputError("a simulation needs a process without an Accelerator. Run it in one of its own.")
     with ExitStack() as stack:
         stack.callback(AcceleratorState._reset_state, True)
-        stack.enter_context(_environment(ACCELERATE_USE_CPU=str(cpu).lower()))
+        stack.enter_context(patch_environment(ACCELERATE_USE_CPU=str(cpu).lower()))
         # Positions have no values, by which packed samples are told, and so whether there has to be a mask.
         stack.enter_context(attributes(masking_utils, find_packed_sequence_indices=lambda *args, **kwargs: None))
         if ranks > 1:
             import torch.testing._internal.distributed.fake_pg  # noqa: F401  registers the backend
 
             launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-            stack.enter_context(_environment(**launched, MASTER_ADDR="localhost", MASTER_PORT="1"))
-            # What is said beside the compute is the same on all ranks; nobody can be connected to.
+            stack.enter_context(patch_environment(**launched, MASTER_ADDR="localhost", MASTER_PORT="1"))
+            # Nobody can be connected to.
             nobody = {"ProcessGroupGloo": lambda *args, **kwargs: None, "new_group": _fake_group(dist.new_group)}
-            alike = {"all_gather_object": _all_say_the_same, "broadcast_object_list": lambda *args, **kwargs: None}
-            stack.enter_context(attributes(dist, **nobody, **alike))
+            stack.enter_context(attributes(dist, **nobody))
             # DDP would send the order in which gradients came, by address; the buckets stay those it has made first.
             stack.enter_context(attributes(dist.Reducer, _rebuild_buckets=lambda reducer: False))
             dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=ranks)
@@ -268,29 +267,11 @@ def one_of(ranks: int, cpu: bool = True) -> Iterator[None]:
         yield
 
 
-def _all_say_the_same(objects: list[Any], own: Any, group: Any = None) -> None:
-    objects[:] = [own] * len(objects)
-
-
 def _fake_group(stock: Callable) -> Callable:
     def new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, *args: Any, **kwargs: Any) -> Any:
         return stock(ranks, timeout, "fake", *args, **kwargs)
 
     return new_group
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 # ----------------------------------------------------------------------------------------------------------- the step
