@@ -11,9 +11,9 @@
 
 The pairs are Megatron-LM's f/g functions (arXiv:1909.08053, section 3): `copy_to_tp` opens a tensor-parallel region,
 `reduce_from_tp` closes one. All take a one-dimensional mesh, the tensor-parallel one but for `gather_replicas`, and
-never change their input in place. Only `send_first_rank`, which is for set-up and between steps and has no backward,
-does that. Nor have `gather_parts` and `gather_whole` (full tensors), `object_of_first_rank` (generated tokens) and
-`on_any_rank` (a question before a step).
+never change their input in place. Only `send_rank` and `send_first_rank`, for set-up and between steps, without backward,
+do that. Nor have `gather_parts` and `gather_whole` (full tensors), `object_of_first_rank` (generated tokens),
+`on_any_rank` and `differ_over_ranks` (questions between steps).
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .control import first_object, gather_objects
+from .control import first_object
 from .layout import Shared
 
 __all__ = [
+    "ABSENT",
     "add_share",
     "copy_to_tp",
+    "differ_over_ranks",
     "exchange",
     "gather_from_tp",
     "gather_parts",
     "gather_replicas",
     "gather_whole",
     "object_of_first_rank",
-    "objects_of_ranks",
     "on_any_rank",
     "reduce_from_tp",
     "scatter_to_tp",
@@ -47,6 +48,8 @@ __all__ = [
     "send_rank",
 ]
 
+#: Stands for a number that a rank does not have; below every checksum and its negative. See `differ_over_ranks`.
+ABSENT = -(1 << 62)
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
@@ -183,14 +186,23 @@ def _aligned(size: int) -> int:
     return -(-size // 16) * 16
 
 
-def objects_of_ranks(mesh: DeviceMesh, data: Any) -> list[Any]:
-    """What each rank of `mesh` has: anything that can be pickled."""
-    return gather_objects(data, mesh.get_group())
-
-
 def object_of_first_rank(mesh: DeviceMesh, data: Any) -> Any:
     """What the first rank of `mesh` holds, on every rank: anything that can be pickled."""
     return first_object(data, mesh.get_group())
+
+
+@torch.no_grad()
+def differ_over_ranks(mesh: DeviceMesh, numbers: Tensor) -> list[bool]:
+    """Which of `numbers` any two ranks of `mesh` have unlike; the host waits for the device once.
+
+    Args:
+        mesh: One-dimensional mesh.
+        numbers: `[count]` integers on its device, as many on each rank, `ABSENT` where this rank has none to compare.
+    """
+    # max(n) and -max(-n) = min(n) differ if any two ranks do.
+    bounds = torch.stack([numbers, torch.where(numbers == ABSENT, numbers, -numbers)])
+    dist.all_reduce(bounds, dist.ReduceOp.MAX, group=mesh.get_group())
+    return (bounds[0] != -bounds[1]).tolist()
 
 
 @torch.no_grad()

@@ -7,8 +7,11 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["BUCKET_BYTES", "buckets", "buckets_of"]
+from ..core.collectives import send_rank
+
+__all__ = ["BUCKET_BYTES", "buckets", "buckets_of", "send_bucket"]
 
 T = TypeVar("T")
 BUCKET_BYTES = 25 << 20  # as DDP's
@@ -36,3 +39,16 @@ def buckets_of(parts: Iterable[T], tensor_of: Callable[[T], Tensor]) -> Iterator
             size, bucket = 0, []
         filling[tensor.dtype] = size + tensor.nbytes, [*bucket, part]
     yield from (bucket for _, bucket in filling.values())
+
+
+@torch.no_grad()
+def send_bucket(mesh: DeviceMesh, tensors: list[Tensor], rank: int = 0) -> None:
+    """Overwrite tensors of one data type with their values on `rank` of `mesh`, on every rank, by one collective."""
+    if len(tensors) == 1:
+        send_rank(mesh, tensors[0], rank)
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    send_rank(mesh, flat, rank)
+    if mesh.get_local_rank() != rank:
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])

@@ -23,15 +23,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from ..core.checksum import by_device, can_be_summed, checksum
-from ..core.collectives import laid_out, send_first_rank, with_shared
+from ..core.collectives import ABSENT, differ_over_ranks, laid_out, send_first_rank, with_shared
 from ..core.randomness import Generator, default_generators
 from ..core.shard import ShardInfo, shard_info
-from .buckets import buckets, buckets_of
+from .buckets import buckets, buckets_of, send_bucket
 from .decisions import Decisions, decisions_of
 
 __all__ = ["DriftGuard", "checksum"]
 
-_NONE = -(1 << 62)  # below every checksum and its negative
 logger = logging.getLogger(__name__)
 
 
@@ -103,14 +102,7 @@ class DriftGuard:
         for shards in buckets_of(repeated, lambda shard: shard[0]):
             send_first_holders(self.mesh, shards)
         for bucket in buckets(grads):
-            if len(bucket) == 1:
-                send_first_rank(self.mesh, bucket[0])
-                continue
-            flat = torch.cat([grad.reshape(-1) for grad in bucket])
-            send_first_rank(self.mesh, flat)
-            if self.mesh.get_local_rank() != 0:
-                parts = flat.split([grad.numel() for grad in bucket])
-                torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(parts, bucket)])
+            send_bucket(self.mesh, bucket)
 
     @torch.no_grad()
     def compare(self, optimizer: Optimizer | None = None) -> list[str]:
@@ -162,11 +154,7 @@ class DriftGuard:
         sums = [total for each in watched.values() for total in _checksums(each.tensor, each.info)]
         order, stacks = by_device(sums)
         own = torch.cat([stack.to(self.mesh.device_type) for stack in stacks])
-        # max(c) and -max(-c) = min(c) differ if any two ranks do.
-        bounds = torch.stack([own, torch.where(own == _NONE, own, -own)])
-        dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.mesh.get_group())
-        differs = (bounds[0] != -bounds[1]).tolist()
-        found = {names[index] for index, differ in zip(order, differs) if differ}
+        found = {names[index] for index, differs in zip(order, differ_over_ranks(self.mesh, own)) if differs}
         return [name for name in watched if name in found]
 
     def _heal(self, drifted: _Watched) -> None:
@@ -253,7 +241,7 @@ def _checksums(tensor: Tensor, info: ShardInfo | None) -> list[Tensor]:
     """
     if info is None or info.layout is None:
         return [checksum(tensor)]
-    sums = [torch.full((), _NONE, dtype=torch.int64, device=tensor.device) for _ in info.layout.repeated]
+    sums = [torch.full((), ABSENT, dtype=torch.int64, device=tensor.device) for _ in info.layout.repeated]
     for piece in info.shared.pieces:
         sums[piece.number] = checksum(tensor.narrow(info.layout.dim, piece.start, piece.length))
     return sums

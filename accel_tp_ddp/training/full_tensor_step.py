@@ -21,10 +21,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..core.collectives import exchange, objects_of_ranks, on_any_rank, send_rank
+from ..core.collectives import exchange, on_any_rank
+from ..core.control import gather_objects
 from ..core.randomness import agree_on_randomness, random_digest
 from ..core.shard import ShardInfo, shard_info
-from .buckets import BUCKET_BYTES, buckets
+from .buckets import BUCKET_BYTES, buckets, send_bucket
 
 __all__ = ["FullTensorStep", "deal", "register_whole_step", "steps_on_full_tensors"]
 
@@ -175,7 +176,8 @@ class _DealtStep:
             param = self.entries[index].param
             if self.owners[index] == self.rank and param in self.optimizer.state:
                 own[index], held[index] = _described(self.optimizer.state[param], self.mesh.device_type)
-        told = objects_of_ranks(self.mesh, (_sendable(self.problem), random_digest(self.mesh.device_type), own))
+        own_word = _sendable(self.problem), random_digest(self.mesh.device_type), own
+        told = gather_objects(own_word, self.mesh.get_group())
         for rank, (_, _, described) in enumerate(told):
             tensors: list[Tensor] = []
             for index, state in described.items():
@@ -184,7 +186,7 @@ class _DealtStep:
                     held[index] = _make_room(self.optimizer, param, state)
                 tensors += held[index]
             for bucket in buckets(tensors):
-                _send_together(self.mesh, bucket, rank)
+                send_bucket(self.mesh, bucket, rank)
         if len({digest for _, digest, _ in told}) > 1:  # a step draws numbers, and each rank has taken other steps
             agree_on_randomness(self.mesh)
         if self.problem is not None:
@@ -229,17 +231,6 @@ def _make_room(optimizer: Optimizer, param: nn.Parameter, described: Any) -> lis
             leaves.append(slot)
     optimizer.state[param] = tree_unflatten(leaves, spec)
     return room
-
-
-def _send_together(mesh: DeviceMesh, tensors: list[Tensor], rank: int) -> None:
-    """Tensors of one data type from `rank` to all, in one collective."""
-    if len(tensors) == 1:
-        return send_rank(mesh, tensors[0], rank)
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    send_rank(mesh, flat, rank)
-    if mesh.get_local_rank() != rank:
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(part.view_as(tensor))
 
 
 def _sendable(problem: Exception | None) -> Exception | None:

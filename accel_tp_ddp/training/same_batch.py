@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..core.checksum import by_device, can_be_summed, checksum, checksums
+from ..core.collectives import differ_over_ranks
 from ..core.control import gather_objects
 
 __all__ = ["watch_batches"]
@@ -82,10 +83,7 @@ class _BatchWatch:
         own = torch.full((), number, dtype=torch.int64, device=self.mesh.device_type)
         for same_device in sums:
             own += checksum(same_device).to(own.device)
-        bounds = torch.stack([own, -own])
-        dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.mesh.get_group())
-        highest, lowest = bounds.tolist()
-        return highest == -lowest
+        return not any(differ_over_ranks(self.mesh, own.view(1)))
 
 
 def _named_tensors(inputs: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -37,7 +37,6 @@ CALL_COLLECTIVES = {
     "proof/compare.py": "set-up: the ranks of the proof, and what each has found",
     "tools/ranks.py": "the end of a rank of the command",
     "training/drift.py": "between steps: what is replicated stays equal",
-    "training/same_batch.py": "now and then before a forward: whether the ranks of a replica have one batch",
     "tools/simulate.py": "one rank of a fake group: nothing is sent",
 }
 COLLECTIVES = {
