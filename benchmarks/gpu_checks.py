@@ -12,7 +12,8 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -165,6 +166,14 @@ def of_all_ranks(value: Any) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
+
+
+@contextmanager
+def folder_of_all_ranks(accelerator: Accelerator) -> Iterator[str]:
+    """One folder for all ranks, until all of them are done with it."""
+    with tempfile.TemporaryDirectory() as own:
+        yield of_all_ranks(own)[0]
+        accelerator.wait_for_everyone()
 
 
 class Sent(TorchDispatchMode):
@@ -384,9 +393,8 @@ def gradients_keep_nothing_else_alive(place: Place) -> str:
 @check()
 def background_save(place: Place) -> str:
     """Saved while training goes on, and loaded again; no context on a GPU that is another rank's."""
-    with tempfile.TemporaryDirectory() as own:
-        accelerator, model, optimizer = prepared(place, async_save=True)
-        folder = of_all_ranks(own)[0]
+    accelerator, model, optimizer = prepared(place, async_save=True)
+    with folder_of_all_ranks(accelerator) as folder:
         steps(accelerator, model, optimizer, place, range(2))
         saved = {name: tensor.clone() for name, tensor in full_state_dict(model).items()}
         accelerator.save_state(folder)
@@ -394,7 +402,6 @@ def background_save(place: Place) -> str:
         accelerator.load_state(folder)
         for name, tensor in full_state_dict(model).items():
             assert torch.equal(tensor, saved[name]), f"{name} is not what was saved"
-        accelerator.wait_for_everyone()
     if place.gpus < 2:
         return "loaded as saved; contexts on other GPUs were not looked at, as there are none"
     import subprocess
@@ -459,31 +466,27 @@ def generated_tokens(place: Place) -> str:
 @check()
 def resumed_run(place: Place) -> str:
     """As if it had not been interrupted."""
-    with tempfile.TemporaryDirectory() as own:
-        accelerator, model, optimizer = prepared(place)
-        folder = of_all_ranks(own)[0]
+    accelerator, model, optimizer = prepared(place)
+    with folder_of_all_ranks(accelerator) as folder:
         steps(accelerator, model, optimizer, place, range(2))
         accelerator.save_state(folder)
         expected = steps(accelerator, model, optimizer, place, range(2, 5))
         accelerator.load_state(folder)
         words = close(steps(accelerator, model, optimizer, place, range(2, 5)), expected, 1e-6)
-        accelerator.wait_for_everyone()
     return words
 
 
 @check()
 def exported_model(place: Place) -> str:
     """`save_pretrained` writes what plain transformers loads."""
-    with tempfile.TemporaryDirectory() as own:
-        accelerator, model, optimizer = prepared(place)
-        folder = of_all_ranks(own)[0]
+    accelerator, model, optimizer = prepared(place)
+    with folder_of_all_ranks(accelerator) as folder:
         steps(accelerator, model, optimizer, place, range(2))
         accelerator.unwrap_model(model).save_pretrained(folder, state_dict=accelerator.get_state_dict(model))
         accelerator.wait_for_everyone()
         loss = model(**batch(place, 9)).loss.item()
         again = AutoModelForCausalLM.from_pretrained(folder).to(device_of(place))
         words = close([loss], [again(**batch(place, 9)).loss.item()])
-        accelerator.wait_for_everyone()
     return words
 
 
