@@ -102,6 +102,8 @@ def run_on_ranks(
         settled = pool.call(None, SETTLE_TIMEOUT)
         if not all(isinstance(answer, _Value) for answer in settled):
             raise RanksError(_report(f"{name} left the ranks out of step", settled, pool.stacks()))
+        if not all(answer.value for answer in settled):
+            discard_pool(world_size)  # `end_training` has ended the process group
     except BaseException:
         discard_pool(world_size, kill=True)
         raise
@@ -261,8 +263,7 @@ def _answer(request: bytes, environment: dict[str, str]) -> bytes:
     try:
         call = pickle.loads(request)
         if call is None:
-            _settle(environment)
-            return pickle.dumps(_Value(None))
+            return pickle.dumps(_Value(_settle(environment)))
         random.seed(0)
         np.random.seed(0)
         torch.manual_seed(0)
@@ -272,8 +273,11 @@ def _answer(request: bytes, environment: dict[str, str]) -> bytes:
         return pickle.dumps(Raised.of(error))
 
 
-def _settle(environment: dict[str, str]) -> None:
-    """Put back what a call may have left; the barrier shows at once whether the ranks are still in step."""
+def _settle(environment: dict[str, str]) -> bool:
+    """Put back what a call may have left; the barrier shows at once whether the ranks are still in step.
+
+    False if the process group is gone, which the next call would need.
+    """
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -285,3 +289,4 @@ def _settle(environment: dict[str, str]) -> None:
     gc.collect()
     if dist.is_initialized():
         dist.barrier()
+    return dist.is_initialized() or "WORLD_SIZE" not in environment

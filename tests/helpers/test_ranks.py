@@ -139,6 +139,15 @@ def test_each_call_can_build_its_own_mesh():
         assert run_on_ranks(sum_over_each_axis_of_a_mesh, 4) == [[2, 1], [4, 1], [2, 5], [4, 5]]
 
 
+def end_the_group():
+    dist.destroy_process_group()
+
+
+def test_a_call_that_ends_the_process_group_is_followed_by_new_processes():
+    run_on_ranks(end_the_group, 2)
+    assert run_on_ranks(sum_of_ranks, 2, 10) == [(0, 21), (1, 21)]
+
+
 def test_an_expected_raise_is_returned_for_every_rank():
     raised = run_on_ranks(raise_everywhere, 2, "no", expect_raise=True)
     assert [r.type_name for r in raised] == ["KeyError", "KeyError"]

@@ -1,6 +1,5 @@
 """Training in float8: linear layers are converted before they are sharded, and what is replaced later is an error."""
 
-import importlib.util
 import os
 from contextlib import nullcontext
 
@@ -14,8 +13,6 @@ from ..helpers.models import VOCABULARY, build_model
 from ..helpers.ranks import run_on_ranks
 from ..helpers.training import make_accelerator
 from ..helpers.versions import needs_sharded_loading
-
-needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 
 
 def off_by(actual, exact):
@@ -43,7 +40,6 @@ def gradients(tp, kind, precision="fp8"):
     return full_gradients(prepared) if tp else {n: p.grad for n, p in model.named_parameters()}, converted
 
 
-@needs_torchao
 @pytest.mark.parametrize("kind", ["llama", "phi3"])
 def test_float8_is_as_close_to_full_precision_as_without_tensor_parallelism(kind):
     exact, _ = run_on_ranks(gradients, 2, None, kind, "no")[0]
@@ -76,7 +72,6 @@ def loaded(folder, sliced):
     return prepared(input_ids=torch.arange(8)[None]).logits
 
 
-@needs_torchao
 @needs_sharded_loading
 def test_a_model_that_was_loaded_in_slices_computes_in_float8_as_one_that_was_not(tmp_path):
     build_model("llama").save_pretrained(tmp_path)
@@ -92,7 +87,6 @@ def evaluated_first():
     accelerator.prepare(model)
 
 
-@needs_torchao
 @pytest.mark.parametrize(
     "prepare, words", [(too_narrow, "multiple of 16"), (evaluated_first, "has been sharded before")]
 )
