@@ -70,7 +70,8 @@ class Region:
         if not torch.is_grad_enabled():
             return tensor
         if self._copy is not None and self._source is not None and self._source() is tensor:
-            if self._version == tensor._version:
+            # Dynamo cannot trace the read of a version; it works on graphs in which nothing is changed in place.
+            if torch.compiler.is_compiling() or self._version == tensor._version:
                 return self._copy
         partial = [(partner, name) for partner in partners for name in partner.partial_names()]
         copy, *params = copy_to_tp(
@@ -82,7 +83,8 @@ class Region:
         for (partner, name), param in zip(partial, params):
             partner.offered[name] = param
         if keep:
-            self._source, self._version, self._copy = weakref.ref(tensor), tensor._version, copy
+            self._source, self._copy = weakref.ref(tensor), copy
+            self._version = -1 if torch.compiler.is_compiling() else tensor._version
         return copy
 
     def open(self, training: bool = True) -> None:
