@@ -11,9 +11,9 @@
 
 The pairs are Megatron-LM's f/g functions (arXiv:1909.08053, section 3): `copy_to_tp` opens a tensor-parallel region,
 `reduce_from_tp` closes one. All take a one-dimensional mesh, the tensor-parallel one but for `gather_replicas`, and
-never change their input in place. Only `send_rank` and `send_first_rank`, of set-up and between steps, do that, and
-have no backward. Nor have `gather_parts` and `gather_whole` (full tensors), `object_of_first_rank` (generated tokens),
-`on_any_rank` and `differ_over_ranks` (questions between steps).
+change their input in place only where they are told that it is `fresh`. `send_rank` and `send_first_rank`, of set-up and
+between steps, do that too, and have no backward. Nor have `gather_parts` and `gather_whole` (full tensors),
+`object_of_first_rank` (generated tokens), `on_any_rank` and `differ_over_ranks` (questions between steps).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.distributed.device_mesh import DeviceMesh
 
 from .control import first_object
@@ -67,17 +68,35 @@ def copy_to_tp(mesh: DeviceMesh, *tensors: Tensor, shared: Sequence[Shared | Non
     """
     if not torch.is_grad_enabled():
         return tensors
+    if len(tensors) == 1 and not shared:  # most calls
+        (tensor,) = tensors
+        return (_CopyOneToTP.apply(mesh, tensor),) if tensor.requires_grad else tensors
     wanted = [tensor.requires_grad for tensor in tensors]
     if not any(wanted):
         return tensors
-    shared = tuple(pieces for pieces, want in zip(shared or [None] * len(tensors), wanted) if want)
+    shared = tuple(shared) if shared else (None,) * len(tensors)
+    if all(wanted):
+        return _CopyToTP.apply(mesh, shared, *tensors)
+    shared = tuple(pieces for pieces, want in zip(shared, wanted) if want)
     copies = iter(_CopyToTP.apply(mesh, shared, *(tensor for tensor, want in zip(tensors, wanted) if want)))
     return tuple(next(copies) if want else tensor for tensor, want in zip(tensors, wanted))
 
 
-def reduce_from_tp(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
-    """Close a tensor-parallel region: forward sums the ranks' partial `tensor`s, backward identity."""
-    return _ReduceFromTP.apply(mesh, tensor)
+def reduce_from_tp(mesh: DeviceMesh, tensor: Tensor, fresh: bool = False) -> Tensor:
+    """Close a tensor-parallel region: forward sums the ranks' partial `tensor`s, backward identity.
+
+    Args:
+        mesh: One-dimensional tensor-parallel mesh.
+        tensor: This rank's term.
+        fresh: Whether the operation that has made `tensor` does not need its value any more, nor anybody else, as with
+            a matrix product's: it is then summed up in place, and is the result.
+    """
+    # A view's base would have to follow, and the compiler decides for itself what it does in place.
+    own = fresh and not (tensor.is_leaf and tensor.requires_grad) and tensor._base is None and tensor.is_contiguous()
+    if not own or is_compiling():
+        return _ReduceFromTP.apply(mesh, tensor)
+    dist.all_reduce(tensor.detach(), group=mesh.get_group())  # past autograd, as the backward is the identity
+    return tensor
 
 
 def gather_from_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
@@ -232,16 +251,42 @@ class _GatherReplicas(torch.autograd.Function):
 class _CopyToTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mesh: DeviceMesh, shared: tuple[Shared | None, ...], *tensors: Tensor):
-        ctx.mesh, ctx.shared = mesh, shared
+        ctx.mesh, ctx.shared, ctx.leaf = mesh, shared, tensors[0].is_leaf
         ctx.set_materialize_grads(False)  # a copy that nobody used adds nothing to the collective
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor | None):
-        sent = [laid_out(grad, shared) for grad, shared in zip(grads, ctx.shared)]
-        summed = _all_reduce_together(ctx.mesh, sent)
-        return None, None, *(with_shared(*each) for each in zip(grads, summed, ctx.shared))
+        # Without the wrapper where there is nothing to refuse: it takes longer than the rest.
+        return _sum_gradients_once(ctx, *grads) if torch.is_grad_enabled() else _sum_gradients(ctx, *grads)
+
+
+class _CopyOneToTP(torch.autograd.Function):
+    """`_CopyToTP` of one tensor, by fewer steps."""
+
+    @staticmethod
+    def forward(ctx, mesh: DeviceMesh, tensor: Tensor):
+        ctx.mesh = mesh
+        ctx.set_materialize_grads(False)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None):
+        return _sum_gradient_once(ctx, grad) if torch.is_grad_enabled() else _sum_gradient(ctx, grad)
+
+
+def _sum_gradient(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None]:
+    return None, grad if grad is None else _all_reduce(ctx.mesh, grad)
+
+
+def _sum_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    sent = [laid_out(grad, shared) for grad, shared in zip(grads, ctx.shared)]
+    summed = _all_reduce_together(ctx.mesh, sent, first_as_view=not ctx.leaf)
+    return None, None, *(with_shared(*each) for each in zip(grads, summed, ctx.shared))
+
+
+_sum_gradient_once = torch.autograd.function.once_differentiable(_sum_gradient)
+_sum_gradients_once = torch.autograd.function.once_differentiable(_sum_gradients)
 
 
 class _ReduceFromTP(torch.autograd.Function):
@@ -320,8 +365,14 @@ def _all_reduce(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
     return result
 
 
-def _all_reduce_together(mesh: DeviceMesh, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """One all-reduce per data type, whatever the number of tensors; `None` stays `None`."""
+def _all_reduce_together(
+    mesh: DeviceMesh, tensors: Sequence[Tensor | None], first_as_view: bool
+) -> list[Tensor | None]:
+    """One all-reduce per data type, whatever the number of tensors; `None` stays `None`.
+
+    A part of the common buffer would keep all of it in memory until `zero_grad`, as a parameter's gradient. So results
+    are copies, but for the first where `first_as_view` says that it is activations' gradient, which is soon gone.
+    """
     results: list[Tensor | None] = list(tensors)
     by_dtype: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
     for index, tensor in enumerate(tensors):
@@ -335,7 +386,8 @@ def _all_reduce_together(mesh: DeviceMesh, tensors: Sequence[Tensor | None]) -> 
         flat = torch.cat([own.reshape(-1) for _, own in alike])
         dist.all_reduce(flat, group=mesh.get_group())
         for (index, own), part in zip(alike, flat.split([own.numel() for _, own in alike])):
-            results[index] = part.view(own.shape)
+            kept = part if first_as_view and index == 0 else part.clone()
+            results[index] = kept.view(own.shape)
     return results
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import sys
 from abc import ABC
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .forward import ParallelForward
 
@@ -19,10 +17,10 @@ __all__ = [
     "in_features",
     "input_dim",
     "is_linear",
+    "no_bias",
     "out_features",
     "output_dim",
     "show_local_outputs",
-    "without_bias",
 ]
 
 
@@ -74,9 +72,6 @@ def show_local_outputs(module: nn.Module, features: int) -> None:
         module.nf = features
 
 
-@contextmanager
-def without_bias(call: ParallelForward) -> Iterator[None]:
-    """Let a linear layer compute without its bias; one whose forward cannot do without gets a bias of zeros."""
-    bias = call.held("bias")
-    with call.replacing(bias=torch.zeros_like(bias) if isinstance(call.module, TransposedLinear) else None):
-        yield
+def no_bias(call: ParallelForward) -> Tensor | None:
+    """What a linear layer computes with in the place of its bias, so as to leave it out; some cannot do without."""
+    return torch.zeros_like(call.held("bias")) if isinstance(call.module, TransposedLinear) else None

@@ -43,7 +43,7 @@ class EmbeddingRowwise(Style):
         elsewhere = (input < start) | (input >= stop)
         with local_padding_idx(call.module, start, stop):
             output = call.inner((input - start).masked_fill(elsewhere, 0))
-        return reduce_from_tp(call.mesh, torch.masked_fill(output, elsewhere.unsqueeze(-1), 0))
+        return reduce_from_tp(call.mesh, torch.masked_fill(output, elsewhere.unsqueeze(-1), 0), fresh=True)
 
 
 class EmbeddingHeads(Style):

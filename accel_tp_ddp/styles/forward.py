@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.functional import linear
 
 from ..core.collectives import copy_to_tp
 from ..core.layout import Shared
@@ -53,10 +54,20 @@ class ParallelForward:
         self.style = style
         self.region = region
         self.shards = shards
+        self._names = tuple(shards)
+        #: Whether there may be parameters whose gradient is the sum over several ranks.
+        self.partial_gradients = style.partial_gradients or any(info.is_repeated for info in shards.values())
         self.partners: tuple[ParallelForward, ...] = ()
         self.offered: dict[str, Tensor] = {}
         self.wrapped: Callable | None = module.__dict__.get("forward")
-        self._entered = False
+        #: Whether the module does nothing with its input but a matrix product, which autocast would cast it for.
+        self._casts = self._may_cast if is_product(module) else None
+        #: Whether its output is a product's too, whose value no operation needs again.
+        self.fresh = self.wrapped is None and is_product(module)
+        self._run = style.forward
+        self._keep = style.local_output
+        self._hosts: tuple[nn.Module, ...] = ()
+        self._entered = -1
         self.computing = False  # whether the module's own forward runs
         self.idle = False  # while a module around this one runs it under the style
 
@@ -68,10 +79,11 @@ class ParallelForward:
         if self.idle:
             return self.inner(*args, **kwargs)
         params = self.module._parameters  # without those that PEFT has put a parametrization in the place of
-        own = (params[name] for name in self.shards if name in params)
-        if any(param is not None and shard_info(param) is None for param in own):
-            restore_shards(self.module)
-        return self.style.forward(self, *args, **kwargs)
+        for name in self._names:
+            param = params.get(name)
+            if param is not None and shard_info(param) is None:
+                restore_shards(self.module)
+        return self._run(self, *args, **kwargs)
 
     def held(self, name: str) -> Tensor:
         """What the module holds under this name; its attribute may be read otherwise."""
@@ -83,8 +95,16 @@ class ParallelForward:
         """Become the forward of `module`."""
         module.forward = self
         if self.style.enters:
+            self._hosts = (*self._hosts, module)
             module.register_forward_pre_hook(self.enter_hook, prepend=True, with_kwargs=True)
-            module.register_forward_hook(self.exit_hook, always_call=True)
+
+    def product(self, input: Tensor, with_bias: bool = True) -> Tensor | None:
+        """What a linear layer of torch's computes, by as few steps; None of any other module, see `inner`."""
+        params = self.module._parameters
+        weight = params.get("weight")
+        if not self.fresh or weight is None:
+            return None
+        return linear(input, weight, params["bias"] if with_bias else None)
 
     def inner(self, *args, **kwargs):
         """The module's own forward."""
@@ -103,24 +123,29 @@ class ParallelForward:
         """
         if self.idle:
             return args, kwargs
+        region = self.region
         if args:
-            args = (self.enter(args[0]), *args[1:])
+            copy = region.enter(args[0], self.partners, self._keep, self.module.training, self._casts)
+            args = (copy, *args[1:])
         else:
             name = next(iter(kwargs))
             kwargs = {**kwargs, name: self.enter(kwargs[name])}
-        self._entered = True
+        self._entered = region.failed
         return args, kwargs
 
     def entered(self, tensor: Tensor) -> Tensor:
         """`tensor`, inside the region; also where somebody calls `module.forward` and so passes by the hook."""
-        return tensor if self._entered else self.enter(tensor)
-
-    def exit_hook(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook, also after an exception: the next call enters the region by itself."""
-        self._entered = False
+        if self._entered == self.region.failed:  # unless an exception has come between the hook and the forward
+            self._entered = -1
+            return tensor
+        return self.enter(tensor)
 
     def enter(self, tensor: Tensor) -> Tensor:
-        return self.region.enter(tensor, self.partners, self.style.local_output, self.module.training)
+        return self.region.enter(tensor, self.partners, self._keep, self.module.training, self._casts)
+
+    def _may_cast(self) -> bool:
+        """Whether no hook of a user's looks at what the module is given, which is to have the type it always has."""
+        return all(len(host._forward_pre_hooks) == 1 and not host._forward_hooks for host in self._hosts)
 
     def partial_names(self) -> list[str]:
         """Own parameters whose gradients are partial and wanted."""
@@ -128,11 +153,6 @@ class ParallelForward:
             return []
         params = self.module._parameters.items()
         return [name for name, param in params if param is not None and param.requires_grad and self.is_partial(name)]
-
-    @property
-    def partial_gradients(self) -> bool:
-        """Whether there may be parameters whose gradient is the sum over several ranks."""
-        return self.style.partial_gradients or any(info.is_repeated for info in self.shards.values())
 
     def is_partial(self, name: str) -> bool:
         return self.shards[name].is_repeated if name in self.shards else self.style.partial_gradients
@@ -146,6 +166,8 @@ class ParallelForward:
         names = self.partial_names() if torch.is_grad_enabled() else []
         offered, self.offered = self.offered, {}
         missing = [name for name in names if name not in offered]
+        if not missing:
+            return {name: offered[name] for name in names}
         own = copy_to_tp(
             self.mesh,
             *(self.held(name) for name in missing),
@@ -157,8 +179,17 @@ class ParallelForward:
         """The module's own forward, on parameters whose partial gradients are summed in the backward."""
         if not self.partial_gradients:
             return self.inner(*args, **kwargs)
-        with self.replacing(**self.summed_parameters()):
+        return self.inner_with(self.summed_parameters(), *args, **kwargs)
+
+    def inner_with(self, params: Mapping[str, Tensor | None], /, *args, **kwargs):
+        """The module's own forward, on other tensors in place of some of its parameters."""
+        own: dict[str, Any] = self.module._parameters
+        saved = {name: own[name] for name in params}
+        own.update(params)
+        try:
             return self.inner(*args, **kwargs)
+        finally:
+            own.update(saved)
 
     @contextmanager
     def replacing(self, **params: Tensor | None) -> Iterator[None]:
@@ -172,5 +203,10 @@ class ParallelForward:
             own.update(saved)
 
     def __getstate__(self) -> dict[str, Any]:
-        idle = {"offered": {}, "_entered": False, "computing": False, "idle": False}
+        idle = {"offered": {}, "_entered": -1, "computing": False, "idle": False}
         return {**self.__dict__, **idle}
+
+
+def is_product(module: nn.Module) -> bool:
+    """Whether the module is a linear layer of torch's, and computes as that does."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core.collectives import gather_from_tp, reduce_from_tp, scatter_to_tp
 from ..core.layout import Layout, Ranges, chunk_ranges
 from .base import Site, Style, even_layout
-from .conv1d import LINEAR, in_features, input_dim, out_features, output_dim, show_local_outputs, without_bias
+from .conv1d import LINEAR, in_features, input_dim, no_bias, out_features, output_dim, show_local_outputs
 from .forward import ParallelForward
 from .heads import meets_a_neighbour, show_local_heads, verify_whole_heads
 from .region import Region
@@ -86,7 +86,10 @@ class Colwise(Style):
             show_local_heads(site, self.sections(site))
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
-        return call.inner_with_sums(call.entered(input))
+        input = call.entered(input)
+        if not call.partial_gradients and (output := call.product(input)) is not None:
+            return output
+        return call.inner_with_sums(input)
 
 
 class ColwiseGatherOutput(Colwise):
@@ -146,11 +149,11 @@ class Rowwise(Style):
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
         call.region.leave()
         bias = call.module._parameters["bias"]
-        if bias is None:
-            return reduce_from_tp(call.mesh, call.inner(input))
-        with without_bias(call):
-            output = reduce_from_tp(call.mesh, call.inner(input))
-        return output + bias.to(output.dtype)  # as autocast would have cast it
+        output = call.product(input, with_bias=False)
+        if output is None:
+            output = call.inner(input) if bias is None else call.inner_with({"bias": no_bias(call)}, input)
+        output = reduce_from_tp(call.region.mesh, output, call.fresh)
+        return output if bias is None else output + bias.to(output.dtype)  # as autocast would have cast it
 
 
 class RowwiseSplitInput(Rowwise):

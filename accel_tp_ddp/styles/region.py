@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..core.collectives import copy_to_tp
@@ -47,14 +47,21 @@ class Region:
     def __init__(self, mesh: DeviceMesh, draws_dropout: bool = False):
         self.mesh = mesh
         self.stream = RandomStream(mesh.get_local_rank(), mesh.device_type) if draws_dropout else None
-        self._source: weakref.ref[Tensor] | None = None
-        self._version = -1
-        # Held strongly only until the region is left: torch does not keep the Python object alive by itself.
+        # Both held only until the region is left. The copy is a view of its source, or of a cast of it.
+        self._source: Tensor | None = None
         self._copy: Tensor | None = None
+        self._version = -1
+        self._cast = False
+        self.failed = 0  # forwards of the model that an exception has ended
         self.full: dict[tuple[int, int], Tensor] = {}  # what `direct_reads` has gathered in this forward
 
     def enter(
-        self, tensor: Tensor, partners: Sequence[Partner] = (), keep: bool = True, training: bool = True
+        self,
+        tensor: Tensor,
+        partners: Sequence[Partner] = (),
+        keep: bool = True,
+        training: bool = True,
+        casts: Callable[[], bool] | None = None,
     ) -> Tensor:
         """`copy_to_tp` of `tensor`, or the copy that another module has just made of the same tensor.
 
@@ -64,14 +71,26 @@ class Region:
                 are summed in the same collective.
             keep: Whether a later module is expected to want this copy, until `leave` is called.
             training: Whether the module is in training mode, and what follows may drop out sharded activations.
+            casts: Says whether all that the module does with its input is what autocast does in bf16. The cast is
+                then made before the copy, once for all modules, and the gradients are summed in bf16, half the bytes.
         """
-        if keep:
-            self.open(training)
+        if self.stream is not None and keep and training:
+            self.stream.enter()
+        # Dynamo cannot trace the read of a version; it works on graphs in which nothing is changed in place.
+        version = 0 if is_compiling() else tensor._version
+        if self._source is tensor and self._version == version:
+            if not self._cast or (casts is not None and in_bf16(tensor) and casts()):
+                return self._copy  # type: ignore[return-value]  # there is one where there is a source
         if not torch.is_grad_enabled():
             return tensor
-        if self._copy is not None and self._source is not None and self._source() is tensor:
-            if self._version == tensor._version:
-                return self._copy
+        cast = casts is not None and in_bf16(tensor) and casts()
+        source = tensor.to(torch.bfloat16) if cast else tensor
+        copy = self._enter_with(source, partners) if partners else copy_to_tp(self.mesh, source)[0]
+        if keep:
+            self._source, self._version, self._copy, self._cast = tensor, version, copy, cast
+        return copy
+
+    def _enter_with(self, tensor: Tensor, partners: Sequence[Partner]) -> Tensor:
         partial = [(partner, name) for partner in partners for name in partner.partial_names()]
         copy, *params = copy_to_tp(
             self.mesh,
@@ -81,8 +100,6 @@ class Region:
         )
         for (partner, name), param in zip(partial, params):
             partner.offered[name] = param
-        if keep:
-            self._source, self._version, self._copy = weakref.ref(tensor), tensor._version, copy
         return copy
 
     def open(self, training: bool = True) -> None:
@@ -112,9 +129,18 @@ class Region:
     def _end_hook(self, model: nn.Module, args: Any, output: Any) -> None:
         if self in _running:
             del _running[len(_running) - 1 - _running[::-1].index(self) :]
+        if output is None:
+            self.failed += 1
         self.full.clear()
         self.leave()
 
     def __getstate__(self) -> dict[str, Any]:
-        idle: dict[str, Any] = {"_source": None, "_version": -1, "_copy": None, "full": {}}
-        return {"mesh": self.mesh, "stream": self.stream, **idle}
+        idle: dict[str, Any] = {"_source": None, "_version": -1, "_copy": None, "_cast": False, "full": {}}
+        return {"mesh": self.mesh, "stream": self.stream, "failed": 0, **idle}
+
+
+def in_bf16(tensor: Tensor) -> bool:
+    """Whether autocast would have a matrix product cast this float32 tensor to bf16."""
+    if tensor.dtype is not torch.float32 or not torch.is_autocast_enabled(device := tensor.device.type):
+        return False
+    return torch.get_autocast_dtype(device) is torch.bfloat16

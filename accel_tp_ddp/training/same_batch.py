@@ -38,12 +38,12 @@ class _BatchWatch:
         self.every = every
         self._forwards = 0
 
+    @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._forwards += 1
         if (self._forwards - 1) % self.every == 0:
             self.compare({**{f"argument {index}": arg for index, arg in enumerate(args)}, **kwargs})
 
-    @torch.compiler.disable
     def compare(self, inputs: Mapping[str, Any]) -> None:
         """Raise on every rank of the group unless all have the same tensors.
 

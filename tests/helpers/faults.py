@@ -404,7 +404,7 @@ def _as_on_the_first_rank(forward: Callable) -> Callable:
 
 # Of the styles that plans of this package name; `plans/test_curated_plans.py` injects them.
 _CURATED_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
-    "bias kept in a row-parallel layer": [(linear, "without_bias", lambda call: nullcontext())],
+    "bias kept in a row-parallel layer": [(linear, "no_bias", lambda call: call.held("bias"))],
     "biases of other heads": [(around, "heads_of_this_rank", _heads_of_the_first_rank)],
     "norms of other heads": [(around.LocalModules, "forward", _as_on_the_first_rank(around.LocalModules.forward))],
     "gradients of a list of norms not summed": [(around, "copy_to_tp", _not_copied)],

@@ -182,8 +182,7 @@ class PartialAdapter(ReplicatedWithGradAllReduce):
         bias = params.get("bias", call.module._parameters.get("bias"))
         if bias is not None:
             params["bias"] = bias / call.mesh.size()
-        with call.replacing(**params):
-            return call.inner(*args, **kwargs)
+        return call.inner_with(params, *args, **kwargs)
 
 
 @torch.no_grad()
@@ -227,6 +226,7 @@ class LayerForward(ParallelForward):
         super().__init__(layer.base_layer, base.style, base.region, base.shards, base.facts)
         self.layer = layer
         self.wrapped = layer.__dict__.get("forward")
+        self.fresh = False
         self._rest: tuple = ((), {})
 
     def __call__(self, x: Tensor, *args, **kwargs):
