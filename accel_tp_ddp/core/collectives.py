@@ -11,8 +11,8 @@
 
 The pairs are Megatron-LM's f/g functions (arXiv:1909.08053, section 3): `copy_to_tp` opens a tensor-parallel region,
 `reduce_from_tp` closes one. All take a one-dimensional mesh, the tensor-parallel one but for `gather_replicas`, and
-change their input in place only where they are told that it is `fresh`. `send_rank` and `send_first_rank`, of set-up and
-between steps, do that too, and have no backward. Nor have `gather_parts` and `gather_whole` (full tensors),
+change their input in place only where they are told that it is `fresh`. `send_rank` and `send_first_rank`, of set-up
+and between steps, do that too, and have no backward. Nor have `gather_parts` and `gather_whole` (full tensors),
 `object_of_first_rank` (generated tokens), `on_any_rank` and `differ_over_ranks` (questions between steps).
 """
 

@@ -18,7 +18,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.functional import dropout, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from .collectives import send_first_rank
 from .control import gather_objects
@@ -45,16 +48,23 @@ class RandomStream:
     Args:
         index: Which of the streams that start at the same place: tensor-parallel or data-parallel rank.
         device_type: Where the model computes; the CPU's generator is switched in any case.
+        count: How many streams there are; needed where one is entered within a graph of `torch.compile`.
     """
 
-    def __init__(self, index: int, device_type: str):
+    def __init__(self, index: int, device_type: str, count: int = 1):
         self.own = _GOLDEN * (index + 1)
         self.device_type = device_type
         self._around: tuple | None = None
+        self._compiled = _DropoutOfRank(index, count)
+        self._pushed = False
 
     def enter(self) -> None:
         """Go over to this stream; nothing if there already."""
-        if self._around is not None:
+        if self._around is not None or self._pushed:
+            return
+        if is_compiling():
+            torch._C._push_on_torch_function_stack(self._compiled)
+            self._pushed = True
             return
         draw = int(torch.empty((), dtype=torch.int64).random_())
         state, device = torch.get_rng_state(), None
@@ -69,6 +79,10 @@ class RandomStream:
 
     def leave(self) -> None:
         """Go back to the stream around it, to a place that does not depend on what was drawn from this one."""
+        if self._pushed:
+            torch._C._pop_torch_function_stack()
+            self._pushed = False
+            return
         if self._around is None:
             return
         state, device = self._around
@@ -82,7 +96,7 @@ class RandomStream:
     @contextmanager
     def inside(self) -> Iterator[None]:
         """Draw from this stream for a while, for something sharded; wherever the generators stand."""
-        before = self._around is not None
+        before = self._around is not None or self._pushed
         self.enter()
         try:
             yield
@@ -93,7 +107,7 @@ class RandomStream:
     @contextmanager
     def outside(self) -> Iterator[None]:
         """Draw from the stream around for a while, for something replicated; wherever the generators stand."""
-        before = self._around is not None
+        before = self._around is not None or self._pushed
         self.leave()
         try:
             yield
@@ -102,7 +116,61 @@ class RandomStream:
                 self.enter()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_around": None}
+        return {**self.__dict__, "_around": None, "_pushed": False}
+
+
+class _DropoutOfRank(TorchFunctionMode):
+    """Dropout of this rank's part within a graph of `torch.compile`, which cannot go over to another random stream.
+
+    The masks of all ranks are drawn from the one stream, alike on each of them, and the own one is taken. Attention
+    with dropout is written out, as its kernels draw by themselves.
+    """
+
+    def __init__(self, index: int, count: int):
+        super().__init__()
+        self.index = index
+        self.count = count
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func is dropout:
+            return self._drop(*args, **kwargs or {})
+        if func is scaled_dot_product_attention:
+            return self._attend(*args, **kwargs or {})
+        return func(*args, **kwargs or {})
+
+    def _drop(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0:
+            return input
+        kept = torch.rand(self.count, *input.shape, device=input.device)[self.index] >= p
+        scale = 1 / (1 - p) if p < 1 else 0.0
+        return input.mul_(kept).mul_(scale) if inplace else input * kept * scale
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if dropout_p == 0:
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        if enable_gqa:
+            group = query.size(-3) // key.size(-3)
+            key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
+        scores = query @ key.transpose(-2, -1) * (query.size(-1) ** -0.5 if scale is None else scale)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if attn_mask is not None:
+            boolean = attn_mask.dtype is torch.bool
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if boolean else scores + attn_mask
+        weights = torch.ops.aten._safe_softmax(scores, -1)  # rows of nothing but padding give zeros
+        return self._drop(weights, dropout_p).to(value.dtype) @ value
 
 
 def draw_by_replica(model: nn.Module, replica: int, device_type: str) -> None:
@@ -117,12 +185,14 @@ class _EnterStream:
     def __init__(self, stream: RandomStream):
         self.stream = stream
 
+    @torch.compiler.disable  # outside of the graph, which draws from wherever the generators stand when it is run
     def __call__(self, model: nn.Module, args: tuple) -> None:
         if model.training:
             self.stream.enter()
 
 
 class _LeaveStream(_EnterStream):
+    @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple, output: Any = None) -> None:
         self.stream.leave()
 

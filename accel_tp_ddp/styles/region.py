@@ -46,7 +46,7 @@ class Region:
 
     def __init__(self, mesh: DeviceMesh, draws_dropout: bool = False):
         self.mesh = mesh
-        self.stream = RandomStream(mesh.get_local_rank(), mesh.device_type) if draws_dropout else None
+        self.stream = RandomStream(mesh.get_local_rank(), mesh.device_type, mesh.size()) if draws_dropout else None
         # Both held only until the region is left. The copy is a view of its source, or of a cast of it.
         self._source: Tensor | None = None
         self._copy: Tensor | None = None

@@ -5,8 +5,10 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from accel_tp_ddp import parallelize
+from accel_tp_ddp.core.randomness import RandomStream, _DropoutOfRank
 from accel_tp_ddp.training.same_batch import watch_batches
 
 from ..helpers.fake_group import batch, fake_tp, sharded
@@ -32,9 +34,18 @@ def graphs(name, watched=False, steps=2, **config):
     return counts, all(gradients)
 
 
-@pytest.mark.parametrize("model, watched", [("llama", False), ("qwen3", True)])
-def test_a_training_step_is_one_graph_and_is_not_compiled_again(model, watched):
-    assert run_on_ranks(graphs, 1, model, watched) == [([1, 1], True)]
+@pytest.mark.parametrize(
+    "model, watched, config",
+    [
+        ("llama", False, {}),
+        ("qwen3", True, {}),
+        ("gpt_neox", False, {"hidden_dropout": 0.1, "attention_dropout": 0.1}),
+        ("llama", False, {"attention_dropout": 0.1}),
+        ("llama", False, {"attention_dropout": 0.1, "attn_implementation": "eager"}),
+    ],
+)
+def test_a_training_step_is_one_graph_and_is_not_compiled_again(model, watched, config):
+    assert run_on_ranks(graphs, 1, model, watched, **config) == [([1, 1], True)]
 
 
 def both_ways(name, **config):
@@ -71,3 +82,50 @@ def compiled_forwards(every):
 def test_the_batches_of_a_compiled_model_are_compared():
     for error in run_on_ranks(compiled_forwards, 2, 2, expect_raise=True):
         assert error.type_name == "ValueError" and "forward number 3" in error.message
+
+
+def masks(p):
+    """What dropout of ones gives in a compiled training step: before, within and after a region; and what it took."""
+    stream = RandomStream(dist.get_rank(), "cpu", dist.get_world_size())
+
+    def forward(ones):
+        before = dropout(ones, p)
+        with stream.inside():
+            inside = dropout(ones, p)
+        return torch.stack([before, inside, dropout(ones, p)])
+
+    backend = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, backend=backend, fullgraph=True)
+    return compiled(torch.ones(64, 64)), compiled(torch.ones(64, 64)), torch.rand(3)
+
+
+def test_within_a_region_each_rank_drops_out_others_and_outside_the_same():
+    p = 0.25
+    (first, again, then), (others, _, others_then) = run_on_ranks(masks, 2, p)
+    assert first.unique().tolist() == [0, pytest.approx(1 / (1 - p))]
+    shares = first.eq(0).float().mean((1, 2))
+    assert (shares - p).abs().max() < 0.03
+    assert first[0].equal(others[0]) and first[2].equal(others[2]) and then.equal(others_then)
+    both = (first[1].eq(0) & others[1].eq(0)).float().mean().item()
+    assert both == pytest.approx(p * p, abs=0.02), "drawn independently"
+    assert not first.equal(again)
+
+
+NOTHING = 1e-30  # a share to drop out that is not 0, and drops nothing
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("mask", ["none", "causal", "boolean", "added"])
+def test_attention_that_is_written_out_is_torchs(mask, heads):
+    query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, heads, 6, 8), torch.randn(2, heads, 6, 8)
+    boolean = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    boolean[0, :, 0] = False  # a row of nothing but padding
+    masks = {"boolean": boolean, "added": torch.randn(2, 1, 6, 6)}
+    options = {"attn_mask": masks.get(mask), "is_causal": mask == "causal", "enable_gqa": heads != 4, "scale": 0.3}
+    expected = scaled_dot_product_attention(query, key, value, **options)
+    with _DropoutOfRank(1, 2):
+        actual = scaled_dot_product_attention(query, key, value, dropout_p=NOTHING, **options)
+        everything = scaled_dot_product_attention(query, key, value, dropout_p=1.0, **options)
+    torch.testing.assert_close(actual, expected)
+    assert everything.count_nonzero() == 0
