@@ -40,6 +40,8 @@ def watch_adapters(model: nn.Module) -> list[nn.Module]:
 class _LookForLateAdapters:
     """Forward pre-hook that costs one comparison, until PEFT has left its mark on the model."""
 
+    reads_input = False  # see `ParallelForward`
+
     def __init__(self, base: nn.Module):
         self.base: weakref.ref[nn.Module] | None = weakref.ref(base)
         self.known = set(_configs(base))

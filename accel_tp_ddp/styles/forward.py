@@ -145,7 +145,13 @@ class ParallelForward:
 
     def _may_cast(self) -> bool:
         """Whether no hook of a user's looks at what the module is given, which is to have the type it always has."""
-        return all(len(host._forward_pre_hooks) == 1 and not host._forward_hooks for host in self._hosts)
+        for host in self._hosts:
+            before = host._forward_pre_hooks  # `enter_hook` is one of them
+            if host._forward_hooks or (
+                len(before) > 1 and sum(getattr(hook, "reads_input", True) for hook in before.values()) > 1
+            ):
+                return False
+        return True
 
     def partial_names(self) -> list[str]:
         """Own parameters whose gradients are partial and wanted."""

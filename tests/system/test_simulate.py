@@ -137,7 +137,7 @@ def test_a_plain_layer_keeps_what_arithmetic_says(runs):
 def test_collectives_of_a_step(runs, precision, dp):
     """Two all-reduces a layer each way, one for the embedding, one for the head's input; the logits are gathered once.
 
-    Forward sums go in the type of the compute (the embedding's in that of its weights), of one hidden state each.
+    All go in the type of the compute (the embedding's in that of its weights), of one hidden state each.
     """
     size = 2 if precision == "bf16-weights" else 4
     low = 4 if precision == "fp32" else 2
@@ -154,8 +154,7 @@ def test_collectives_of_a_step(runs, precision, dp):
     assert (gathered.count, gathered.bytes) == (1, TOKENS * VOCABULARY * low)
     backward = [c for c in sent.values() if (c.phase, c.group) == ("backward", "tp")]
     assert sum(c.count for c in backward) == 2 * LAYERS + 1
-    # LIMIT: autocast's backward sums in float32; in the type of the compute it is HIDDEN_STATE * 5 * low.
-    assert sum(c.count * c.bytes for c in backward) <= HIDDEN_STATE * (2 * LAYERS + 1) * size
+    assert sum(c.count * c.bytes for c in backward) == HIDDEN_STATE * (2 * LAYERS + 1) * low
     # The norm's sum, and the first rank's gradients of the norms; over the replicas, all gradients once.
     between = [c for c in sent.values() if c.phase in ("clip", "step")]
     assert sorted((c.kind, c.group, c.count, c.bytes) for c in between) == [
@@ -168,8 +167,8 @@ def test_collectives_of_a_step(runs, precision, dp):
 
 
 # LIMITS of copies of hidden states in a step of two layers: (forward, backward).
-CLONES = {"fp32": (5, 6), "bf16": (5, 6)}  # a clone before each all-reduce; the logits' slice
-CASTS = {"fp32": (0, 0), "bf16": (13, 16)}  # of bf16: 5 a layer, 1 for the head, 2 of logits; and their gradients
+CLONES = {"fp32": (0, 6), "bf16": (0, 6)}  # a clone before each all-reduce of a gradient, which may be others' too
+CASTS = {"fp32": (0, 0), "bf16": (7, 10)}  # of bf16: 2 a layer, 1 for the head, 2 of logits; and their gradients
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -182,13 +181,13 @@ def test_copies_of_hidden_states(runs, precision):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_kernels_of_a_layer(runs, precision):
-    """Beyond those of the plain layer of local sizes: two collectives each way, and a clone before each."""
+    """Beyond those of the plain layer of local sizes: a clone before each of the two collectives of the backward."""
     shallow, deep = (runs(both, LLAMA | {"num_hidden_layers": n}, {"precision": precision}) for n in (2, 3))
     more = {}
     for phase in ("forward", "backward"):
         ours, least = (deep[which].kernels[phase] - shallow[which].kernels[phase] for which in (0, 1))
         more[phase] = ours - least
-    assert more["forward"] <= 2 and more["backward"] <= 2, more
+    assert more["forward"] <= 0 and more["backward"] <= 2, more
 
 
 @pytest.mark.parametrize(
@@ -216,22 +215,15 @@ def test_the_peak_is_that_of_the_plain_module_of_local_sizes(runs, values, preci
     assert ours.saved <= 1.03 * least.saved
 
 
-# LIMITS: gradients that keep more alive than themselves, and how many bytes.
-EXCESS = {"llama": (0, 0), "qwen3": (2 * LAYERS, 4 * LAYERS * HIDDEN_STATE)}  # q- and k-norms, in a flat buffer each
-
-
 @pytest.mark.parametrize("values", [LLAMA, QWEN3], ids=["llama", "qwen3"])
 def test_gradients_keep_no_more_alive_than_themselves(runs, values):
-    run, (count, size) = runs(simulated, values, {}), EXCESS[values["model_type"]]
-    assert run.gradients_with_excess <= count and run.gradient_excess <= size, run.gradient_excess
-
-
-GRAPHS = {"llama": 20, "qwen3": 21}  # LIMITS; one is possible
+    run = runs(simulated, values, {})
+    assert run.gradients_with_excess == run.gradient_excess == 0
 
 
 @pytest.mark.parametrize("values", [LLAMA, QWEN3], ids=["llama", "qwen3"])
-def test_graphs_under_compile(runs, values):
-    assert 1 <= runs(simulated, values, {}, True).graphs <= GRAPHS[values["model_type"]]
+def test_one_graph_under_compile(runs, values):
+    assert runs(simulated, values, {}, True).graphs == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- its use
