@@ -7,6 +7,7 @@ parallelism is left to the accelerator's own.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim import Optimizer
@@ -45,11 +47,20 @@ from ..training.full_tensor_step import FullTensorStep, steps_on_full_tensors
 from ..training.gradients import clip_grad_norm_, grad_scaler
 from ..training.optimizer import check_optimizer, check_step, follow_model, take_full_state
 from ..training.same_batch import watch_batches
+from ..training.zero1 import Zero1, check_zero1, zero1_of
 from .data_loader import serve_replicas
 from .ddp import _OverReplicas
 from .replica_view import current_view
 
-__all__ = ["OVERRIDES", "OVERRIDES_WITHOUT_TP", "Settings", "hook_accelerator", "hook_without_tp"]
+__all__ = [
+    "OVERRIDES",
+    "OVERRIDES_WITHOUT_TP",
+    "OVERRIDES_WITH_ZERO1",
+    "Settings",
+    "hook_accelerator",
+    "hook_without_tp",
+    "hook_zero1",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +73,7 @@ class Settings(Protocol):
     device_mesh: DeviceMesh
     tp_plan: PlanLike
     prove: str
+    zero1: bool
     replica_check_steps: int
     replica_drift: str
     async_save: bool
@@ -77,6 +89,11 @@ def hook_accelerator(accelerator: Accelerator, plugin: Settings) -> None:
 def hook_without_tp(accelerator: Accelerator, async_save: bool) -> None:
     """Let an accelerator with tp_size=1 load states of any tp_size, and save in the background if asked to."""
     install(accelerator, OVERRIDES_WITHOUT_TP, async_save)
+
+
+def hook_zero1(accelerator: Accelerator, group: ProcessGroup, async_save: bool) -> None:
+    """Let an accelerator with tp_size=1 divide optimizer states over the ranks of `group`."""
+    install(accelerator, OVERRIDES_WITH_ZERO1, group, async_save)
 
 
 class _Hooks:
@@ -241,11 +258,18 @@ class _Hooks:
     def prepare_optimizer(
         self, stock: Callable, accelerator: Accelerator, /, optimizer: Optimizer, device_placement: bool | None = None
     ) -> Optimizer:
-        check_step(_bare(optimizer))  # again, for whoever calls this directly, or before there is a model
-        if self._guard.watch(_bare(optimizer)):
-            take_full_state(_bare(optimizer))
-            if steps_on_full_tensors(_bare(optimizer)):
-                FullTensorStep(_bare(optimizer))  # after the guard, which agrees on the gradients
+        bare = _bare(optimizer)
+        check_step(bare)  # again, for whoever calls this directly, or before there is a model
+        zero1 = self.plugin.zero1 and self.dp_size > 1
+        if zero1:
+            check_zero1(bare)
+        if self._guard.watch(bare):
+            take_full_state(bare)
+            divided = Zero1(bare, self.dp_group, _models_of(accelerator)) if zero1 else None
+            if steps_on_full_tensors(bare):
+                FullTensorStep(bare)  # after the guard, which agrees on the gradients
+            if divided is not None:
+                divided.stay_last(bare)
         self._agree_on_overflow()  # Accelerate hands its scaler to each optimizer here
         return stock(optimizer, device_placement=device_placement)
 
@@ -262,6 +286,8 @@ class _Hooks:
     ) -> AbstractContextManager[Any]:
         if self.dp_size == 1:  # a bare model cannot be joined, and there is nobody to join with
             return nullcontext(joinables)
+        if self.plugin.zero1:
+            raise RuntimeError(_JOINED)
         return stock(joinables, even_batches)
 
     # ----------------------------------------------------------------------------------------------------- saving
@@ -340,6 +366,59 @@ def _bare(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
+def _models_of(accelerator: Accelerator) -> Callable[[], list[nn.Module]]:
+    """For what lives as long as an optimizer that the accelerator has."""
+    reference = weakref.ref(accelerator)
+
+    def models() -> list[nn.Module]:
+        alive = reference()
+        return alive._models if alive is not None else []
+
+    return models
+
+
+_JOINED = (
+    "join_uneven_inputs does not go with zero1=True: a replica that has run out of batches takes no more steps, and "
+    "each replica has the optimizer state of its part only. Leave even_batches=True, which is the default, or set "
+    "zero1=False."
+)
+
+
+def _prepare_with_zero1(
+    group: ProcessGroup,
+    async_save: bool,
+    stock: Callable,
+    accelerator: Accelerator,
+    /,
+    optimizer: Optimizer,
+    device_placement: bool | None = None,
+) -> Optimizer:
+    bare = _bare(optimizer)
+    check_zero1(bare)
+    if zero1_of(bare) is None:
+        take_full_state(bare)
+        Zero1(bare, group, _models_of(accelerator)).stay_last(bare)
+    return stock(optimizer, device_placement=device_placement)
+
+
+def _join_with_zero1(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(_JOINED)
+
+
+def _save_with_zero1(
+    group: ProcessGroup,
+    behind: bool,
+    stock: Callable,
+    accelerator: Accelerator,
+    /,
+    output_dir: str | None = None,
+    safe_serialization: bool = True,
+    async_save: bool | None = None,
+    **save_model_func_kwargs: Any,
+) -> Path:
+    return save_state(accelerator, output_dir, 1, behind if async_save is None else async_save)
+
+
 def _describe(model: nn.Module, plan: Plan | NoPlanError | None) -> list[str]:
     """What has to be the same on all ranks about a model, which is sharded already where it has no plan."""
     if isinstance(plan, Plan):
@@ -389,4 +468,16 @@ OVERRIDES_WITHOUT_TP = (
     _row(load_any_state, 3791, "cannot read what was saved under tensor parallelism", "load_state"),
     _row(save_state_or_in_background, 3625, "knows no async_save", "save_state"),
     _row(end_after_save, 3429, "ends while a save in the background is under way", "end_training"),
+)
+
+#: With tp_size=1 and zero1, beside those.
+OVERRIDES_WITH_ZERO1 = (
+    _row(_prepare_with_zero1, 2744, "lets every rank keep all of the optimizer's state", "prepare_optimizer"),
+    _row(
+        _join_with_zero1,
+        1300,
+        "lets a rank without batches take no step, for which the others wait",
+        "join_uneven_inputs",
+    ),
+    _row(_save_with_zero1, 3625, "writes the main process's part of the optimizer's state", "save_state"),
 )
