@@ -93,7 +93,7 @@ def hook_without_tp(accelerator: Accelerator, async_save: bool) -> None:
 
 def hook_zero1(accelerator: Accelerator, group: ProcessGroup, async_save: bool) -> None:
     """Let an accelerator with tp_size=1 divide optimizer states over the ranks of `group`."""
-    install(accelerator, OVERRIDES_WITH_ZERO1, group, async_save)
+    install(accelerator, OVERRIDES_WITH_ZERO1, _Zero1Hooks(group, async_save))
 
 
 class _Hooks:
@@ -106,6 +106,7 @@ class _Hooks:
         self.dp_size = plugin.dp_replicate_size
         self.dp_mesh = plugin.device_mesh["dp_replicate"]
         self.dp_group = self.dp_mesh.get_group()
+        self._wrapped = _Wrapped()
         self._sharded: list[nn.Module] = []  # by `prepare`, and about to reach `prepare_model`
         self._guard = DriftGuard(self.tp_mesh, plugin.replica_check_steps, plugin.replica_drift)
 
@@ -137,7 +138,8 @@ class _Hooks:
         plainly = evaluation_mode or self.dp_size == 1
         settings = _OverReplicas(accelerator.ddp_handler or DistributedDataParallelKwargs(), self.dp_group)
         with self.plugin.as_plain_ddp(), attributes(accelerator, ddp_handler=settings):
-            return stock(model, device_placement=device_placement, evaluation_mode=plainly)
+            prepared = stock(model, device_placement=device_placement, evaluation_mode=plainly)
+        return self._wrapped.add(prepared)
 
     def _shard(self, models: list[nn.Module], optimizers: Sequence[Optimizer] = ()) -> None:
         """Plan -> check -> proof -> shard -> localize -> optimizers. Raises on all ranks, before a weight changes."""
@@ -265,7 +267,7 @@ class _Hooks:
             check_zero1(bare)
         if self._guard.watch(bare):
             take_full_state(bare)
-            divided = Zero1(bare, self.dp_group, _models_of(accelerator)) if zero1 else None
+            divided = Zero1(bare, self.dp_group, self._wrapped) if zero1 else None
             if steps_on_full_tensors(bare):
                 FullTensorStep(bare)  # after the guard, which agrees on the gradients
             if divided is not None:
@@ -366,15 +368,19 @@ def _bare(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _models_of(accelerator: Accelerator) -> Callable[[], list[nn.Module]]:
-    """For what lives as long as an optimizer that the accelerator has."""
-    reference = weakref.ref(accelerator)
+class _Wrapped:
+    """The models that an accelerator has prepared, as it gives them out; weakly, so that one not used is freed."""
 
-    def models() -> list[nn.Module]:
-        alive = reference()
-        return alive._models if alive is not None else []
+    def __init__(self) -> None:
+        self._models: list[weakref.ref[nn.Module]] = []
 
-    return models
+    def add(self, model: nn.Module) -> nn.Module:
+        if not any(known() is model for known in self._models):
+            self._models.append(weakref.ref(model))
+        return model
+
+    def __call__(self) -> list[nn.Module]:
+        return [model for reference in self._models if (model := reference()) is not None]
 
 
 _JOINED = (
@@ -384,39 +390,41 @@ _JOINED = (
 )
 
 
-def _prepare_with_zero1(
-    group: ProcessGroup,
-    async_save: bool,
-    stock: Callable,
-    accelerator: Accelerator,
-    /,
-    optimizer: Optimizer,
-    device_placement: bool | None = None,
-) -> Optimizer:
-    bare = _bare(optimizer)
-    check_zero1(bare)
-    if zero1_of(bare) is None:
-        take_full_state(bare)
-        Zero1(bare, group, _models_of(accelerator)).stay_last(bare)
-    return stock(optimizer, device_placement=device_placement)
+class _Zero1Hooks:
+    """What the replaced methods of an accelerator with tp_size=1 and zero1 share."""
 
+    def __init__(self, group: ProcessGroup, async_save: bool):
+        self.group = group
+        self.async_save = async_save
+        self._wrapped = _Wrapped()
 
-def _join_with_zero1(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError(_JOINED)
+    def prepare_model(self, stock: Callable, accelerator: Accelerator, /, *args: Any, **kwargs: Any) -> nn.Module:
+        return self._wrapped.add(stock(*args, **kwargs))
 
+    def prepare_optimizer(
+        self, stock: Callable, accelerator: Accelerator, /, optimizer: Optimizer, device_placement: bool | None = None
+    ) -> Optimizer:
+        bare = _bare(optimizer)
+        check_zero1(bare)
+        if zero1_of(bare) is None:
+            take_full_state(bare)
+            Zero1(bare, self.group, self._wrapped).stay_last(bare)
+        return stock(optimizer, device_placement=device_placement)
 
-def _save_with_zero1(
-    group: ProcessGroup,
-    behind: bool,
-    stock: Callable,
-    accelerator: Accelerator,
-    /,
-    output_dir: str | None = None,
-    safe_serialization: bool = True,
-    async_save: bool | None = None,
-    **save_model_func_kwargs: Any,
-) -> Path:
-    return save_state(accelerator, output_dir, 1, behind if async_save is None else async_save)
+    def join_uneven_inputs(self, stock: Callable, accelerator: Accelerator, /, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(_JOINED)
+
+    def save_state(
+        self,
+        stock: Callable,
+        accelerator: Accelerator,
+        /,
+        output_dir: str | None = None,
+        safe_serialization: bool = True,
+        async_save: bool | None = None,
+        **save_model_func_kwargs: Any,
+    ) -> Path:
+        return save_state(accelerator, output_dir, 1, self.async_save if async_save is None else async_save)
 
 
 def _describe(model: nn.Module, plan: Plan | NoPlanError | None) -> list[str]:
@@ -472,12 +480,8 @@ OVERRIDES_WITHOUT_TP = (
 
 #: With tp_size=1 and zero1, beside those.
 OVERRIDES_WITH_ZERO1 = (
-    _row(_prepare_with_zero1, 2744, "lets every rank keep all of the optimizer's state", "prepare_optimizer"),
-    _row(
-        _join_with_zero1,
-        1300,
-        "lets a rank without batches take no step, for which the others wait",
-        "join_uneven_inputs",
-    ),
-    _row(_save_with_zero1, 3625, "writes the main process's part of the optimizer's state", "save_state"),
+    _row(_Zero1Hooks.prepare_model, 1770, "tells nobody what it has wrapped in DDP"),
+    _row(_Zero1Hooks.prepare_optimizer, 2744, "lets every rank keep all of the optimizer's state"),
+    _row(_Zero1Hooks.join_uneven_inputs, 1300, "lets a rank without batches take no step, and the others wait"),
+    _row(_Zero1Hooks.save_state, 3625, "writes the main process's part of the optimizer's state"),
 )

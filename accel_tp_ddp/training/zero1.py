@@ -67,9 +67,13 @@ def check_zero1(optimizer: Optimizer) -> None:
 
 def zero1_of(optimizer: Optimizer) -> Zero1 | None:
     """What divides the state of an optimizer, bare or as Accelerate prepared it; None if nothing does."""
+    return vars(_bare(optimizer)).get(_KEPT_AS)
+
+
+def _bare(optimizer: Optimizer) -> Optimizer:
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
-    return vars(optimizer).get(_KEPT_AS)
+    return optimizer
 
 
 @dataclass(frozen=True)
@@ -139,13 +143,13 @@ class Zero1:
 
     def shard(self, optimizer: Optimizer, param: Tensor) -> FlatShard | None:
         """Which elements this replica keeps the state of; None where it is all of them, or none."""
-        self._assign(optimizer)
+        self._assign(_bare(optimizer))
         entry = self._entries.get(id(param))
         return self._range(entry.param, self.rank) if entry is not None and entry.owner is None else None
 
     def holds(self, optimizer: Optimizer, param: Tensor) -> bool:
         """Whether this replica keeps any state of a parameter."""
-        self._assign(optimizer)
+        self._assign(_bare(optimizer))
         entry = self._entries.get(id(param))
         return entry is None or self._holds(entry, self.rank)
 
@@ -162,7 +166,8 @@ class Zero1:
     def _assign(self, optimizer: Optimizer) -> None:
         """Divide what has not been divided yet. No collective: every replica comes to the same."""
         models = self._models()
-        seen = (tuple(id(param) for group in optimizer.param_groups for param in group["params"]), len(models))
+        params = tuple(id(param) for group in optimizer.param_groups for param in group["params"])
+        seen = (params, tuple(map(id, models)))
         if seen == self._seen:
             return
         averaged = {id(param): wrapper for model in models for wrapper, param in _averaged(model)}
@@ -312,7 +317,7 @@ class Zero1:
             optimizer: Bare or prepared.
             states: Those in its `state_dict()`.
         """
-        self._assign(optimizer)
+        self._assign(_bare(optimizer))
         params = [param for group in optimizer.param_groups for param in group["params"]]
         own = {index: state for index, state in states.items() if isinstance(index, int)}
         entries = {index: self._entries.get(id(param)) for index, param in enumerate(params)}
@@ -350,7 +355,7 @@ class Zero1:
             sent[: own.numel()].copy_(own)
         full = sent.new_empty(self.size * step)
         if count:
-            dist.all_gather_into_tensor(full, sent, group=self.group)
+            _all_gather(full, sent, self.group)
         return full[:count].view(param.shape)
 
 
@@ -392,7 +397,7 @@ class _InPlace:
     own: Tensor
 
     def gather(self, group: dist.ProcessGroup) -> None:
-        dist.all_gather_into_tensor(self.full, self.own, group=group)
+        _all_gather(self.full, self.own, group)
 
 
 @dataclass(frozen=True)
@@ -417,7 +422,7 @@ class _Rows:
         row = self.like.new_empty(self.length)
         _copy([row[place : place + view.numel()] for view, place in self.own], [view for view, _ in self.own])
         rows = row.new_empty(self.size * self.length)
-        dist.all_gather_into_tensor(rows, row, group=group)
+        _all_gather(rows, row, group)
         _copy([view for view, _ in self.others], [rows[place : place + view.numel()] for view, place in self.others])
 
 
@@ -435,6 +440,12 @@ class _FromOwner:
         if not self.is_own:
             parts = flat.split([param.numel() for param in self.params])
             _copy(self.params, [part.view(param.shape) for part, param in zip(parts, self.params)])
+
+
+def _all_gather(output: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+    # The name from torch 2.13 on; the one before warns there.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(output, own, group=group)
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

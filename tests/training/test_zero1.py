@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import replace
 from functools import cache
@@ -9,15 +10,18 @@ from functools import cache
 import pytest
 import torch
 
-from accel_tp_ddp.training.zero1 import zero1_of
+from accel_tp_ddp.training.optimizer import full_optimizer_state
 
+from ..helpers.faults import injected
+from ..helpers.models import VOCABULARY, build_model
 from ..helpers.ranks import run_on_ranks
-from ..helpers.training import Spec, assert_same_run, train
+from ..helpers.resuming import MORE, SAVED_AFTER, Prepared, Run, Saved
+from ..helpers.training import TOLERANCE, Spec, assert_same_run, differences, make_accelerator, make_optimizer, train
 
 
-def with_zero1(fn, *args):
+def with_zero1(fn, *args, **kwargs):
     os.environ["ACCEL_TP_DDP_ZERO1"] = "true"
-    return fn(*args)
+    return fn(*args, **kwargs)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -45,3 +49,227 @@ def test_a_run_with_zero1_is_that_of_plain_ddp(which):
     spec, tp, dp = RUNS[which]
     actual = run_on_ranks(with_zero1, tp * dp, train, replace(spec, tp=tp))
     assert_same_run(actual, plain_ddp(spec, dp))
+
+
+def train_without_gathering(spec):
+    with injected("ranges not gathered"):
+        return with_zero1(train, spec)
+
+
+def test_a_run_whose_ranges_are_not_gathered_is_another():
+    spec = RUNS["adamw"][0]
+    off = differences(run_on_ranks(train_without_gathering, 2, replace(spec, tp=1)), plain_ddp(spec, 2))
+    assert off["losses"] > 10 * TOLERANCE, off
+
+
+# --- what is kept, and where -----------------------------------------------------------------------------------------
+
+
+def tokens(seed, samples=2):
+    return torch.randint(1, VOCABULARY, (samples, 8), generator=torch.Generator().manual_seed(seed))
+
+
+def take_steps(accelerator, model, optimizer, seeds, max_norm=0.5):
+    """Losses and norms of this replica."""
+    seen = []
+    for seed in seeds:
+        ids = tokens(10 * seed + accelerator.process_index)
+        loss = model(input_ids=ids, labels=ids).loss
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append([loss.item(), float(norm)])
+    return seen
+
+
+def kept(kind, tp):
+    accelerator = make_accelerator(tp)
+    model = build_model("llama")
+    # Hooks from before and after `prepare` see the parameters and their gradients.
+    optimizer = make_optimizer(model, kind)
+    seen = []
+
+    def look(when):
+        def hook(optimizer, args, kwargs):
+            params = [param for group in optimizer.param_groups for param in group["params"]]
+            same = [id(param) for param in params] == [id(param) for param in own]
+            grads = all(param.grad is not None and param.grad.shape == param.shape for param in params)
+            seen.append((when, same, grads))
+
+        return hook
+
+    optimizer.register_step_pre_hook(look("before"))
+    optimizer.register_step_post_hook(look("before"))
+    model, prepared = accelerator.prepare(model, optimizer)
+    late = optimizer.register_step_pre_hook(look("after"))
+    optimizer.register_step_post_hook(look("after"))
+    own = [param for group in optimizer.param_groups for param in group["params"]]
+    take_steps(accelerator, model, prepared, range(2))
+    late.remove()
+    take_steps(accelerator, model, prepared, range(2, 3))
+    assert seen == [(when, True, True) for when in ("before", "after") * 4 + ("before", "before", "after")]
+    assert set(optimizer.state) <= set(own)
+    state = sum(
+        v.numel() for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor) and v.dim()
+    )
+    return state, sum(param.numel() for param in own)
+
+
+@pytest.mark.parametrize("kind, tp, dp, tensors", [("adamw", 2, 2, 2), ("sgd", 1, 3, 1), ("adamw, fused", 1, 4, 2)])
+def test_each_replica_keeps_its_share_of_the_state(kind, tp, dp, tensors):
+    results = run_on_ranks(with_zero1, tp * dp, kept, kind, tp)
+    for state, elements in results:
+        assert state <= 1.02 * tensors * elements / dp
+    # Together they have all of it, once.
+    assert sum(state for state, _ in results) == tensors * sum(elements for _, elements in results) / dp
+    assert all(state == tensors * elements for state, elements in run_on_ranks(kept, dp, kind, None))
+
+
+class Lamb(torch.optim.Optimizer):
+    """Steps in proportion to the norm of the parameter, and counts its steps by group."""
+
+    def __init__(self, params, lr=0.01, among_all=False):
+        super().__init__(params, {"lr": lr, "step": 0, "among_all": among_all})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] += 1
+            with_grad = [param for param in group["params"] if param.grad is not None]
+            total = sum(param.grad.square().sum() for param in with_grad) if group["among_all"] else 1.0
+            for param in with_grad:
+                mean = self.state[param].setdefault("mean", torch.zeros_like(param))
+                mean.lerp_(param.grad, 0.5)
+                param -= group["lr"] * mean * (param.norm() / mean.norm()) / total
+
+
+class Quantized(torch.optim.SGD):
+    """Has a state of another shape than its parameter's, as of 8 bits with a scale for each block."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self.state[param]["scales"] = param.grad.detach().flatten()[::256].clone()
+        return super().step(closure)
+
+
+def stepped_by(make, tp):
+    accelerator = make_accelerator(tp)
+    model = build_model("llama")
+    optimizer = make(model.parameters(), lr=0.1)
+    model, prepared = accelerator.prepare(model, optimizer)
+    seen = take_steps(accelerator, model, prepared, range(3))
+    return seen, sorted(state_of(optimizer)), [group.get("step") for group in optimizer.param_groups]
+
+
+def state_of(optimizer):
+    numbers = {id(p): n for n, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    return [numbers[id(param)] for param in optimizer.state]
+
+
+@pytest.mark.parametrize("make", [Lamb, Quantized])
+def test_an_optimizer_that_looks_at_more_than_one_element_gets_full_parameters(make):
+    plain = run_on_ranks(stepped_by, 2, make, None)
+    ours = run_on_ranks(with_zero1, 2, stepped_by, make, 1)
+    for (seen, _, steps), (expected, _, wanted) in zip(ours, plain):
+        assert torch.tensor(seen).allclose(torch.tensor(expected), rtol=2e-5) and steps == wanted
+    (_, first, _), (_, second, _) = ours
+    assert sorted(first + second) == plain[0][1] and first and second  # each on one replica
+
+
+def refused(tp, make, **options):
+    accelerator = make_accelerator(tp)
+    model = build_model("llama")
+    model, optimizer = accelerator.prepare(model, make(model.parameters(), **options))
+    take_steps(accelerator, model, optimizer, range(1))
+
+
+class ScheduleFree(torch.optim.SGD):
+    def train(self): ...
+    def eval(self): ...
+
+
+@pytest.mark.parametrize(
+    "make, options, message",
+    [
+        (Lamb, {"among_all": True}, "depends on other parameters too"),
+        (torch.optim.LBFGS, {}, "LBFGS on a parameter looks at other parameters"),
+        (ScheduleFree, {}, "outside of its step"),
+    ],
+)
+def test_what_zero1_cannot_divide_is_one_error_on_every_rank(make, options, message):
+    for raised in run_on_ranks(with_zero1, 2, refused, 1, make, expect_raise=True, **options):
+        assert raised.type_name == "ValueError" and message in raised.message and "zero1=False" in raised.message
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+LAYOUTS = {"tp 2 x dp 2": (2, 2, True), "off, tp 2 x dp 2": (2, 2, False), "tp 1 x dp 2": (1, 2, True)}
+LAYOUTS |= {"tp 1 x dp 3": (1, 3, True), "off, tp 4": (4, 1, False), "plain DDP": (None, 2, False)}
+#: A run is saved at the first, and continued from there at each of the others.
+CHAINS = {
+    "adamw": ("tp 2 x dp 2", ["off, tp 2 x dp 2", "tp 1 x dp 2", "tp 1 x dp 3", "off, tp 4"]),
+    "adamw, off to on": ("off, tp 2 x dp 2", ["tp 2 x dp 2", "tp 1 x dp 3"]),
+    "adamw, plain to on": ("plain DDP", ["tp 2 x dp 2", "tp 1 x dp 2"]),
+    "shared heads": ("tp 2 x dp 2", ["off, tp 4", "tp 1 x dp 2"]),
+    "packed": ("tp 2 x dp 2", ["tp 1 x dp 3"]),
+    "adafactor": ("tp 2 x dp 2", ["tp 1 x dp 2", "off, tp 4"]),
+}
+MODELS = {"shared heads": "llama_one_key", "packed": "phi3_two_keys"}
+
+
+def in_layout(layout, run, fn, *args):
+    tp, dp, zero1 = LAYOUTS[layout]
+    run = replace(run, tp=tp)
+    return run_on_ranks(with_zero1, tp * dp, fn, run, *args) if zero1 else run_on_ranks(fn, (tp or 1) * dp, run, *args)
+
+
+def save_and_continue(run, folder):
+    record, prepared = Saved(), Prepared(run)
+    prepared.train(prepared.loader, SAVED_AFTER, record)
+    prepared.accelerator.save_state(folder)
+    state = copy.deepcopy(full_optimizer_state(prepared.optimizer))
+    prepared.train(prepared.accelerator.skip_first_batches(prepared.loader, SAVED_AFTER), MORE, record)
+    return record.losses[SAVED_AFTER:], state
+
+
+def continue_from(run, folder, again):
+    """With another start. Saves what it has loaded once more."""
+    record, prepared = Saved(), Prepared(run, seed=5)
+    prepared.accelerator.load_state(folder)
+    kept = sum(v.numel() for s in prepared.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
+    if run.tp is not None:
+        prepared.accelerator.save_state(again)
+    state = copy.deepcopy(full_optimizer_state(prepared.optimizer))
+    prepared.train(prepared.accelerator.skip_first_batches(prepared.loader, SAVED_AFTER), MORE, record)
+    return record.losses, state, kept
+
+
+@pytest.mark.parametrize("which", CHAINS)
+def test_a_checkpoint_is_continued_at_any_layout_with_zero1_or_without(tmp_path, which):
+    first, others = CHAINS[which]
+    run = Run(None, MODELS.get(which, "llama"), "adafactor" if which == "adafactor" else "adamw")
+    folder = str(tmp_path / "0")
+    losses, saved = in_layout(first, run, save_and_continue, folder)[0]
+    for number, layout in enumerate(others, 1):
+        again = str(tmp_path / str(number))
+        results = in_layout(layout, run, continue_from, folder, again)
+        continued, loaded, _ = results[0]
+        assert continued == pytest.approx(losses, rel=2e-5)
+        assert_same_states(loaded, saved)
+        if LAYOUTS[layout][2] and which != "adafactor":
+            elements = sum(sum(v.numel() for v in s.values()) for s in saved["state"].values())
+            tp, dp, _ = LAYOUTS[layout]
+            assert sum(kept for *_, kept in results[::tp]) < 1.1 * elements / tp + 50 * dp * tp  # replicated ones
+        folder = again
+
+
+def assert_same_states(ours, theirs):
+    """To the bit: nothing has been computed between."""
+    assert ours["state"].keys() == theirs["state"].keys()
+    for number, state in theirs["state"].items():
+        assert ours["state"][number].keys() == state.keys()
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(ours["state"][number][key]), torch.as_tensor(value)), (number, key)
