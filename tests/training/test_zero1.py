@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
+from accelerate.utils import DistributedDataParallelKwargs
+from peft import LoraConfig, get_peft_model
 
 from accel_tp_ddp.training.optimizer import full_optimizer_state
 
+from ..helpers.compare import assert_tensors_close
 from ..helpers.faults import injected
 from ..helpers.models import VOCABULARY, build_model
 from ..helpers.ranks import run_on_ranks
 from ..helpers.resuming import MORE, SAVED_AFTER, Prepared, Run, Saved
+from ..helpers.trainer import Case, assert_same, assert_same_checkpoint, make_trainer, train_and_save
 from ..helpers.training import TOLERANCE, Spec, assert_same_run, differences, make_accelerator, make_optimizer, train
 
 
@@ -207,14 +212,14 @@ def test_what_zero1_cannot_divide_is_one_error_on_every_rank(make, options, mess
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 LAYOUTS = {"tp 2 x dp 2": (2, 2, True), "off, tp 2 x dp 2": (2, 2, False), "tp 1 x dp 2": (1, 2, True)}
-LAYOUTS |= {"tp 1 x dp 3": (1, 3, True), "off, tp 4": (4, 1, False), "plain DDP": (None, 2, False)}
+LAYOUTS |= {"tp 1 x dp 4": (1, 4, True), "off, tp 4": (4, 1, False), "plain DDP": (None, 2, False)}
 #: A run is saved at the first, and continued from there at each of the others.
 CHAINS = {
-    "adamw": ("tp 2 x dp 2", ["off, tp 2 x dp 2", "tp 1 x dp 2", "tp 1 x dp 3", "off, tp 4"]),
-    "adamw, off to on": ("off, tp 2 x dp 2", ["tp 2 x dp 2", "tp 1 x dp 3"]),
+    "adamw": ("tp 2 x dp 2", ["off, tp 2 x dp 2", "tp 1 x dp 2", "tp 1 x dp 4", "off, tp 4"]),
+    "adamw, off to on": ("off, tp 2 x dp 2", ["tp 2 x dp 2", "tp 1 x dp 4"]),
     "adamw, plain to on": ("plain DDP", ["tp 2 x dp 2", "tp 1 x dp 2"]),
     "shared heads": ("tp 2 x dp 2", ["off, tp 4", "tp 1 x dp 2"]),
-    "packed": ("tp 2 x dp 2", ["tp 1 x dp 3"]),
+    "packed": ("tp 2 x dp 2", ["tp 1 x dp 4"]),
     "adafactor": ("tp 2 x dp 2", ["tp 1 x dp 2", "off, tp 4"]),
 }
 MODELS = {"shared heads": "llama_one_key", "packed": "phi3_two_keys"}
@@ -273,3 +278,160 @@ def assert_same_states(ours, theirs):
         assert ours["state"][number].keys() == state.keys()
         for key, value in state.items():
             assert torch.equal(torch.as_tensor(ours["state"][number][key]), torch.as_tensor(value)), (number, key)
+
+
+# --- what else a script does -----------------------------------------------------------------------------------------
+
+
+def unusual(tp, which):
+    """A run with something of its own: losses and norms, and the weights on the main process."""
+    options = {}
+    if which == "unused parameters":
+        options["kwargs_handlers"] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    accelerator = make_accelerator(tp, **options)
+    model = build_model("llama")
+    if which == "lora":
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=3, task_type="CAUSAL_LM"))
+        torch.manual_seed(0)
+        for name, param in sorted(model.named_parameters()):
+            if "lora_" in name:
+                torch.nn.init.normal_(param, std=0.1)
+    if which == "unused parameters":
+        model.aside = torch.nn.Linear(5, 5)
+    if which == "frozen":
+        model.model.embed_tokens.weight.requires_grad_(False)
+    if which == "overflow":
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+    optimizer = make_optimizer(model, "adamw, fused" if which == "overflow" else "adamw")
+    if which == "stepped before":
+        for seed in range(2):
+            model(input_ids=tokens(seed), labels=tokens(seed)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    if which == "optimizer first":
+        optimizer = accelerator.prepare(optimizer)
+        model = accelerator.prepare(model)
+    else:
+        model, optimizer = accelerator.prepare(model, optimizer)
+    seen = take_steps(accelerator, model, optimizer, range(2))
+    if which == "frozen":  # and a group of a parameter of no model is added
+        optimizer.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "lr": 0.1})
+    if which == "overflow" and accelerator.process_index == accelerator.num_processes - 1:
+        handle = next(model.parameters()).register_hook(lambda grad: grad * float("inf"))
+        seen += take_steps(accelerator, model, optimizer, range(2, 3), max_norm=float("inf"))
+        handle.remove()
+    elif which == "overflow":
+        seen += take_steps(accelerator, model, optimizer, range(2, 3), max_norm=float("inf"))
+    if which == "overflow":
+        seen = seen[:2]
+        assert optimizer.step_was_skipped
+        seen.append([accelerator.scaler.get_scale(), 0.0])
+    seen += take_steps(accelerator, model, optimizer, range(3, 5))
+    if which == "closure":
+        ids = tokens(accelerator.process_index)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            return loss
+
+        seen.append([optimizer.optimizer.step(closure).item(), 0.0])
+        seen += take_steps(accelerator, model, optimizer, range(5, 6))
+    weights = accelerator.get_state_dict(model)
+    return seen, {name: tensor.clone() for name, tensor in weights.items()} if accelerator.is_main_process else None
+
+
+UNUSUAL = {"lora": 2, "unused parameters": 2, "frozen": 1, "overflow": 1, "stepped before": 2, "closure": 1}
+UNUSUAL |= {"optimizer first": 2}
+
+
+@pytest.mark.parametrize("which", UNUSUAL)
+def test_what_a_script_does_beside_is_as_under_plain_ddp(which):
+    tp = UNUSUAL[which]
+    plain = run_on_ranks(unusual, 2, None, which)
+    ours = run_on_ranks(with_zero1, 2 * tp, unusual, tp, which)
+    for rank, (seen, _) in enumerate(ours):
+        assert torch.tensor(seen).allclose(torch.tensor(plain[rank // tp][0]), rtol=2e-4), (seen, plain[rank // tp][0])
+    assert_tensors_close(ours[0][1], plain[0][1], 2e-4)
+
+
+def steps_that_cannot_be(which):
+    accelerator = make_accelerator(1)
+    model = build_model("llama")
+    params = list(model.parameters())
+    if which == "other order" and accelerator.process_index == 1:
+        params.reverse()
+    optimizer = torch.optim.AdamW(params, lr=0.01)
+    model, prepared = accelerator.prepare(model, optimizer)
+    if which == "no_sync":
+        with model.no_sync():
+            take_steps(accelerator, model, prepared, range(1))
+    if which == "join":
+        with accelerator.join_uneven_inputs([model]):
+            pass
+    take_steps(accelerator, model, prepared, range(1))
+
+
+@pytest.mark.parametrize(
+    "which, message",
+    [("no_sync", "within `no_sync`"), ("join", "join_uneven_inputs does not go"), ("other order", "divide the optim")],
+)
+def test_a_step_that_zero1_cannot_take_is_one_error_on_every_rank(which, message):
+    for raised in run_on_ranks(with_zero1, 2, steps_that_cannot_be, which, expect_raise=True):
+        assert message in raised.message
+
+
+def failing_step():
+    """A step that raises leaves parameters, gradients and state where the next one finds them."""
+    accelerator = make_accelerator(1)
+    model = build_model("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model, prepared = accelerator.prepare(model, optimizer)
+    take_steps(accelerator, model, prepared, range(1))
+    params, (group,) = list(model.parameters()), optimizer.param_groups
+    group["betas"], betas = "two", group["betas"]
+    with pytest.raises(ValueError):
+        take_steps(accelerator, model, prepared, range(1, 2))
+    state = optimizer.state_dict()["state"]
+    assert len(state) == len(params) == len(group["params"])
+    assert all(own is param for own, param in zip(group["params"], params))
+    group["betas"] = betas
+    optimizer.zero_grad()
+    take_steps(accelerator, model, prepared, range(2, 3))
+    assert {int(own["step"]) for own in optimizer.state.values()} == {2}
+
+
+def test_a_step_that_raises_can_be_taken_again():
+    run_on_ranks(with_zero1, 2, failing_step)
+
+
+# --- Trainer ---------------------------------------------------------------------------------------------------------
+
+STEPS = 4
+CASES = {
+    "adamw": Case({"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2}),
+    "lora": Case({"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2}, lora=True),
+}
+
+
+def trained(tp, folder, case, resume=None):
+    return train_and_save(make_trainer(tp, folder, case), folder, case, resume)
+
+
+@pytest.mark.parametrize("which, tp", [("adamw", 1), ("adamw", 2), ("lora", 1)])
+def test_a_trainer_run_and_its_checkpoints_are_those_of_plain_ddp(tmp_path, which, tp):
+    case, plain, ours, off = CASES[which], str(tmp_path / "plain"), str(tmp_path / "ours"), str(tmp_path / "off")
+    expected = run_on_ranks(trained, 2, None, plain, case)
+    actual = run_on_ranks(with_zero1, 2 * tp, trained, tp, ours, case)
+    assert_same(actual[0]["logs"], expected[0]["logs"], 2e-4)
+    for name in ("checkpoint-2", f"checkpoint-{STEPS}"):
+        assert_same_checkpoint(f"{ours}/{name}", f"{plain}/{name}")
+    if which == "adamw":  # continued without zero1, and from plain DDP with it
+        shutil.copytree(f"{ours}/checkpoint-2", f"{off}/checkpoint-2")
+        run_on_ranks(trained, 2, None, off, case, f"{off}/checkpoint-2")
+        assert_same_checkpoint(f"{off}/checkpoint-{STEPS}", f"{plain}/checkpoint-{STEPS}")
+        shutil.rmtree(ours)
+        shutil.copytree(f"{plain}/checkpoint-2", f"{ours}/checkpoint-2")
+        run_on_ranks(with_zero1, 2 * tp, trained, tp, ours, case, f"{ours}/checkpoint-2")
+        assert_same_checkpoint(f"{ours}/checkpoint-{STEPS}", f"{plain}/checkpoint-{STEPS}")
