@@ -211,7 +211,7 @@ TOGETHER = {"_save": ("_save", "save_model")}
 def test_each_override_of_trainer_has_a_run_that_needs_it():
     # The search is seen further down; that two ranks write one file at once, by chance alone.
     others = {"hyperparameter_search", "save_model", "_save_rng_state"}
-    assert NEEDED_BY.keys() | others == {row.name for row in trainer.OVERRIDES}
+    assert NEEDED_BY.keys() | others == {row.name for row in (*trainer.OVERRIDES, *trainer.OVERRIDES_OF_STATES)}
 
 
 @pytest.mark.parametrize("override", NEEDED_BY)
