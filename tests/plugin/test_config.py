@@ -58,7 +58,13 @@ def test_plugin_prints_its_sizes(environment, capsys):
 @pytest.mark.parametrize(
     "name, value",
     [("tp_size", 0), ("tp_size", "two"), ("tp_size", True), ("dp_replicate_size", 0), ("replica_check_steps", -1)]
-    + [("loss_parallel", "perhaps"), ("cp_size", 2), ("dp_shard_size", 2), ("loss_parallel", True), ("zero1", "perhaps")],
+    + [
+        ("loss_parallel", "perhaps"),
+        ("cp_size", 2),
+        ("dp_shard_size", 2),
+        ("loss_parallel", True),
+        ("zero1", "perhaps"),
+    ],
 )
 def test_a_value_out_of_range_is_refused_by_name(environment, name, value):
     with pytest.raises(ValueError, match=name):

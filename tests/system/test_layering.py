@@ -43,7 +43,14 @@ CALL_COLLECTIVES = {
     "training/zero1.py": "after a step, and where a full state is asked for: what each replica has",
 }
 COLLECTIVES = {
-    *("all_gather", "all_gather_coalesced", "all_gather_single", "all_gather_into_tensor", "all_gather_object", "all_reduce"),
+    *(
+        "all_gather",
+        "all_gather_coalesced",
+        "all_gather_single",
+        "all_gather_into_tensor",
+        "all_gather_object",
+        "all_reduce",
+    ),
     *("all_reduce_coalesced", "all_to_all", "all_to_all_single", "barrier", "batch_isend_irecv", "broadcast"),
     *("broadcast_object_list", "gather", "gather_object", "irecv", "isend", "monitored_barrier", "recv", "reduce"),
     *("reduce_scatter", "reduce_scatter_tensor", "scatter", "scatter_object_list", "send"),

@@ -26,9 +26,9 @@ class Cautious(torch.optim.SGD):
 
 def verdict(make, **options):
     optimizer = make([torch.nn.Parameter(torch.ones(4, 4))], **options)
-    before = torch.get_rng_state(), dict(optimizer.state), optimizer.param_groups[0]["params"][0].clone()
+    before = torch.get_rng_state(), str(optimizer.state), optimizer.param_groups[0]["params"][0].clone()
     found = steps_by_element(optimizer, optimizer.param_groups[0])
-    assert torch.equal(torch.get_rng_state(), before[0]) and dict(optimizer.state) == before[1] == {}
+    assert torch.equal(torch.get_rng_state(), before[0]) and str(optimizer.state) == before[1]
     assert torch.equal(optimizer.param_groups[0]["params"][0], before[2])
     return found
 
