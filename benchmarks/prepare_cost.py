@@ -3,9 +3,9 @@
     python -m benchmarks.prepare_cost [--models "8 B" "70 B"] [--tp 2 8] [--rounds 3]
 
 One rank of `tp`, whose group sends nothing (torch's fake process group), shards a model of fake tensors: they have
-shapes and no contents, so what is measured is the work on the host, and memory is counted: the largest sum of the bytes
-of all fake tensors that are alive at one time, beside the unsharded model. Not in it: the proof of a plan that is not
-known to be right (`benchmarks.proof_cost`), and DDP's broadcast of the weights.
+shapes and no contents, so what is measured is the work on the host, and memory is counted: the largest sum of the
+bytes of all fake tensors that are alive at one time, beside the unsharded model. Not in it: the proof of a plan that
+is not known to be right (`benchmarks.proof_cost`), and DDP's broadcast of the weights.
 """
 
 from __future__ import annotations
@@ -101,10 +101,11 @@ def measure(name: str, tp: int, rounds: int) -> str:
             parallelize(model, mesh)
         own = sum(param.nbytes for param in model.parameters())
     seconds = {k: statistics.median(v) for k, v in {"plan": planned, "all": sharded, "copy": copied}.items()}
+    full, own = full / GIB, own / GIB
+    most = (alive.most - before) / GIB
     return (
         f"{name}, tp {tp}: {seconds['all']:.2f} s, of them {seconds['plan']:.2f} s for a plan (a deep copy takes "
-        f"{seconds['copy']:.2f} s); at most {(alive.most - before) / GIB:.2f} GiB beside the {full / GIB:.1f} GiB given,"
-        f" {own / GIB:.1f} GiB left"
+        f"{seconds['copy']:.2f} s); at most {most:.2f} GiB beside the {full:.1f} GiB given, {own:.1f} GiB left"
     )
 
 

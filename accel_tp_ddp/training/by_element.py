@@ -103,7 +103,6 @@ def _moved(
     stand_in._optimizer_step_pre_hooks, stand_in._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
     devices = [] if params[0].device.type == "cpu" else [params[0].device]
     with torch.random.fork_rng(devices, device_type=params[0].device.type if devices else "cuda"):
-        torch.manual_seed(0)
         for of_step in grads:
             for param, grad in zip(params, of_step):
                 param.grad = grad.clone()

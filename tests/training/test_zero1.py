@@ -7,12 +7,14 @@ import os
 import shutil
 from dataclasses import replace
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
 from accelerate.utils import DistributedDataParallelKwargs
 from peft import LoraConfig, get_peft_model
 
+from accel_tp_ddp.training import zero1
 from accel_tp_ddp.training.optimizer import full_optimizer_state
 
 from ..helpers.compare import assert_tensors_close
@@ -53,6 +55,24 @@ def plain_ddp(spec, dp):
 def test_a_run_with_zero1_is_that_of_plain_ddp(which):
     spec, tp, dp = RUNS[which]
     actual = run_on_ranks(with_zero1, tp * dp, train, replace(spec, tp=tp))
+    assert_same_run(actual, plain_ddp(spec, dp))
+
+
+def train_in_small_buckets(spec):
+    """Of which most parameters fill several, and some are gathered in place."""
+    with mock.patch.object(zero1, "_BUCKET", 4096), mock.patch.object(zero1, "_IN_PLACE", 1024):
+        kinds = []
+        stock = zero1._buckets
+        with mock.patch.object(zero1, "_buckets", lambda *args: kinds.extend(made := list(stock(*args))) or made):
+            record = with_zero1(train, spec)
+        assert {type(bucket).__name__ for bucket in kinds} == {"_InPlace", "_Rows"} and len(kinds) > 20
+        return record
+
+
+@pytest.mark.parametrize("tp, dp", [(1, 2), (1, 3)])
+def test_parameters_that_fill_several_buckets_are_gathered(tp, dp):
+    spec = Spec("llama", max_norm=None, vocabulary=132)
+    actual = run_on_ranks(train_in_small_buckets, tp * dp, replace(spec, tp=tp))
     assert_same_run(actual, plain_ddp(spec, dp))
 
 
@@ -226,9 +246,11 @@ MODELS = {"shared heads": "llama_one_key", "packed": "phi3_two_keys"}
 
 
 def in_layout(layout, run, fn, *args):
-    tp, dp, zero1 = LAYOUTS[layout]
+    tp, dp, divided = LAYOUTS[layout]
     run = replace(run, tp=tp)
-    return run_on_ranks(with_zero1, tp * dp, fn, run, *args) if zero1 else run_on_ranks(fn, (tp or 1) * dp, run, *args)
+    return (
+        run_on_ranks(with_zero1, tp * dp, fn, run, *args) if divided else run_on_ranks(fn, (tp or 1) * dp, run, *args)
+    )
 
 
 def save_and_continue(run, folder):
