@@ -37,6 +37,7 @@ from torch.futures import Future
 from ..core.control import control_group
 from ..core.errors import CheckpointError
 from ..core.layout import Ranges
+from ..core.pieces import FlatShard
 from ..core.shard import ShardInfo
 
 __all__ = [
@@ -59,9 +60,18 @@ class Part:
         info: Its layout; None for a tensor of which every rank holds all.
     """
 
-    def __init__(self, local: Tensor, info: ShardInfo | None = None):
+    def __init__(self, local: Tensor, info: ShardInfo | FlatShard | None = None):
         self.local, self.info = local.detach(), info
         self._views: dict[Size, Tensor] = {}
+        self._written_elsewhere: set[Size] = set()
+        if isinstance(info, FlatShard):
+            self.global_shape = info.global_shape
+            for box in info.boxes(self.local):
+                self._add(box.offset, box.view)
+                # Ranks may cut what they share at other places, and DCP takes no boxes that overlap.
+                if not box.counts:
+                    self._written_elsewhere.add(box.offset)
+            return
         if info is None or not info.is_sharded:
             self.global_shape = local.shape
             self._add(Size([0] * local.dim()), self.local)
@@ -104,6 +114,7 @@ class Part:
                 tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.global_shape),
             )
             for chunk in self.__create_chunk_list__()
+            if chunk.offsets not in self._written_elsewhere
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:

@@ -15,9 +15,10 @@ from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
 from ..core.errors import CheckpointError, nearest
+from ..core.pieces import FlatShard
 from ..core.shard import ShardInfo, full_shape, restore_shards, shard_info
 from ..core.wrappers import unwrap
-from ..training.optimizer import cut_state, state_shard
+from ..training.optimizer import cut_state, holds_state, state_shape, state_shard
 from .dcp import Part
 
 __all__ = ["ModelState", "OptimizerState", "parameter_names", "summary_keys"]
@@ -195,11 +196,13 @@ class OptimizerState:
         self._loaded: dict[str, dict[str, Tensor]] = {}
         for name, keys in summary["tensors"].items():
             param = self.params[name]
+            if not holds_state(self.optimizer, param):
+                continue
             own = self._loaded[name] = {}
             for key in keys:
                 full = self._tensor_name(name, key)
                 info, size = state_shard(self.optimizer, param), stored.get(full)
-                shape = param.shape if info is not None or size is None else size
+                shape = state_shape(param, info) if info is not None or size is None else size
                 own[key] = self._room(param, key, shape, dtypes.get(full, param.dtype))
                 parts[full] = state_part(own[key], info)
         return parts
@@ -215,7 +218,7 @@ class OptimizerState:
         state: dict[Any, Any] = {
             number: {**self._loaded[name], **summary["values"][name]}
             for number, name in enumerate(self.names)
-            if name in summary["tensors"]
+            if name in self._loaded
         }
         groups, number = [], 0
         for own, group, present in zip(self.groups, summary["groups"], self.optimizer.param_groups):
@@ -235,6 +238,7 @@ class OptimizerState:
         state = {
             number: self._cut(number, values) if isinstance(number, int) else values
             for number, values in saved["state"].items()
+            if not isinstance(number, int) or holds_state(self.optimizer, self.params[self.names[number]])
         }
         self.optimizer.load_state_dict({**saved, "state": state})
 
@@ -284,14 +288,14 @@ def summary_keys(summary: Mapping[str, Any]) -> list[tuple]:
     )
 
 
-def is_part(value: Any, param: nn.Parameter, info: ShardInfo | None) -> bool:
+def is_part(value: Any, param: nn.Parameter, info: ShardInfo | FlatShard | None) -> bool:
     """Whether a state, cut as `info` says, is a tensor to be saved by parts: of the parameter's shape, or full."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return False
-    return value.shape == param.shape or (info is None and value.numel() > 1)
+    return value.shape == state_shape(param, info) or (info is None and value.numel() > 1)
 
 
-def state_part(value: Tensor, info: ShardInfo | None) -> Part:
+def state_part(value: Tensor, info: ShardInfo | FlatShard | None) -> Part:
     """The state tensor `value` as the part of a full one that `info` tells."""
     return Part(value, info)
 

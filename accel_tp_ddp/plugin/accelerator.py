@@ -7,6 +7,7 @@ parallelism is left to the accelerator's own.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -43,13 +45,22 @@ from ..training.full_tensor_step import FullTensorStep, steps_on_full_tensors
 from ..training.gradients import agree_on_overflow, clip_grad_norm_
 from ..training.optimizer import check_optimizer, check_step, follow_model, take_full_state
 from ..training.same_batch import watch_batches
+from ..training.zero1 import Zero1, check_zero1, zero1_of
 from .data_loader import serve_replicas
 from .ddp import _OverReplicas
 from .fp8 import check_fp8, check_fp8_sizes, convert_to_fp8, converted_already
 from .placement import empty_cache, end_waiting
 from .replica_view import current_view
 
-__all__ = ["OVERRIDES", "OVERRIDES_WITHOUT_TP", "Settings", "hook_accelerator", "hook_without_tp"]
+__all__ = [
+    "OVERRIDES",
+    "OVERRIDES_WITHOUT_TP",
+    "OVERRIDES_WITH_ZERO1",
+    "Settings",
+    "hook_accelerator",
+    "hook_without_tp",
+    "hook_zero1",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +73,7 @@ class Settings(Protocol):
     device_mesh: DeviceMesh
     tp_plan: PlanLike
     prove: str
+    zero1: bool
     replica_check_steps: int
     replica_drift: str
     async_save: bool
@@ -79,6 +91,11 @@ def hook_without_tp(accelerator: Accelerator, async_save: bool) -> None:
     install(accelerator, OVERRIDES_WITHOUT_TP, async_save)
 
 
+def hook_zero1(accelerator: Accelerator, group: ProcessGroup, async_save: bool) -> None:
+    """Let an accelerator with tp_size=1 divide optimizer states over the ranks of `group`."""
+    install(accelerator, OVERRIDES_WITH_ZERO1, _Zero1Hooks(group, async_save))
+
+
 class _Hooks:
     """What the replaced methods of one accelerator share."""
 
@@ -89,6 +106,7 @@ class _Hooks:
         self.dp_size = plugin.dp_replicate_size
         self.dp_mesh = plugin.device_mesh["dp_replicate"]
         self.dp_group = self.dp_mesh.get_group()
+        self._wrapped = _Wrapped()
         self._sharded: list[tuple[nn.Module, Running]] = []  # by `prepare`, and about to reach `prepare_model`
         self._guard = DriftGuard(self.tp_mesh, plugin.replica_check_steps, plugin.replica_drift)
 
@@ -127,7 +145,7 @@ class _Hooks:
             prepared = stock(model, device_placement=device_placement, evaluation_mode=plainly)
         if running:
             Ranks(failed="rank {rank} cannot prepare: {problem}", otherwise=ValueError).together(running[0].check)
-        return prepared
+        return self._wrapped.add(prepared)
 
     def _shard(self, models: list[nn.Module], optimizers: Sequence[Optimizer] = ()) -> None:
         """Plan -> check -> proof -> shard -> localize -> optimizers. Raises on all ranks, before a weight changes."""
@@ -250,11 +268,18 @@ class _Hooks:
     def prepare_optimizer(
         self, stock: Callable, accelerator: Accelerator, /, optimizer: Optimizer, device_placement: bool | None = None
     ) -> Optimizer:
-        check_step(_bare(optimizer))  # again, for whoever calls this directly, or before there is a model
-        if self._guard.watch(_bare(optimizer)):
-            take_full_state(_bare(optimizer))
-            if steps_on_full_tensors(_bare(optimizer)):
-                FullTensorStep(_bare(optimizer))  # after the guard, which agrees on the gradients
+        bare = _bare(optimizer)
+        check_step(bare)  # again, for whoever calls this directly, or before there is a model
+        zero1 = self.plugin.zero1 and self.dp_size > 1
+        if zero1:
+            check_zero1(bare)
+        if self._guard.watch(bare):
+            take_full_state(bare)
+            divided = Zero1(bare, self.dp_group, self._wrapped) if zero1 else None
+            if steps_on_full_tensors(bare):
+                FullTensorStep(bare)  # after the guard, which agrees on the gradients
+            if divided is not None:
+                divided.stay_last(bare)
         self._agree_on_overflow()  # Accelerate hands its scaler to each optimizer here
         return stock(optimizer, device_placement=device_placement)
 
@@ -271,6 +296,8 @@ class _Hooks:
     ) -> AbstractContextManager[Any]:
         if self.dp_size == 1:  # a bare model cannot be joined, and there is nobody to join with
             return nullcontext(joinables)
+        if self.plugin.zero1:
+            raise RuntimeError(_JOINED)
         return stock(joinables, even_batches)
 
     # ----------------------------------------------------------------------------------------------------- saving
@@ -350,6 +377,65 @@ def _bare(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
+class _Wrapped:
+    """The models that an accelerator has prepared, as it gives them out; weakly, so that one not used is freed."""
+
+    def __init__(self) -> None:
+        self._models: list[weakref.ref[nn.Module]] = []
+
+    def add(self, model: nn.Module) -> nn.Module:
+        if not any(known() is model for known in self._models):
+            self._models.append(weakref.ref(model))
+        return model
+
+    def __call__(self) -> list[nn.Module]:
+        return [model for reference in self._models if (model := reference()) is not None]
+
+
+_JOINED = (
+    "join_uneven_inputs does not go with zero1=True: a replica that has run out of batches takes no more steps, and "
+    "each replica has the optimizer state of its part only. Leave even_batches=True, which is the default, or set "
+    "zero1=False."
+)
+
+
+class _Zero1Hooks:
+    """What the replaced methods of an accelerator with tp_size=1 and zero1 share."""
+
+    def __init__(self, group: ProcessGroup, async_save: bool):
+        self.group = group
+        self.async_save = async_save
+        self._wrapped = _Wrapped()
+
+    def prepare_model(self, stock: Callable, accelerator: Accelerator, /, *args: Any, **kwargs: Any) -> nn.Module:
+        return self._wrapped.add(stock(*args, **kwargs))
+
+    def prepare_optimizer(
+        self, stock: Callable, accelerator: Accelerator, /, optimizer: Optimizer, device_placement: bool | None = None
+    ) -> Optimizer:
+        bare = _bare(optimizer)
+        check_zero1(bare)
+        if zero1_of(bare) is None:
+            take_full_state(bare)
+            Zero1(bare, self.group, self._wrapped).stay_last(bare)
+        return stock(optimizer, device_placement=device_placement)
+
+    def join_uneven_inputs(self, stock: Callable, accelerator: Accelerator, /, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(_JOINED)
+
+    def save_state(
+        self,
+        stock: Callable,
+        accelerator: Accelerator,
+        /,
+        output_dir: str | None = None,
+        safe_serialization: bool = True,
+        async_save: bool | None = None,
+        **save_model_func_kwargs: Any,
+    ) -> Path:
+        return save_state(accelerator, output_dir, 1, self.async_save if async_save is None else async_save)
+
+
 def _describe(model: nn.Module, plan: Plan | NoPlanError | None) -> list[str]:
     """What has to be the same on all ranks about a model, which is sharded already where it has no plan."""
     if isinstance(plan, Plan):
@@ -400,4 +486,12 @@ OVERRIDES_WITHOUT_TP = (
     _row(load_any_state, 3791, "cannot read what was saved under tensor parallelism", "load_state"),
     _row(save_state_or_in_background, 3625, "knows no async_save", "save_state"),
     _row(end_after_save, 3429, "ends while a save in the background is under way", "end_training"),
+)
+
+#: With tp_size=1 and zero1, beside those.
+OVERRIDES_WITH_ZERO1 = (
+    _row(_Zero1Hooks.prepare_model, 1770, "tells nobody what it has wrapped in DDP"),
+    _row(_Zero1Hooks.prepare_optimizer, 2744, "lets every rank keep all of the optimizer's state"),
+    _row(_Zero1Hooks.join_uneven_inputs, 1300, "lets a rank without batches take no step, and the others wait"),
+    _row(_Zero1Hooks.save_state, 3625, "writes the main process's part of the optimizer's state"),
 )

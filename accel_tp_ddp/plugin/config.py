@@ -17,7 +17,7 @@ from ..checkpoint.from_pretrained import load_in_slices
 from ..core.control import PATIENCE, be_patient
 from ..plans.rules import PlanLike
 from ..proof.prove import MODES
-from .accelerator import hook_accelerator, hook_without_tp
+from .accelerator import hook_accelerator, hook_without_tp, hook_zero1
 from .ddp import _adopt_timeout, outlive
 from .replica_view import ReplicaView, current_view, present_replicas
 from .trainer import override_trainers
@@ -53,6 +53,8 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         loss_parallel: Vocab-parallel cross-entropy. Env `ACCEL_TP_DDP_LOSS_PARALLEL`. Not available yet.
         sequence_parallel: Norms and residuals sharded over the sequence. Env `ACCEL_TP_DDP_SEQUENCE_PARALLEL`. Not
             available yet.
+        zero1: Whether each replica keeps the optimizer state of its part of every parameter only; see `Zero1`. Env
+            `ACCEL_TP_DDP_ZERO1`, default False.
         replica_check_steps: How often replicated parameters and the batch are compared over the ranks of a replica;
             0: never. Env `ACCEL_TP_DDP_REPLICA_CHECK_STEPS`, default 100.
         replica_drift: What happens if replicated parameters differ: `"heal"` sends the first rank's values to the
@@ -71,6 +73,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
     prove: str | None = field(default=None, kw_only=True)
     loss_parallel: bool | None = field(default=None, kw_only=True)
     sequence_parallel: bool | None = field(default=None, kw_only=True)
+    zero1: bool | None = field(default=None, kw_only=True)
     replica_check_steps: int | None = field(default=None, kw_only=True)
     replica_drift: str | None = field(default=None, kw_only=True)
     async_save: bool | None = field(default=None, kw_only=True)
@@ -104,6 +107,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             setattr(self, name, _flag(name, getattr(self, name), f"ACCEL_TP_DDP_{name.upper()}"))
             if getattr(self, name):
                 raise ValueError(f"{name}=True is not available yet: it comes with the speed work. Leave it False.")
+        self.zero1 = _flag("zero1", self.zero1, "ACCEL_TP_DDP_ZERO1")
         self.replica_check_steps = _whole(
             "replica_check_steps", self.replica_check_steps, "ACCEL_TP_DDP_REPLICA_CHECK_STEPS", 100, least=0
         )
@@ -119,7 +123,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         self.dp_replicate_size: int | None = 1
         super().__post_init__()
         self._set_size("dp_replicate", dp_size)
-        if self.tp_size > 1:
+        if self.tp_size > 1 or self.zero1:
             # Or arguments that are made with this, before an accelerator is, would count ranks.
             importlib.import_module("transformers.training_args")
             override_trainers(TensorParallelDDPPlugin)
@@ -250,6 +254,11 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             override_trainers(TensorParallelDDPPlugin)
         else:
             hook_without_tp(accelerator, bool(self.async_save))
+            if self.zero1 and launched > 1:
+                assert dist.group.WORLD is not None, "several processes have a group"
+                check_upstream()
+                hook_zero1(accelerator, dist.group.WORLD, bool(self.async_save))
+                override_trainers(TensorParallelDDPPlugin)
 
 
 class _Shown(TensorParallelDDPPlugin):

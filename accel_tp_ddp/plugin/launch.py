@@ -38,6 +38,7 @@ _OPTIONS = {
     "dp_replicate_size": ("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "replicas; default: processes / tp_size"),
     "tp_plan": ("ACCEL_TP_DDP_PLAN", '"auto", or a YAML or JSON file'),
     "prove": ("ACCEL_TP_DDP_PROVE", "auto, always or never: whether the plan is proved before a weight is touched"),
+    "zero1": ("ACCEL_TP_DDP_ZERO1", "true or false: whether optimizer state is divided over the replicas"),
     "replica_check_steps": ("ACCEL_TP_DDP_REPLICA_CHECK_STEPS", "how often replicas are compared; 0: never"),
     "replica_drift": ("ACCEL_TP_DDP_REPLICA_DRIFT", "heal or raise"),
     "async_save": ("ACCEL_TP_DDP_ASYNC_SAVE", "true or false: whether save_state writes in the background"),
@@ -50,7 +51,7 @@ def activate() -> TensorParallelDDPPlugin | None:
     """Give every `Accelerator` made from now on that names no `parallelism_config` this plugin.
 
     Its values come from the environment, as `accelerate launch` sets it. Returns what the accelerators will get, or
-    None, and changes nothing, if the environment asks for no tensor parallelism.
+    None, and changes nothing, if the environment asks for neither tensor parallelism nor zero1.
 
     Raises:
         ValueError: If the environment holds a value that the plugin does not take.
@@ -58,11 +59,12 @@ def activate() -> TensorParallelDDPPlugin | None:
     if os.environ.get(_SWITCH, "false").lower() != "true":
         return None
     plugin = TensorParallelDDPPlugin()
-    if plugin.tp_size == 1:
+    if plugin.tp_size == 1 and not plugin.zero1:
         return None
     # What Accelerate itself instantiates, where the launcher's YAML has a `parallelism_config`.
     accelerate.accelerator.ParallelismConfig = TensorParallelDDPPlugin
-    install_for_all(OVERRIDES, lambda state: (plugin,))
+    if plugin.tp_size > 1:
+        install_for_all(OVERRIDES, lambda state: (plugin,))
     return plugin
 
 
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, module, script, args = _parse(sys.argv[1:] if argv is None else argv)
     for name, value in options.items():
         os.environ[_OPTIONS[name][0]] = value
-    if "tp_size" in options:
+    if "tp_size" in options or "zero1" in options:
         os.environ[_SWITCH] = "true"
     try:
         plugin = activate()

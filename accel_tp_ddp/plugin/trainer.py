@@ -53,11 +53,17 @@ def override_trainers(plugin_type: type[Any]) -> None:
         plugin = getattr(getattr(trainer, "accelerator", None), "parallelism_config", None)
         return (plugin,) if isinstance(plugin, plugin_type) and plugin.tp_enabled else None
 
+    def plugin_with_states_of(trainer: Any) -> tuple[Any] | None:
+        plugin = getattr(getattr(trainer, "accelerator", None), "parallelism_config", None)
+        divided = isinstance(plugin, plugin_type) and plugin.zero1
+        return (plugin,) if divided else plugin_of(trainer)
+
     def view_of(owner: Any) -> tuple[ReplicaView] | None:
         view = current_view()
         return (view,) if view is not None else None
 
     install_for_all((*OVERRIDES, *OVERRIDES_OF_LOSSES, *OVERRIDES_OF_REWARDS, *vllm.OVERRIDES), plugin_of)
+    install_for_all(OVERRIDES_OF_STATES, plugin_with_states_of)
 
     def config_of(trainer: Any) -> tuple[Any] | None:
         config = getattr(getattr(trainer, "args", None), "parallelism_config", None)
@@ -238,7 +244,6 @@ OVERRIDES = (
     ),
     _trainer("save_model", _save_model, 4077, _ON_MAIN, needs=("_save",)),
     _trainer("_save", _save, 4131, "writes the main process's shards"),
-    _trainer(*_STATE, needs=("optimizer",)),
     _trainer("_save_rng_state", _save_rng_state, 3462, "lets the ranks of a replica write one file", counts=False),
     _trainer("_load_rng_state", _load_rng_state, 3841, "gives peers states of GPUs that nobody drew from"),
 )
@@ -250,6 +255,9 @@ OVERRIDES_OF_SETTINGS = (
         counts=False,
     ),
 )
+
+#: For trainers whose accelerator has the plugin, or with it zero1 alone.
+OVERRIDES_OF_STATES = (_trainer(*_STATE, needs=("optimizer",)),)
 
 #: For trainers whose completions are judged.
 OVERRIDES_OF_REWARDS = tuple(

@@ -19,7 +19,7 @@ from ..core.errors import UpstreamError
 from ..core.override import Override, check
 from ..core.upstream import installed_version, release
 from ..model import full_parameters, methods, peft_methods
-from ..training import gradients
+from ..training import gradients, zero1
 from . import accelerator, replica_view, trainer, vllm
 
 __all__ = ["TABLES", "check_releases", "check_upstream"]
@@ -28,9 +28,12 @@ __all__ = ["TABLES", "check_releases", "check_upstream"]
 TABLES: dict[str, tuple[Override, ...]] = {
     "Accelerator": accelerator.OVERRIDES,
     "Accelerator with tp_size=1": accelerator.OVERRIDES_WITHOUT_TP,
+    "Accelerator with tp_size=1 and zero1": accelerator.OVERRIDES_WITH_ZERO1,
+    "Optimizer with zero1": zero1.OVERRIDES,
     "Accelerate while replicas present themselves as processes": replica_view.OVERRIDES,
     "Modules that call torch.distributed while replicas present themselves as processes": replica_view.MODULES,
     "Trainer": trainer.OVERRIDES,
+    "Trainer, with zero1 too": trainer.OVERRIDES_OF_STATES,
     "Trainer while replicas present themselves as processes": trainer.OVERRIDES_OF_MAIN,
     "Trainer before it makes its accelerator": trainer.OVERRIDES_OF_SETTINGS,
     "TrainingArguments": trainer.OVERRIDES_OF_ARGUMENTS,

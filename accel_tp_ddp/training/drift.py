@@ -193,6 +193,8 @@ class DriftGuard:
                 for key, value in optimizer.state.get(param, {}).items():
                     if isinstance(value, Tensor):
                         like_param = value.shape == param.shape
+                        if value.dim() and not like_param and _repeated(param) is not None:
+                            continue  # with zero1, a range of the elements of which the ranks share some
                         yield f"{names[id(param)]} ({key})", value, _repeated(param) if like_param else None
 
 

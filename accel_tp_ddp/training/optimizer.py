@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ..core.pieces import FlatShard
 from ..core.shard import ShardInfo, full_shape, shard_info
 from .full_tensor_step import steps_on_full_tensors
+from .zero1 import zero1_of
 
 __all__ = [
     "check_optimizer",
@@ -18,6 +20,8 @@ __all__ = [
     "cut_state",
     "follow_model",
     "full_optimizer_state",
+    "holds_state",
+    "state_shape",
     "state_shard",
     "take_full_state",
 ]
@@ -111,13 +115,30 @@ def follow_model(optimizer: Optimizer, mapping: Mapping[nn.Parameter, nn.Paramet
             state.update(cut_state(state, shard))
 
 
-def state_shard(optimizer: Optimizer, param: Tensor) -> ShardInfo | None:
-    """How the state of `param` is cut; None where every rank holds all of it."""
+def state_shard(optimizer: Optimizer, param: Tensor) -> ShardInfo | FlatShard | None:
+    """How the state of `param` is cut; None where a rank that holds any holds all of it."""
+    zero = zero1_of(optimizer)
+    divided = zero.shard(optimizer, param) if zero is not None else None
+    return divided if divided is not None else _tp_shard(optimizer, param)
+
+
+def _tp_shard(optimizer: Optimizer, param: Tensor) -> ShardInfo | None:
     info = shard_info(param)
     return info if info is not None and info.is_sharded and not steps_on_full_tensors(optimizer) else None
 
 
-def cut_state(state: Mapping[str, Any], shard: ShardInfo) -> dict[str, Any]:
+def holds_state(optimizer: Optimizer, param: Tensor) -> bool:
+    """Whether this rank keeps any state of `param`; with zero1 another replica may."""
+    zero = zero1_of(optimizer)
+    return zero is None or zero.holds(optimizer, param)
+
+
+def state_shape(param: Tensor, shard: ShardInfo | FlatShard | None) -> Size:
+    """The shape on this rank of a state that is cut as `shard` says."""
+    return shard.local_shape if isinstance(shard, FlatShard) else param.shape
+
+
+def cut_state(state: Mapping[str, Any], shard: ShardInfo | FlatShard) -> dict[str, Any]:
     """One parameter's state with this rank's parts of the full tensors in it; anything else as it is."""
     return {key: shard.cut_if_full(value) for key, value in state.items()}
 
@@ -128,50 +149,57 @@ def take_full_state(optimizer: Optimizer) -> None:
 
 
 def full_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, Any]:
-    """`optimizer.state_dict()` as it would be without tensor parallelism, on the CPU.
+    """`optimizer.state_dict()` as it would be without tensor parallelism and zero1, on the CPU.
 
-    Collective over the tensor-parallel group, tensor by tensor.
+    Collective over the tensor-parallel group, with zero1 over all ranks, tensor by tensor.
 
     Args:
         optimizer: One over localized parameters.
         keep: Whether this rank wants the result; others take part, and get an empty state.
     """
     state_dict = optimizer.state_dict()
-    full: dict[Any, dict[str, Any]] = {}
-    for index, param in _with_state(optimizer, state_dict):
-        shard, states = state_shard(optimizer, param), {}
-        for key, value in state_dict["state"][index].items():
-            if isinstance(value, Tensor):
-                value = shard.full_tensor(value) if shard and value.shape == param.shape else value.detach()
-                value = value.cpu() if keep else None
-            states[key] = value
-        full[index] = states
+    params = dict(_numbered(optimizer, state_dict))
+    zero, full = zero1_of(optimizer), dict[Any, dict[str, Any]]()
+    known: Iterable[tuple[Any, str, Any]]
+    if zero is None:
+        states = state_dict["state"]
+        known = ((index, key, value) for index in params for key, value in states.get(index, {}).items())
+    else:
+        known = zero.full_states(optimizer, state_dict["state"])
+    for index, key, value in known:
+        if isinstance(value, Tensor):
+            shard = _tp_shard(optimizer, params[index])
+            value = shard.full_tensor(value) if shard and value.shape == params[index].shape else value.detach()
+            value = value.cpu() if keep else None
+        full.setdefault(index, {})[key] = value
     return {**state_dict, "state": full if keep else {}}
 
 
 def _cut_full_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     state = dict(state_dict["state"])
-    for index, param in _with_state(optimizer, state_dict):
-        if (shard := state_shard(optimizer, param)) is not None:
+    for index, param in _numbered(optimizer, state_dict):
+        if index not in state:
+            continue
+        if not holds_state(optimizer, param):
+            del state[index]
+        elif (shard := state_shard(optimizer, param)) is not None:
             state[index] = cut_state(state[index], shard)
     return {**state_dict, "state": state}
 
 
-def _with_state(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator[tuple[Any, nn.Parameter]]:
-    """Each parameter that has state in `state_dict`, with the number that it has there."""
+def _numbered(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator[tuple[Any, nn.Parameter]]:
+    """Each parameter with the number that it has in `state_dict`."""
     for group, own in zip(state_dict["param_groups"], optimizer.param_groups):
-        for index, param in zip(group["params"], own["params"]):
-            if index in state_dict["state"]:
-                yield index, param
+        yield from zip(group["params"], own["params"])
 
 
 def _check_state(optimizer: Optimizer, param: nn.Parameter) -> None:
     """A state tensor is a number, or has its parameter's shape, so that it can be cut as the parameter is."""
     if steps_on_full_tensors(optimizer):
         return
-    full = full_shape(param)
+    full, own = full_shape(param), state_shape(param, state_shard(optimizer, param))
     for key, value in optimizer.state.get(param, {}).items():
-        if isinstance(value, Tensor) and value.numel() != 1 and value.shape not in (full, param.shape):
+        if isinstance(value, Tensor) and value.numel() != 1 and value.shape not in (full, param.shape, own):
             raise ValueError(
                 f"the optimizer {type(optimizer).__name__} holds a state `{key}` of size {tuple(value.shape)} for a "
                 f"parameter of size {tuple(full)}; it cannot be cut likewise. Prepare the model before the first "

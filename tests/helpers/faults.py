@@ -43,7 +43,7 @@ from accel_tp_ddp.styles import (
 )
 from accel_tp_ddp.styles.peft import experts as peft_experts
 from accel_tp_ddp.styles.peft import lora
-from accel_tp_ddp.training import drift, gradients
+from accel_tp_ddp.training import drift, gradients, zero1
 
 from .training import Record, Spec, train
 
@@ -55,6 +55,7 @@ def injected(fault: str | None) -> Iterator[None]:
         every = {
             **{**_FAULTS, **_MORE_FAULTS, **_STYLE_FAULTS, **_LORA_FAULTS, **_ADAPTER_FAULTS},
             **{**_STEP_FAULTS, **_RESUME_FAULTS, **_ENCODER_FAULTS, **_CURATED_FAULTS, **_EXPORT_FAULTS},
+            **_ZERO1_FAULTS,
         }
         for owner, name, wrong in every[fault] if fault else ():
             stack.enter_context(mock.patch.object(owner, name, wrong))
@@ -371,6 +372,11 @@ _STEP_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "matrices stepped on by parts": [(accelerator, "FullTensorStep", _nothing)],
 }
 STEP_FAULTS = tuple(_STEP_FAULTS)
+
+# Shown by training/test_zero1.py.
+_ZERO1_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
+    "ranges not gathered": [(zero1._Rows, "gather", _nothing)],
+}
 
 # These show when a run is resumed; the tests of `checkpoint/test_checkpoint.py` inject them.
 _RESUME_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {

@@ -21,7 +21,7 @@ def environment(monkeypatch):
 def test_plugin_defaults_are_plain_ddp(environment):
     plugin = TensorParallelDDPPlugin()
     assert (plugin.tp_size, plugin.tp_plan, plugin.replica_check_steps) == (1, "auto", 100)
-    assert (plugin.loss_parallel, plugin.sequence_parallel) == (False, False)
+    assert (plugin.loss_parallel, plugin.sequence_parallel, plugin.zero1) == (False, False, False)
 
 
 def test_plugin_reads_what_the_launcher_sets(environment):
@@ -29,7 +29,9 @@ def test_plugin_reads_what_the_launcher_sets(environment):
     environment.setenv("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "3")
     environment.setenv("ACCEL_TP_DDP_PLAN", "plan.yaml")
     environment.setenv("ACCEL_TP_DDP_REPLICA_CHECK_STEPS", "7")
+    environment.setenv("ACCEL_TP_DDP_ZERO1", "true")
     plugin = TensorParallelDDPPlugin()
+    assert plugin.zero1 and not TensorParallelDDPPlugin(zero1=False).zero1
     assert (plugin.tp_size, plugin.dp_replicate_size, plugin.tp_plan) == (2, 3, "plan.yaml")
     assert plugin.replica_check_steps == 7
 
@@ -56,7 +58,13 @@ def test_plugin_prints_its_sizes(environment, capsys):
 @pytest.mark.parametrize(
     "name, value",
     [("tp_size", 0), ("tp_size", "two"), ("tp_size", True), ("dp_replicate_size", 0), ("replica_check_steps", -1)]
-    + [("loss_parallel", "perhaps"), ("cp_size", 2), ("dp_shard_size", 2), ("loss_parallel", True)],
+    + [
+        ("loss_parallel", "perhaps"),
+        ("cp_size", 2),
+        ("dp_shard_size", 2),
+        ("loss_parallel", True),
+        ("zero1", "perhaps"),
+    ],
 )
 def test_a_value_out_of_range_is_refused_by_name(environment, name, value):
     with pytest.raises(ValueError, match=name):

@@ -212,7 +212,7 @@ def test_each_override_of_trainer_has_a_run_that_needs_it():
     # The search is seen further down, when the model moves in test_placement; that two ranks write one file at once,
     # by chance alone; and the random states of GPUs, with one.
     others = {"hyperparameter_search", "save_model", "_save_rng_state", "_load_rng_state", "_move_model_to_device"}
-    assert NEEDED_BY.keys() | others == {row.name for row in trainer.OVERRIDES}
+    assert NEEDED_BY.keys() | others == {row.name for row in (*trainer.OVERRIDES, *trainer.OVERRIDES_OF_STATES)}
 
 
 @pytest.mark.parametrize("override", NEEDED_BY)

@@ -5,9 +5,12 @@ import subprocess
 import sys
 import textwrap
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from accel_tp_ddp.plugin.accelerator import OVERRIDES
 
@@ -114,6 +117,46 @@ def untouched_model():
 
 def test_tp_size_one_touches_no_module():
     assert run_on_ranks(untouched_model, 2) == [[]] * 2
+
+
+class Sent(TorchDispatchMode):
+    """The collectives within: kind and elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func).startswith("c10d."):
+            sizes = [leaf.numel() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            self.rows.append((str(func), sizes))
+        return func(*args, **(kwargs or {}))
+
+
+def a_step(tp):
+    """What a step sends, and what hangs on the objects that take part in it."""
+    accelerator = accelerator_for(tp)
+    model = build_model("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ids = torch.arange(1, 25).view(2, 12)
+    for _ in range(2):  # DDP puts its buckets in another order after the first
+        with Sent() as sent:
+            accelerator.backward(model(input_ids=ids, labels=ids).loss)
+            accelerator.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+    bare = optimizer.optimizer
+    hooks = [sorted(name for name, value in vars(obj).items() if "hooks" in name and value) for obj in (model, bare)]
+    own = [sorted(vars(obj)) for obj in (model, bare, optimizer, accelerator.unwrap_model(model))]
+    return sent.rows, hooks, own
+
+
+def test_a_step_at_tp_size_one_sends_what_plain_ddp_sends_and_has_no_hooks():
+    plain, sized = run_on_ranks(a_step, 2, None), run_on_ranks(a_step, 2, 1)
+    assert sized == plain
+    rows, hooks, _ = sized[0]
+    assert rows and all("allreduce" in kind for kind, _ in rows) and hooks[1] == []
 
 
 @REPLICAS

@@ -37,6 +37,7 @@ CALL_COLLECTIVES = {
     "proof/compare.py": "set-up: the ranks of the proof, and what each has found",
     "tools/ranks.py": "the end of a rank of the command",
     "training/drift.py": "between steps: what is replicated stays equal",
+    "training/zero1.py": "after a step, and where a full state is asked for: what each replica has",
     "tools/simulate.py": "one rank of a fake group: nothing is sent",
 }
 COLLECTIVES = {
