@@ -82,8 +82,11 @@ class Projection(Protocol):
         dtype: Of the logits.
     """
 
-    tensors: tuple[Tensor, ...]
-    dtype: torch.dtype
+    @property
+    def tensors(self) -> tuple[Tensor, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def begin(self, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Pass: ...
 
@@ -99,7 +102,7 @@ class LinearProjection:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, transposed: bool = False):
-        self.tensors = (weight,) if bias is None else (weight, bias)
+        self.tensors: tuple[Tensor, ...] = (weight,) if bias is None else (weight, bias)
         self.dtype = dtype
         self.transposed = transposed
 
@@ -162,8 +165,7 @@ class ModuleProjection:
         layer: The module whose parameters it computes with.
         offered: Copies of parameters with partial gradients, which the opening of the region has made; by the call
             that takes them, and name.
-        device_type: For autocast, which is to be as it is now.
-        width: Of the hidden states.
+        hidden: Hidden states, for the type of what comes out. Autocast will be as it is now.
     """
 
     def __init__(

@@ -12,17 +12,29 @@ from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional
 
 from ..checkpoint.export import export
 from ..core.collectives import send_first_rank
 from ..core.override import Override, attributes, install_for_all
+from ..loss.deferred import DeferredLogits
+from ..loss.heads import losses_only
 from ..training.optimizer import full_optimizer_state
 from . import vllm
 from .replica_view import ReplicaView, current_view
 
-__all__ = ["OVERRIDES", "OVERRIDES_OF_ARGUMENTS", "OVERRIDES_OF_MAIN", "OVERRIDES_OF_REWARDS", "override_trainers"]
+__all__ = [
+    "OVERRIDES",
+    "OVERRIDES_OF_ARGUMENTS",
+    "OVERRIDES_OF_MAIN",
+    "OVERRIDES_OF_REWARDS",
+    "OVERRIDES_OF_SMOOTHERS",
+    "override_trainers",
+]
 
 
 class Config(Protocol):
@@ -44,6 +56,7 @@ def override_trainers(plugin_type: type[Any]) -> None:
 
     install_for_all((*OVERRIDES, *OVERRIDES_OF_REWARDS, *vllm.OVERRIDES), plugin_of)
     install_for_all(OVERRIDES_OF_MAIN, view_of)
+    install_for_all(OVERRIDES_OF_SMOOTHERS, lambda smoother: ())
     install_for_all(OVERRIDES_OF_ARGUMENTS, lambda args: (plugin_type,))
 
 
@@ -98,6 +111,50 @@ def _hyperparameter_search(plugin: Config, stock: Callable, trainer: Any, /, *ar
         "know nothing of the ranks of a replica. Search with tp_size=1 on a smaller model, or start one run for each "
         "setting."
     )
+
+
+def _compute_loss(
+    plugin: Config,
+    stock: Callable,
+    trainer: Any,
+    /,
+    model: Any,
+    inputs: Any,
+    return_outputs: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`compute_loss` takes the model's own loss, or smooths it, and nobody sees logits that are not asked for."""
+    if return_outputs or getattr(trainer, "compute_loss_func", None) is not None:
+        return stock(model, inputs, return_outputs, *args, **kwargs)
+    with losses_only():
+        return stock(model, inputs, return_outputs, *args, **kwargs)
+
+
+def _smooth(
+    stock: Callable,
+    smoother: Any,
+    /,
+    model_output: Any,
+    labels: Tensor,
+    shift_labels: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    """`LabelSmoother` takes the log of a softmax of full logits; what it computes is a smoothed cross-entropy."""
+    logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+    if not isinstance(logits, DeferredLogits):
+        return stock(model_output, labels, shift_labels, **kwargs)
+    if shift_labels:
+        logits, labels = logits[..., :-1, :], labels[..., 1:]
+    logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    single = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    options = {"ignore_index": smoother.ignore_index, "label_smoothing": smoother.epsilon}
+    num_items_in_batch = kwargs.get("num_items_in_batch")  # which releases before 5.15 do not have
+    if num_items_in_batch is None:
+        return functional.cross_entropy(single, labels, **options)
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(logits.device)
+    return functional.cross_entropy(single, labels, reduction="sum", **options) / num_items_in_batch
 
 
 # ---- saving and loading ---------------------------------------------------------------------------------------------
@@ -172,6 +229,7 @@ _STATE = ("_save_optimizer_and_scheduler", _save_optimizer_and_scheduler, 3513, 
 #: For trainers whose accelerator has the plugin.
 OVERRIDES = (
     _trainer("get_tp_size", _get_tp_size, 2591, "asks the model before the accelerator"),
+    _trainer("compute_loss", _compute_loss, 2114, "gathers logits for a loss alone", counts=False),
     _trainer("train", _train, 1450, "takes a model that was only evaluated for one that is wrapped in DDP"),
     _trainer(
         *("hyperparameter_search", _hyperparameter_search, 4502, "starts trials on the main process alone"),
@@ -181,6 +239,15 @@ OVERRIDES = (
     _trainer("_save", _save, 4131, "writes the main process's shards"),
     _trainer(*_STATE, needs=("optimizer",)),
     _trainer("_save_rng_state", _save_rng_state, 3462, "lets the ranks of a replica write one file", counts=False),
+)
+
+#: For all label smoothers: those of a plugin's trainers may meet deferred logits.
+OVERRIDES_OF_SMOOTHERS = (
+    Override(
+        *("transformers.trainer_pt_utils.LabelSmoother", "__call__", _smooth),
+        *("transformers 5.23, trainer_pt_utils.py:448", "needs full logits"),
+        counts=False,
+    ),
 )
 
 #: For trainers whose completions are judged.

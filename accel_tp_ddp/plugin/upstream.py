@@ -32,6 +32,7 @@ TABLES: dict[str, tuple[Override, ...]] = {
     "Trainer": trainer.OVERRIDES,
     "Trainer while replicas present themselves as processes": trainer.OVERRIDES_OF_MAIN,
     "TrainingArguments": trainer.OVERRIDES_OF_ARGUMENTS,
+    "Label smoothing": trainer.OVERRIDES_OF_SMOOTHERS,
     "TRL's rewards": trainer.OVERRIDES_OF_REWARDS,
     "TRL with vLLM": vllm.OVERRIDES,
     "vLLM while TRL makes an engine": vllm.OVERRIDES_OF_ENGINE,

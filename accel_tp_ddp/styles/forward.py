@@ -59,6 +59,7 @@ class ParallelForward:
         self._entered = False
         self.computing = False  # whether the module's own forward runs
         self.idle = False  # while a module around this one runs it under the style
+        self.defer: Callable[[Tensor], Tensor | None] | None = None  # gives what is to be computed later, if anything
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -85,6 +86,11 @@ class ParallelForward:
         if self.style.enters:
             module.register_forward_pre_hook(self.enter_hook, prepend=True, with_kwargs=True)
             module.register_forward_hook(self.exit_hook, always_call=True)
+
+    @property
+    def extra_arguments(self) -> bool:
+        """Whether the module's own forward is called with more than its input."""
+        return False
 
     def inner(self, *args, **kwargs):
         """The module's own forward."""
@@ -172,5 +178,5 @@ class ParallelForward:
             own.update(saved)
 
     def __getstate__(self) -> dict[str, Any]:
-        idle = {"offered": {}, "_entered": False, "computing": False, "idle": False}
+        idle = {"offered": {}, "_entered": False, "computing": False, "idle": False, "defer": None}
         return {**self.__dict__, **idle}

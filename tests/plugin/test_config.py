@@ -21,7 +21,7 @@ def environment(monkeypatch):
 def test_plugin_defaults_are_plain_ddp(environment):
     plugin = TensorParallelDDPPlugin()
     assert (plugin.tp_size, plugin.tp_plan, plugin.replica_check_steps) == (1, "auto", 100)
-    assert (plugin.loss_parallel, plugin.sequence_parallel) == (False, False)
+    assert (plugin.loss_parallel, plugin.sequence_parallel) == ("auto", False)
 
 
 def test_plugin_reads_what_the_launcher_sets(environment):
@@ -56,7 +56,7 @@ def test_plugin_prints_its_sizes(environment, capsys):
 @pytest.mark.parametrize(
     "name, value",
     [("tp_size", 0), ("tp_size", "two"), ("tp_size", True), ("dp_replicate_size", 0), ("replica_check_steps", -1)]
-    + [("loss_parallel", "perhaps"), ("cp_size", 2), ("dp_shard_size", 2), ("loss_parallel", True)],
+    + [("loss_parallel", "perhaps"), ("cp_size", 2), ("dp_shard_size", 2), ("loss_parallel", 1)],
 )
 def test_a_value_out_of_range_is_refused_by_name(environment, name, value):
     with pytest.raises(ValueError, match=name):
