@@ -50,6 +50,7 @@ class DeferredLogits(Tensor):
     _chain: Chain
     _hidden: Tensor
     _full: Tensor | None
+    _anchor: Tensor | None  # what DDP has made of them, whose backward is to run too
 
     @staticmethod
     def _of(source: Source, chain: Chain, hidden: Tensor) -> DeferredLogits:
@@ -60,15 +61,29 @@ class DeferredLogits(Tensor):
             DeferredLogits, (*hidden.shape[:-1], source.vocabulary.total), dtype=dtype, device=hidden.device
         )
         logits._source, logits._chain, logits._hidden, logits._full = source, chain, hidden, None
+        logits._anchor = None
         return logits
 
     def full_tensor(self) -> Tensor:
         """The full logits, with their gradient. Collective: call it on every rank of the replica."""
         before, self._source.open = self._source.open, True
         try:
-            return self.clone()
+            with torch._C.DisableTorchFunctionSubclass():
+                return self.clone()
         finally:
             self._source.open = before
+
+    def _can_defer(self) -> bool:
+        """Whether what follows may be computed from the hidden states.
+
+        Not once they have been computed, as somebody may have changed them in place; nor if an autograd function of
+        somebody's gave them, whose backward may do anything. That of DDP passes gradients on (`_DDPSink`).
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            name = type(self.grad_fn).__name__
+        if name == "_DDPSinkBackward":
+            self._anchor = self
+        return self._full is None and name in ("NoneType", "_DeferBackward", "_DDPSinkBackward")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # reads nothing, so that one rank may print it
         return (
@@ -81,9 +96,9 @@ class DeferredLogits(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
-        # Once they have been computed, somebody may have changed them in place.
-        if handler is not None and args and isinstance(args[0], DeferredLogits) and args[0]._full is None:
-            found = handler(*args, **kwargs)
+        if handler is not None and args and isinstance(args[0], DeferredLogits) and args[0]._can_defer():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and args[0].requires_grad):
+                found = handler(*args, **kwargs)
             if found is not NotImplemented:
                 return found
         if func in _LEAVES_TORCH:
@@ -100,10 +115,17 @@ class DeferredLogits(Tensor):
         return func(*args, **kwargs)
 
 
-def deferred(source: Source, chain: Chain, hidden: Tensor) -> DeferredLogits:
-    """What `chain` makes of the logits of these hidden states `[..., width]`, which are in the region."""
-    logits = _Defer.apply(source, chain, hidden, *source.projection.tensors)
-    logits._hidden = hidden  # and not what the function has seen of it, which has no gradient
+def deferred(source: Source, chain: Chain, hidden: Tensor, anchor: Tensor | None = None) -> DeferredLogits:
+    """What `chain` makes of the logits of these hidden states `[..., width]`, which are in the region.
+
+    Args:
+        source: The output layer's call.
+        chain: Steps since.
+        hidden: Hidden states.
+        anchor: A tensor whose backward is to run, without a gradient, when theirs does.
+    """
+    logits = _Defer.apply(source, chain, anchor, hidden, *source.projection.tensors)
+    logits._hidden, logits._anchor = hidden, anchor
     return logits
 
 
@@ -130,37 +152,54 @@ class _Defer(torch.autograd.Function):
     """Forward computes nothing; backward takes the gradient of full logits to the hidden states and the layer."""
 
     @staticmethod
-    def forward(ctx: Any, source: Source, chain: Chain, hidden: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, source: Source, chain: Chain, anchor: Tensor | None, hidden: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.source, ctx.chain = source, chain
         ctx.save_for_backward(hidden, *tensors)
         return DeferredLogits._of(source, chain, hidden)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         hidden, *tensors = ctx.saved_tensors
         vocabulary = ctx.source.vocabulary
         rows = hidden.reshape(-1, hidden.shape[-1])
         own = vocabulary.sizes[vocabulary.mesh.get_local_rank()]
         grad = grad.narrow(-1, vocabulary.start, own).reshape(-1, own)
-        layer = ctx.source.projection.begin(tensors, ctx.needs_input_grad[3:])
+        layer = ctx.source.projection.begin(tensors, ctx.needs_input_grad[4:])
         of_hidden = torch.empty_like(rows, memory_format=torch.contiguous_format)
         for part in vocabulary.chunks(*rows.shape):
             logits, to_hidden = layer.forward(rows[part], True)
             of_hidden[part] = to_hidden(ctx.chain.pull_back(logits)[1](grad[part]))
         of_layer = (g if g is None else g.to(tensor.dtype) for g, tensor in zip(layer.gradients(), tensors))
-        return None, None, of_hidden.view(hidden.shape), *of_layer
+        return None, None, None, of_hidden.view(hidden.shape), *of_layer
+
+
+class _Anchored(torch.autograd.Function):
+    """A loss whose backward lets that of an anchor run too, without a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, anchor: Tensor) -> Tensor:
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return grad, None
 
 
 # --- what is done to logits without computing them -------------------------------------------------------------------
 
 
 def _then(logits: DeferredLogits, *step: Any) -> DeferredLogits:
-    return deferred(logits._source, logits._chain.then(*step), logits._hidden)
+    return deferred(logits._source, logits._chain.then(*step), logits._hidden, logits._anchor)
 
 
 def _reshaped(logits: DeferredLogits, hidden: Tensor) -> DeferredLogits:
-    return deferred(logits._source, logits._chain, hidden)
+    return deferred(logits._source, logits._chain, hidden, logits._anchor)
 
 
 def _cast(dtype: torch.dtype) -> Callable[..., Any]:
@@ -191,6 +230,10 @@ def _tanh(logits: DeferredLogits, **kwargs: Any) -> Any:
 
 def _as_they_are(logits: DeferredLogits, **kwargs: Any) -> Any:
     return logits
+
+
+def _clone(logits: DeferredLogits, **kwargs: Any) -> Any:
+    return _reshaped(logits, logits._hidden)
 
 
 def _view(logits: DeferredLogits, *shape: Any) -> Any:
@@ -244,6 +287,8 @@ def _cross_entropy(
         *(source.vocabulary, source.projection, logits._hidden, target, logits._chain),
         *(ignore_index, reduction, label_smoothing),
     )
+    if logits._anchor is not None and loss.requires_grad:
+        loss = _Anchored.apply(loss, logits._anchor)
     in_single = torch.is_autocast_enabled(logits.device.type)  # where cross-entropy is computed in float32
     return loss.to(torch.promote_types(logits.dtype, torch.float32) if in_single else logits.dtype)
 
@@ -258,6 +303,7 @@ _HANDLERS: dict[Callable, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.div, Tensor.__truediv__, torch.div, Tensor.true_divide), _by_number("div")),
     **dict.fromkeys((Tensor.tanh, torch.tanh), _tanh),
     Tensor.contiguous: _as_they_are,
+    **dict.fromkeys((Tensor.clone, torch.clone), _clone),
     **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape), _view),
     **dict.fromkeys((Tensor.flatten, torch.flatten), _flatten),
     Tensor.__getitem__: _getitem,

@@ -255,3 +255,62 @@ def without_a_head():
 def test_loss_parallel_without_a_sharded_head_is_an_error_on_every_rank():
     for raised in run_on_ranks(without_a_head, 2, expect_raise=True):
         assert "loss_parallel=True" in raised.message and "colwise_gather_output" in raised.message
+
+
+def with_ddp(options, own_loss):
+    """Losses and gradients under DDP with settings that let it touch outputs, in two steps."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    tp = 2 if dist.get_world_size() == 4 else None
+    plugin = TensorParallelDDPPlugin(tp_size=tp, loss_parallel=True) if tp else None
+    accelerator = Accelerator(parallelism_config=plugin, kwargs_handlers=[DistributedDataParallelKwargs(**options)])
+    model = accelerator.prepare(build("llama"))
+    deferred._materialized = without_full
+    found = []
+    for step in range(2):
+        batch = token_batch(seed=10 + 2 * step + accelerator.process_index)
+        outputs = model(**batch)
+        loss = outputs.loss
+        if own_loss:
+            loss = functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        loss.backward()
+        found.append((loss.item(), {n: g.clone() for n, g in full_gradients(accelerator.unwrap_model(model)).items()}))
+    return found
+
+
+@pytest.mark.parametrize("own_loss", [False, True], ids=["the model's loss", "a loss of one's own"])
+@pytest.mark.parametrize("setting", ["find_unused_parameters", "static_graph"])
+def test_ddp_may_touch_outputs(setting, own_loss):
+    plain = run_on_ranks(with_ddp, 2, {setting: True}, own_loss)
+    for rank, steps in enumerate(run_on_ranks(with_ddp, 4, {setting: True}, own_loss)):
+        for (loss, grads), (expected, expected_grads) in zip(steps, plain[rank // 2], strict=True):
+            assert loss == pytest.approx(expected, rel=2e-6)
+            assert_tensors_close(grads, expected_grads, TOLERANCE, FLOOR)
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+def reversed_gradients():
+    reference, model = build("llama"), build("llama")
+    parallelize(model, tp_mesh(2))
+    defer_logits(model, True)
+    labels = batches()["labels"]["labels"].flatten()
+    for each in (model, reference):
+        logits = each(**batches()["labels"]).logits
+        if isinstance(logits, DeferredLogits):
+            logits._source.open = True  # as within the model's forward
+        functional.cross_entropy(Reversed.apply(logits).flatten(0, 1), labels).backward()
+    assert_tensors_close(full_gradients(model), {n: p.grad for n, p in reference.named_parameters()}, TOLERANCE, FLOOR)
+
+
+def test_an_autograd_function_on_deferred_logits_is_not_passed_by():
+    run_on_ranks(reversed_gradients, 2)
