@@ -65,6 +65,7 @@ def defer_logits(model: nn.Module, mode: Mode) -> None:
         call = head.__dict__.get("forward")
         if isinstance(call, ParallelForward) and isinstance(call.style, ColwiseGatherOutput):
             _Deferral(head, call, mode).attach(owner, model)
+            call.facts["loss_parallel"] = True  # for losses that read the weight, see `fused_heads`
 
 
 def _heads(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:

@@ -42,10 +42,15 @@ class Chain:
             logits = _STEPS[kind](logits, *value)
         return logits
 
+    @property
+    def casts_only(self) -> bool:
+        return all(kind == "to" for kind, *_ in self.steps)
+
     def pull_back(self, logits: Tensor) -> tuple[Tensor, Pull]:
         """The outcome, and what takes its gradient to that of `logits`."""
-        if all(kind == "to" for kind, *_ in self.steps):
-            return self(logits), lambda grad: grad.to(logits.dtype)
+        if self.casts_only:
+            dtype = logits.dtype
+            return self(logits), lambda grad: grad.to(dtype)
         with torch.enable_grad():
             leaf = logits.detach().requires_grad_()
             outcome = self(leaf)
@@ -61,7 +66,13 @@ _STEPS: dict[str, Callable[..., Tensor]] = {
 
 
 class Pass(Protocol):
-    """One pass over the tokens."""
+    """One pass over the tokens.
+
+    Attributes:
+        gives_away: Whether a chunk's logits may be changed in place, as nothing else knows them.
+    """
+
+    gives_away: bool
 
     def forward(self, hidden: Tensor, grads: bool) -> tuple[Tensor, Pull]:
         """This rank's logits of a chunk, and what takes their gradient, adds up those of the parameters, and gives
@@ -111,6 +122,8 @@ class LinearProjection:
 
 
 class _LinearPass:
+    gives_away = True
+
     def __init__(self, projection: LinearProjection, tensors: Sequence[Tensor], wanted: Sequence[bool]):
         dtype = projection.dtype
         self.tensors, self.transposed = tensors, projection.transposed
@@ -208,6 +221,8 @@ class ModuleProjection:
 
 
 class _ModulePass:
+    gives_away = False
+
     def __init__(self, projection: ModuleProjection, tensors: Sequence[Tensor], wanted: Sequence[bool]):
         self.run = projection.run
         # Leaves of their own: hooks that somebody has put on the parameters are for the sum, and not for each chunk.

@@ -148,7 +148,8 @@ class _CrossEntropy(torch.autograd.Function):
             logits, to_hidden = layer.forward(hidden[rows], grads)
             outcome, to_logits = chain.pull_back(logits)
             del logits
-            own, grad = _chunk_loss(vocabulary, outcome, labels[rows], valid[rows], smoothing, grads)
+            mine = layer.gives_away and chain.casts_only
+            own, grad = _chunk_loss(vocabulary, outcome, labels[rows], valid[rows], smoothing, grads, mine)
             del outcome
             losses.append(own)
             if of_hidden is not None:
@@ -169,15 +170,15 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _chunk_loss(
-    vocabulary: Vocabulary, logits: Tensor, labels: Tensor, valid: Tensor, smoothing: float, grads: bool
+    vocabulary: Vocabulary, logits: Tensor, labels: Tensor, valid: Tensor, smoothing: float, grads: bool, mine: bool
 ) -> tuple[Tensor, Tensor]:
-    """A chunk's sum of losses, and its gradient by this rank's logits."""
+    """A chunk's sum of losses, and its gradient by this rank's logits; in their place, if they are `mine`."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     here, index = vocabulary.place(labels)
     most = logits.amax(-1)
     target = logits.gather(-1, index).squeeze(-1).masked_fill(~here, 0)
     summed = [logits.sum(-1)] if smoothing else []
-    weights = (logits - most.unsqueeze(-1)).exp_()
+    weights = (logits.sub_ if mine else logits.sub)(most.unsqueeze(-1)).exp_()
     of_all = vocabulary.of_all(most, weights.sum(-1), target, *summed)
     log_z, scale = _log_z(most, of_all)
     loss = log_z - (1 - smoothing) * of_all[:, 2].sum(0)

@@ -21,6 +21,7 @@ from torch.nn import functional
 from ..checkpoint.export import export
 from ..core.collectives import send_first_rank
 from ..core.override import Override, attributes, install_for_all
+from ..loss import fused_heads
 from ..loss.deferred import DeferredLogits
 from ..loss.heads import losses_only
 from ..training.optimizer import full_optimizer_state
@@ -56,7 +57,7 @@ def override_trainers(plugin_type: type[Any]) -> None:
 
     install_for_all((*OVERRIDES, *OVERRIDES_OF_REWARDS, *vllm.OVERRIDES), plugin_of)
     install_for_all(OVERRIDES_OF_MAIN, view_of)
-    install_for_all(OVERRIDES_OF_SMOOTHERS, lambda smoother: ())
+    install_for_all((*OVERRIDES_OF_SMOOTHERS, *fused_heads.OVERRIDES), lambda owner: ())
     install_for_all(OVERRIDES_OF_ARGUMENTS, lambda args: (plugin_type,))
 
 

@@ -51,7 +51,7 @@ class Region:
         self._version = -1
         # Held strongly only until the region is left: torch does not keep the Python object alive by itself.
         self._copy: Tensor | None = None
-        self.full: dict[tuple[int, int], Tensor] = {}  # what `direct_reads` has gathered in this forward
+        self.full: dict[tuple, Tensor] = {}  # what `direct_reads` has gathered in this forward
 
     def enter(
         self, tensor: Tensor, partners: Sequence[Partner] = (), keep: bool = True, training: bool = True
