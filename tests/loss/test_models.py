@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -15,64 +16,18 @@ from accel_tp_ddp.loss.deferred import DeferredLogits
 from accel_tp_ddp.loss.heads import defer_logits, losses_only
 
 from ..helpers.compare import assert_tensors_close
-from ..helpers.models import VOCABULARY, build_model
+from ..helpers.models import VOCABULARY
 from ..helpers.ranks import run_on_ranks
 from ..helpers.sharded import TOLERANCE, token_batch, tp_mesh
 from ..helpers.training import Spec, assert_same_run, train
+from .models import FLOOR, MODELS, batches, build
 
-FLOOR = 1e-5
 TP = pytest.mark.parametrize("tp", [2, 4])
-# Beside the plain head: soft-capping, scales of either kind, a bias, a transposed partner, logits in float32.
-MODELS = {
-    "llama": {},
-    "llama, tied": {"tied": True},
-    "gemma2": {"final_logit_softcapping": 2.0},
-    "cohere": {"logit_scale": 0.3},
-    "granite": {"logits_scaling": 3.0},
-    "gpt2": {"tied": True},
-    "phi": {},
-    "mixtral": {},
-}
-_SIZES = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "vocab_size": VOCABULARY}
-
-
-def build(name):
-    architecture, options = name.partition(",")[0], dict(MODELS[name])
-    if architecture in ("cohere", "granite", "phi"):
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            options |= {"intermediate_size": 96, "initializer_range": 0.1}
-            config = AutoConfig.for_model(architecture, **_SIZES, **options)
-            config.pad_token_id = 0
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            with torch.no_grad():
-                for param in model.parameters():
-                    if param.ndim == 1:
-                        param += 0.1 * torch.randn_like(param)
-        return model.eval().train()
-    return build_model(architecture, **options).train()
-
-
-def batches():
-    """What the model is told beside its tokens, as Trainer, packed sequences and scripts do it."""
-    batch = token_batch()
-    labels = batch["labels"].clone()
-    labels[:, :3] = -100
-    moved = functional.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
-    moved[:, 4] = -100
-    return {
-        "labels": {**batch, "labels": labels},
-        "items": {**batch, "labels": labels, "num_items_in_batch": torch.tensor(37)},
-        "shifted": {**batch, "labels": labels, "shift_labels": moved},
-        "another index": {**batch, "labels": labels.masked_fill(labels == -100, 7), "ignore_index": 7},
-    }
 
 
 def compared(name, tp, kinds, lora=False, deep=False):
-    vocab_parallel.LEAST_ROWS = 8
-    before, found = deferred._materialized, {}
+    vocab_parallel.LEAST_ROWS = 8  # more than one chunk; of no consequence for others
+    found = {}
     reference, model = build(name), build(name)
     if lora:
         reference, model = (adapted(each) for each in (reference, model))
@@ -82,13 +37,10 @@ def compared(name, tp, kinds, lora=False, deep=False):
         model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     for kind in kinds:
         batch = batches()[kind]
-        deferred._materialized = without_full
-        try:
+        with mock.patch.object(deferred, "_materialized", without_full):
             outputs = model(**batch)
             assert isinstance(outputs.logits, DeferredLogits) and outputs.logits.shape[-1] == VOCABULARY
             outputs.loss.backward()
-        finally:
-            deferred._materialized = before
         expected = reference(**batch)
         expected.loss.backward()
         assert abs(outputs.loss.item() - expected.loss.item()) < 2e-6 * abs(expected.loss.item()), kind
@@ -266,15 +218,15 @@ def with_ddp(options, own_loss):
     plugin = TensorParallelDDPPlugin(tp_size=tp, loss_parallel=True) if tp else None
     accelerator = Accelerator(parallelism_config=plugin, kwargs_handlers=[DistributedDataParallelKwargs(**options)])
     model = accelerator.prepare(build("llama"))
-    deferred._materialized = without_full
     found = []
     for step in range(2):
         batch = token_batch(seed=10 + 2 * step + accelerator.process_index)
-        outputs = model(**batch)
-        loss = outputs.loss
-        if own_loss:
-            loss = functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-        loss.backward()
+        with mock.patch.object(deferred, "_materialized", without_full):
+            outputs = model(**batch)
+            loss = outputs.loss
+            if own_loss:
+                loss = functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+            loss.backward()
         found.append((loss.item(), {n: g.clone() for n, g in full_gradients(accelerator.unwrap_model(model)).items()}))
     return found
 
