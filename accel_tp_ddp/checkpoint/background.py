@@ -16,9 +16,11 @@ from typing import Any
 import torch.distributed as dist
 
 from ..core.agreement import Ranks
+from ..core.control import patience
 from ..core.errors import CheckpointError
+from .dcp import HostBuffers
 
-__all__ = ["finish_background_save", "group_of_its_own", "run_in_background", "wait_for_save"]
+__all__ = ["buffers", "finish_background_save", "group_of_its_own", "run_in_background", "wait_for_save"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class _BackgroundSave:
 
 
 _pending: _BackgroundSave | None = None
+buffers = HostBuffers()  # one save at a time has them
 _group: tuple[Any, Any] | None = None  # with the default group that it was made beside
 
 
@@ -96,6 +99,7 @@ def group_of_its_own(timeout: timedelta | None) -> dist.ProcessGroup | None:
     if not dist.is_initialized():
         return None
     if _group is None or _group[0] is not dist.group.WORLD:
-        made: Any = dist.new_group(backend="gloo", timeout=timeout)  # whose type counts ranks outside it in
+        longer = max(timeout, patience()) if timeout is not None else patience()
+        made: Any = dist.new_group(backend="gloo", timeout=longer)  # whose type counts ranks outside it in
         _group = (dist.group.WORLD, made)
     return _group[1]

@@ -6,11 +6,13 @@ DTensor. Loading copies into the local tensors themselves, whatever boxes the ch
 
 from __future__ import annotations
 
-import copy
+import io
 import shutil
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future as ConcurrentFuture
+from concurrent.futures import wait as wait_for_futures
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +34,19 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from ..core.control import control_group
 from ..core.errors import CheckpointError
 from ..core.layout import Ranges
 from ..core.shard import ShardInfo
 
 __all__ = [
+    "BackgroundWriting",
+    "HostBuffers",
     "Part",
     "StoredTensors",
     "own_ranges",
     "read_metadata",
     "read_tensors",
-    "staged",
     "write_tensors",
 ]
 
@@ -161,53 +165,140 @@ def write_tensors(folder: Path, values: Mapping[str, Any]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(_with_contents(values), storage_writer=_Writer(folder), planner=_SavePlanner())
+            group = control_group() if dist.is_initialized() else None
+            planner = _SavePlanner()
+            dcp.save(_with_contents(values), storage_writer=_Writer(folder), planner=planner, process_group=group)
     except CheckpointException as error:
         raise CheckpointError(_first_failure(error)) from None
 
 
-def staged(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of `values` in host memory, by torch's own staging, so that later changes are not saved."""
-    parts = {name: value for name, value in values.items() if isinstance(value, Part)}
-    copies = BlockingAsyncStager().stage({name: part.local for name, part in parts.items()})
-    return {
-        name: Part(copies[name], parts[name].info) if name in parts else copy.deepcopy(value)
-        for name, value in values.items()
-    }
+class HostBuffers:
+    """Copies in host memory, whose room is kept from one save to the next: pinned memory takes long to get."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], Tensor] = {}
+
+    def filled(self, tensors: Mapping[MetadataIndex, Tensor], pin: bool) -> dict[MetadataIndex, Tensor]:
+        """A copy of each; from a device, they are there once its current stream has come so far."""
+        keys = {index: (index, tensor.shape, tensor.dtype, pin) for index, tensor in tensors.items()}
+        wanted = set(keys.values())
+        self._kept = {key: buffer for key, buffer in self._kept.items() if key in wanted}
+        for index, tensor in tensors.items():
+            if keys[index] not in self._kept:
+                self._kept[keys[index]] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
+            self._kept[keys[index]].copy_(tensor, non_blocking=pin)
+        return {index: self._kept[key] for index, key in keys.items()}
+
+    def clear(self) -> None:
+        self._kept.clear()
 
 
-class _Staged(BlockingAsyncStager):
-    """For what is staged already."""
+class _StagingPlanner(_SavePlanner):
+    """Once the ranks have agreed on who writes what, it copies what this one is to write, and only that.
+
+    What is written are the copies, whatever becomes of the tensors meanwhile.
+    """
+
+    def __init__(self, buffers: HostBuffers, device: torch.device | None):
+        super().__init__()
+        self.over = threading.Event()
+        self.copies: dict[MetadataIndex, Tensor | io.BytesIO] | None = None
+        self.problem: Exception | None = None
+        self._buffers, self._device = buffers, device
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        if self._device is not None:  # a new thread begins on the first one, and would open a context there
+            torch.accelerator.set_device_index(self._device)
+        super().set_up_planner(*args, **kwargs)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        plan = super().finish_plan(new_plan)
+        try:
+            self.copies = self._copied(plan)
+        except Exception as error:
+            self.problem = error
+            raise
+        finally:
+            self.over.set()
+        return plan
+
+    @torch.no_grad()
+    def _copied(self, plan: SavePlan) -> dict[MetadataIndex, Tensor | io.BytesIO]:
+        found = {item.index: super(_StagingPlanner, self).resolve_data(item) for item in plan.items}
+        tensors = {index: value for index, value in found.items() if isinstance(value, Tensor)}
+        copies = self._buffers.filled(tensors, pin=self._device is not None)
+        if self._device is not None:
+            torch.accelerator.current_stream(self._device).synchronize()
+        self.state_dict.clear()  # of which the thread needs nothing any more
+        return {**found, **copies}
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        assert self.copies is not None, "plan first"
+        return self.copies[write_item.index]
+
+
+class _AsTheyAre(BlockingAsyncStager):
+    """The planner stages."""
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         return state_dict
 
 
-def write_tensors_in_background(
-    folder: Path, values: Mapping[str, Any], group: dist.ProcessGroup | None
-) -> ConcurrentFuture:
-    """As `write_tensors`, in a thread of torch's; `values` as from `staged`, `group` for that thread alone."""
-    writing = dcp.async_save(
-        _with_contents(values),
-        storage_writer=_Writer(folder),
-        planner=_SavePlanner(),
-        process_group=group,
-        async_stager=_Staged(),
-    )
-    assert isinstance(writing, ConcurrentFuture), "staging leaves nothing to wait for"
-    return writing
+class BackgroundWriting:
+    """As `write_tensors`, in a thread of torch's.
 
-
-def await_tensors(writing: ConcurrentFuture) -> None:
-    """Wait for what `write_tensors_in_background` has begun.
-
-    Raises:
-        CheckpointError: As `write_tensors`.
+    Args:
+        folder: Where to.
+        values: What to save, as in `write_tensors`.
+        group: For that thread alone.
+        buffers: Of no other save that is under way.
     """
-    try:
-        writing.result()
-    except CheckpointException as error:
-        raise CheckpointError(_first_failure(error)) from None
+
+    def __init__(self, folder: Path, values: Mapping[str, Any], group: dist.ProcessGroup | None, buffers: HostBuffers):
+        devices = {value.local.device for value in values.values() if isinstance(value, Part)}
+        device = next((device for device in devices if device.type != "cpu"), None)
+        if device is not None:
+            torch.accelerator.current_stream(device).synchronize()  # the thread has another one
+        self._planner = _StagingPlanner(buffers, device)
+        writing = dcp.async_save(
+            _with_contents(values),
+            # Without copies ahead, which torch makes by a stream of the thread's device even of host memory.
+            storage_writer=_Writer(folder, per_thread_copy_ahead=0),
+            planner=self._planner,
+            process_group=group,
+            async_stager=_AsTheyAre(),
+        )
+        assert isinstance(writing, ConcurrentFuture), "staging leaves nothing to wait for"
+        self._writing = writing
+        writing.add_done_callback(lambda _: self._planner.over.set())
+
+    def await_copies(self) -> None:
+        """Until this rank has copied what it is to write: from then on the tensors may change.
+
+        Raises:
+            CheckpointError: If the ranks could not agree on who writes what; on all of them.
+            Exception: If this rank could not copy. The others are told in the end only.
+        """
+        self._planner.over.wait()
+        if self._planner.problem is not None:
+            raise self._planner.problem
+        if self._planner.copies is None:
+            self.await_end()
+
+    def await_end(self) -> None:
+        """Until all ranks have written.
+
+        Raises:
+            CheckpointError: As `write_tensors`.
+        """
+        try:
+            self._writing.result()
+        except CheckpointException as error:
+            raise CheckpointError(_first_failure(error)) from None
+
+    def abandon(self) -> None:
+        """Until no rank writes any more."""
+        wait_for_futures([self._writing])
 
 
 def read_metadata(folder: Path) -> dict[str, Size | None]:

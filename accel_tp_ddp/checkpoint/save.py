@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..core.agreement import Ranks
 from ..core.errors import CheckpointError
-from .background import finish_background_save, group_of_its_own, run_in_background
-from .dcp import await_tensors, staged, write_tensors, write_tensors_in_background
+from .background import buffers, finish_background_save, group_of_its_own, run_in_background
+from .dcp import BackgroundWriting, write_tensors
 from .description import describe_model, description_folder
 from .folder import FolderAside, clear_away, put_back, remove_oldest, write_folder
 from .places import TENSORS, absolute, automatic_folder, optimizer_states
@@ -70,23 +70,27 @@ def save_state(
 
 
 def _save_in_background(saver: _Saver, place: Path, limit: int | None) -> None:
-    """Copy what is to be saved, write what is small, and leave the rest to a thread."""
+    """Write what is small, copy the rest, each rank what it is to write of it, and leave that to a thread."""
     ranks = saver.ranks
     timeout = getattr(saver.accelerator.init_handler, "timeout", None)
     group = group_of_its_own(timeout)
     aside = FolderAside(place, ranks)
     with aside.cleared_on_failure(ranks):
         values, about = saver.collect(aside.path)
-        copies = ranks.together(lambda: staged(values))
         # From this thread, as no other can be started from the one below once the script has come to its end.
-        writing = ranks.together(lambda: write_tensors_in_background(aside.path / TENSORS, copies, group))
+        writing = ranks.together(lambda: BackgroundWriting(aside.path / TENSORS, values, group, buffers))
+        try:
+            ranks.together(writing.await_copies)
+        except Exception:
+            writing.abandon()  # before the folder is removed
+            raise
     behind = Ranks("save_state", group)
     behind.place = place
 
     def write() -> None:
         with aside.cleared_on_failure(behind):
             with _named_by(behind):
-                await_tensors(writing)
+                writing.await_end()
             aside.complete(behind, about)
         _keep_limit(place, behind, limit)
 
@@ -259,5 +263,6 @@ def end_after_save(always: bool, stock: Callable, accelerator: Accelerator, /) -
     """`Accelerator.end_training`, after the save in the background."""
     try:
         finish_background_save(Ranks("end_training"))
+        buffers.clear()
     finally:
         stock()

@@ -1,6 +1,7 @@
 """All ranks do a thing or none does: an error on one of them is an error on every one, and nobody waits.
 
-Each exchange is one `all_gather_object`: where a rank is, how it has failed if it has, and what it has to say.
+Each exchange gathers one object of each rank (`core/control`): where it is, how it has failed if it has, and what it
+has to say.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch.distributed as dist
 
 from . import store
+from .control import control_group, gather_objects
 from .errors import CheckpointError, UpstreamError
 
 __all__ = ["Failure", "Ranks", "await_peers"]
@@ -47,7 +49,7 @@ class Ranks:
 
     Args:
         caller: What the user called: the beginning of every message.
-        group: What the collectives go over; None: the default group. Holds all ranks in any case.
+        group: Whose ranks these are; None: the default group. Holds all ranks in any case.
         alone: Whether it is this process alone, whatever groups there are.
         failed: What is said of a rank that has failed.
         otherwise: What an error is raised as on the other ranks, if it is neither ValueError nor CheckpointError.
@@ -186,13 +188,12 @@ class Ranks:
     def _gather(self, report: tuple[str, Failure | None, Any]) -> list[tuple[str, Failure | None, Any]]:
         if self.size == 1:
             return [report]
-        reports: list[Any] = [None] * self.size
+        control_group(self.group)  # what may keep the ranks from making it is no lost contact
         try:
-            dist.all_gather_object(reports, report, group=self.group)
+            return gather_objects(report, self.group)
         except RuntimeError as error:  # a peer has died, or does something else
             self._over = True
             raise self.lost() from error
-        return reports
 
 
 def await_peers(caller: str, name: str, count: int, peers: str, why: str, advice: str = "") -> None:

@@ -12,13 +12,14 @@
 The pairs are Megatron-LM's f/g functions (arXiv:1909.08053, section 3): `copy_to_tp` opens a tensor-parallel region,
 `reduce_from_tp` closes one. All take a one-dimensional mesh, the tensor-parallel one but for `gather_replicas`, and
 never change their input in place. Only `send_first_rank`, which is for set-up and between steps and has no backward,
-does that. Nor have `gather_parts` (full tensors), `object_of_first_rank` (generated tokens) and `on_any_rank` (a
-question before a step).
+does that. Nor have `gather_parts` and `gather_whole` (full tensors), `object_of_first_rank` (generated tokens) and
+`on_any_rank` (a question before a step).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -26,19 +27,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from .control import first_object, gather_objects
 from .layout import Shared
 
 __all__ = [
     "add_share",
     "copy_to_tp",
+    "exchange",
     "gather_from_tp",
     "gather_parts",
     "gather_replicas",
+    "gather_whole",
     "object_of_first_rank",
+    "objects_of_ranks",
     "on_any_rank",
     "reduce_from_tp",
     "scatter_to_tp",
     "send_first_rank",
+    "send_rank",
 ]
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
@@ -110,21 +116,81 @@ def gather_replicas(mesh: DeviceMesh, tensor: Tensor) -> tuple[Tensor, ...]:
     return _GatherReplicas.apply(mesh, tensor)
 
 
-@torch.no_grad()
 def send_first_rank(mesh: DeviceMesh, tensor: Tensor) -> None:
-    """Overwrite `tensor` with its values on the first rank of `mesh`, on every rank; it may be on any device."""
+    """Overwrite `tensor` with its values on the first rank of `mesh`, on every rank; of any device and type."""
+    send_rank(mesh, tensor, 0)
+
+
+@torch.no_grad()
+def send_rank(mesh: DeviceMesh, tensor: Tensor, rank: int) -> None:
+    """Overwrite `tensor` with its values on `rank` of `mesh`, on every rank; of any device and type."""
     group, own = mesh.get_group(), tensor.detach()
-    sent = own.to(mesh.device_type).contiguous()  # a backend takes tensors of its own device only
-    dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
+    sent = own.to(mesh.device_type).contiguous()  # a backend takes tensors of its own device only, and of some types
+    dist.broadcast(sent.view(-1).view(torch.uint8), dist.get_global_rank(group, rank), group=group)
     if sent is not own:  # so `to` or `contiguous` has made a copy
         tensor.copy_(sent)
 
 
+@torch.no_grad()
+def exchange(
+    mesh: DeviceMesh,
+    outgoing: Sequence[Sequence[Tensor]],
+    incoming: Sequence[Sequence[tuple[Sequence[int], torch.dtype]]],
+) -> list[list[Tensor]]:
+    """Send tensors of any shapes and types from every rank to every rank, by one all-to-all of their bytes.
+
+    Args:
+        mesh: One-dimensional tensor-parallel mesh.
+        outgoing: For each rank, what it gets from this one.
+        incoming: For each rank, shape and type of what this one gets from it.
+
+    Returns:
+        What came from each rank: views of one buffer.
+    """
+    sent = [[(tuple(tensor.shape), tensor.dtype) for tensor in tensors] for tensors in outgoing]
+    send, places = _room(sent, mesh.device_type)
+    for tensors, own in zip(outgoing, places):
+        for tensor, place in zip(tensors, own):
+            place.copy_(tensor)
+    received, found = _room(incoming, mesh.device_type)
+    dist.all_to_all_single(
+        received, send, [_bytes(each) for each in incoming], [_bytes(each) for each in sent], group=mesh.get_group()
+    )
+    return found
+
+
+def _room(
+    wanted: Sequence[Sequence[tuple[Sequence[int], torch.dtype]]], device_type: str
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """A buffer of bytes, and the tensors in it, each aligned."""
+    buffer = torch.empty(sum(_bytes(each) for each in wanted), dtype=torch.uint8, device=device_type)
+    views, start = [], 0
+    for each in wanted:
+        own = []
+        for shape, dtype in each:
+            size = prod(shape) * dtype.itemsize
+            own.append(buffer[start : start + size].view(dtype).view(tuple(shape)))
+            start += _aligned(size)
+        views.append(own)
+    return buffer, views
+
+
+def _bytes(wanted: Sequence[tuple[Sequence[int], torch.dtype]]) -> int:
+    return sum(_aligned(prod(shape) * dtype.itemsize) for shape, dtype in wanted)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 16) * 16
+
+
+def objects_of_ranks(mesh: DeviceMesh, data: Any) -> list[Any]:
+    """What each rank of `mesh` has: anything that can be pickled."""
+    return gather_objects(data, mesh.get_group())
+
+
 def object_of_first_rank(mesh: DeviceMesh, data: Any) -> Any:
     """What the first rank of `mesh` holds, on every rank: anything that can be pickled."""
-    group, sent = mesh.get_group(), [data]
-    dist.broadcast_object_list(sent, dist.get_global_rank(group, 0), group=group)
-    return sent[0]
+    return first_object(data, mesh.get_group())
 
 
 @torch.no_grad()
@@ -190,7 +256,7 @@ class _GatherFromTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]):
         ctx.mesh, ctx.dim, ctx.sizes = mesh, dim, sizes
-        return _all_gather(mesh, tensor, dim, sizes)
+        return gather_whole(mesh, tensor, dim, sizes)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -205,7 +271,7 @@ class _ScatterToTP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return None, _all_gather(ctx.mesh, grad, ctx.dim, ctx.sizes), None, None
+        return None, gather_whole(ctx.mesh, grad, ctx.dim, ctx.sizes), None, None
 
 
 def laid_out(tensor: MaybeTensor, shared: Shared | None) -> MaybeTensor:
@@ -262,21 +328,32 @@ def _all_reduce_together(mesh: DeviceMesh, tensors: Sequence[Tensor | None]) -> 
 
 
 def gather_parts(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> list[Tensor]:
-    """The slices of all ranks, as long as `sizes` says along `dim`, by one all-gather."""
-    # Collectives want equal shapes: pad to the longest slice, and cut the padding off again.
-    missing = max(sizes) - tensor.size(dim)
-    if missing:
-        padding = list(tensor.shape)
-        padding[dim] = missing
-        tensor = torch.cat([tensor, tensor.new_zeros(padding)], dim)
-    tensor = tensor.contiguous()
-    parts = [torch.empty_like(tensor) for _ in sizes]
-    dist.all_gather(parts, tensor, group=mesh.get_group())
-    return [part.narrow(dim, 0, size) for part, size in zip(parts, sizes)]
+    """The slices of all ranks, as long as `sizes` says along `dim`, by one all-gather: views of one buffer."""
+    # Collectives want equal shapes: pad to the longest slice, and leave the padding out again.
+    shape = list(tensor.shape)
+    shape[dim] = max(sizes)
+    if shape[dim] > tensor.size(dim):
+        padded = tensor.new_empty(shape)
+        padded.narrow(dim, 0, tensor.size(dim)).copy_(tensor)
+        tensor = padded
+    buffer = _one_after_another(mesh, tensor).view(len(sizes), *shape)
+    return [part.narrow(dim, 0, size) for part, size in zip(buffer, sizes)]
 
 
-def _all_gather(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+def gather_whole(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """The slices of all ranks joined along `dim`, by one all-gather and at most one copy."""
+    if dim % tensor.dim() == 0 and len(set(sizes)) == 1:
+        return _one_after_another(mesh, tensor)
     return torch.cat(gather_parts(mesh, tensor, dim, sizes), dim)
+
+
+def _one_after_another(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
+    """Equal slices of all ranks, joined along the first dimension, without a list of them or a copy."""
+    joined = tensor.new_empty((mesh.size() * tensor.size(0), *tensor.shape[1:]))
+    # Which is the name since torch 2.13.
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather(joined, tensor.contiguous(), group=mesh.get_group())
+    return joined
 
 
 def _own_slice(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:

@@ -67,6 +67,12 @@ class Layout:
         return all(len(ranges) == 1 for ranges in self.ranges)
 
     @cached_property
+    def in_order(self) -> bool:
+        """Whether the ranks' parts, one after the other, are the whole dimension."""
+        spans = [span for ranges in self.ranges for span in ranges if span[0] < span[1]]
+        return all(before[1] == after[0] for before, after in zip([(0, 0), *spans], spans))
+
+    @cached_property
     def parts(self) -> tuple[Ranges, ...]:
         """The different parts that are not empty, in rank order: fewer than ranks where several hold the same one."""
         return tuple(dict.fromkeys(held for held, size in zip(self.ranges, self.sizes) if size))

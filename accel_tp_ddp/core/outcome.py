@@ -11,12 +11,12 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from .control import collectives
 from .serving import addresses, names_of_service
 from .shard import ShardInfo
 from .store import Channel
@@ -53,7 +53,7 @@ class Call:
         group, ranks = mesh.get_group(), mesh_ranks(mesh)
         self.among_peers = 0 in ranks
         self._peers, self._others = f"{caller} to {group.group_name}", f"{caller} of {len(ranks)} ranks"
-        self._at = _collectives(group), _collectives(dist.group.WORLD)
+        self._at = collectives(group), collectives(dist.group.WORLD)
         # Not the folder: each rank may have one of its own for what the main process alone writes.
         self.id = f"{self._peers}, {self._at[0]}, {addresses(wanted)}"
 
@@ -107,10 +107,3 @@ def _channel(name: str) -> Channel:
     if name not in _channels:
         _channels[name] = Channel(name)
     return _channels[name]
-
-
-def _collectives(group: Any) -> int:
-    try:
-        return group._get_sequence_number_for_group()
-    except RuntimeError:  # a backend that does not count
-        return 0

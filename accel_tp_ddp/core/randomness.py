@@ -8,26 +8,31 @@ checkpointing, which puts that one back, draws the same again.
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .collectives import send_first_rank
+from .control import gather_objects
 
 __all__ = [
+    "DeviceGenerator",
+    "Generator",
     "RandomStream",
     "agree_as_processes",
     "agree_on_randomness",
+    "default_generators",
     "draw_by_replica",
     "draws_dropout",
+    "random_digest",
 ]
 
 _GOLDEN = 0x9E3779B97F4A7C15  # an odd constant that spreads rank numbers over 64 bits
@@ -133,6 +138,39 @@ def draws_dropout(model: nn.Module) -> bool:
     return False
 
 
+class Generator(Protocol):
+    """A random generator, as `torch.Generator` is one."""
+
+    def get_state(self) -> Tensor: ...
+
+    def set_state(self, state: Tensor, /) -> Any: ...
+
+
+class DeviceGenerator:
+    """The default generator of the current device, by the functions that every accelerator's module has.
+
+    Args:
+        module: Such as `torch.cuda`.
+    """
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    def get_state(self) -> Tensor:
+        return self.module.get_rng_state()
+
+    def set_state(self, state: Tensor) -> None:
+        self.module.set_rng_state(state)
+
+
+def default_generators(device_type: str) -> dict[str, Generator]:
+    """What this process draws from by default, by device type: the CPU's, and that of the device it computes on."""
+    found: dict[str, Generator] = {"cpu": torch.default_generator}
+    if device_type != "cpu":
+        found[device_type] = DeviceGenerator(torch.get_device_module(device_type))
+    return found
+
+
 def agree_as_processes(mesh: DeviceMesh) -> None:
     """The random streams of process `r` on all ranks of replica `r`, if the ranks of a replica differ in theirs.
 
@@ -142,28 +180,31 @@ def agree_as_processes(mesh: DeviceMesh) -> None:
     Args:
         mesh: Two-dimensional mesh of replicas and tensor-parallel ranks, in rank order.
     """
-    on_gpu = mesh.device_type == "cuda"
-    own: tuple[Any, ...] = (random.getstate(), np.random.get_state(), torch.get_rng_state().numpy().tobytes())
-    own += (torch.cuda.get_rng_state().numpy().tobytes(),) if on_gpu else ()
-    states: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, pickle.dumps(own))
+    generators = default_generators(mesh.device_type).values()
+    own: tuple[Any, ...] = (random.getstate(), np.random.get_state())
+    own += tuple(generator.get_state().numpy().tobytes() for generator in generators)
+    states = gather_objects(pickle.dumps(own))
     tp_size = mesh.size(1)
     if all(state == states[rank - rank % tp_size] for rank, state in enumerate(states)):
         return
-    python, numpy, cpu, *gpu = pickle.loads(states[mesh.get_local_rank(0)])
+    python, numpy, *drawn = pickle.loads(states[mesh.get_local_rank(0)])
     random.setstate(python)
     np.random.set_state(numpy)
-    torch.set_rng_state(torch.frombuffer(bytearray(cpu), dtype=torch.uint8))
-    if on_gpu:
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray(gpu[0]), dtype=torch.uint8))
+    for generator, state in zip(generators, drawn):
+        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+
+
+def random_digest(device_type: str) -> str:
+    """Where the random streams of this process stand."""
+    digest = hashlib.blake2b(digest_size=16)
+    for generator in default_generators(device_type).values():
+        digest.update(generator.get_state().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def agree_on_randomness(mesh: DeviceMesh) -> None:
     """The first rank's random streams on all ranks of a tensor-parallel group. Replicas keep their own."""
-    state = torch.get_rng_state()
-    send_first_rank(mesh, state)
-    torch.set_rng_state(state)
-    if mesh.device_type == "cuda":
-        state = torch.cuda.get_rng_state()
+    for generator in default_generators(mesh.device_type).values():
+        state = generator.get_state()
         send_first_rank(mesh, state)
-        torch.cuda.set_rng_state(state)
+        generator.set_state(state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
-from .collectives import gather_parts
+from .collectives import gather_parts, gather_whole
 from .layout import Layout, Shared
 from .transfer import Link, mesh_ranks
 
@@ -90,9 +90,13 @@ class ShardInfo:
 
     def local_part(self, full: Tensor) -> Tensor:
         """This rank's part of `full` (shape `global_shape`), in storage of its own."""
+        return self.part_of(full, self.mesh.get_local_rank())
+
+    def part_of(self, full: Tensor, rank: int) -> Tensor:
+        """The part that `rank` holds of `full`, in storage of its own."""
         if self.layout is None:
             return full.detach().clone()
-        dim, own = self.layout.dim, self.layout.ranges[self.mesh.get_local_rank()]
+        dim, own = self.layout.dim, self.layout.ranges[rank]
         return torch.cat([full.detach().narrow(dim, start, stop - start) for start, stop in own], dim)
 
     def cut_if_full(self, value: Any) -> Any:
@@ -105,12 +109,22 @@ class ShardInfo:
         local = local.detach()
         if self.layout is None:
             return local.clone()
+        if self.layout.in_order:
+            return gather_whole(self.mesh, local, self.layout.dim, self.layout.sizes)
         parts = gather_parts(self.mesh, local, self.layout.dim, self.layout.sizes)
-        full = local.new_empty(self.global_shape)
-        for rank, part in enumerate(parts):
-            if self.layout.holds_first(rank):
-                self._fill(full, part, rank)
+        return self.joined({rank: part for rank, part in enumerate(parts) if self.layout.holds_first(rank)}, local)
+
+    def joined(self, parts: Mapping[int, Tensor], like: Tensor) -> Tensor:
+        """The unsharded tensor, from the parts of all ranks that are `senders`, and of the type of `like`."""
+        full = like.new_empty(self.global_shape)
+        for rank, part in parts.items():
+            self._fill(full, part, rank)
         return full
+
+    @property
+    def senders(self) -> list[int]:
+        """The ranks whose parts together are the unsharded tensor; of those that hold the same, the first."""
+        return [rank for rank in range(self.mesh.size()) if self._is_sent(rank)]
 
     def collect(self, local: Tensor, ask: Callable[[], Link]) -> Tensor:
         """The unsharded tensor on the CPU, on one rank; each other rank of the group calls `send_part` to it.
@@ -123,7 +137,7 @@ class ShardInfo:
         """
         local, shapes, own = local.detach(), self.local_shapes, self.mesh.get_local_rank()
         full = torch.empty(self.global_shape, dtype=local.dtype)
-        sent = [rank for rank in range(len(shapes)) if self._is_sent(rank)]
+        sent = self.senders
         longest = max((prod(shapes[rank]) for rank in sent if rank != own), default=0)
         room = torch.empty(longest, dtype=local.dtype)
         link = ask()

@@ -29,6 +29,7 @@ __all__ = [
     "hold_slices",
     "holds_slices",
     "refuse_slices",
+    "slices_kept",
     "slices_become_shards",
     "full_on_meta",
 ]
@@ -41,11 +42,22 @@ def hold_slices(model: nn.Module, slices: Iterable[tuple[nn.Parameter, ShardInfo
     """Mark parameters of `model` as slices, in every module that holds them."""
     infos = {id(param): (param, info) for param, info in slices}
     for module in model.modules():
+        if _SLICES in module.__dict__:
+            continue
         held = {name: infos[id(param)][1] for name, param in module._parameters.items() if id(param) in infos}
         if held:
             module.__dict__[_SLICES] = held
             module.register_forward_pre_hook(_NotYetParallel(), prepend=True)
     install(model, OVERRIDES)
+
+
+@contextmanager
+def slices_kept(model: nn.Module) -> Iterator[None]:
+    """Let modules that take the place of others within the block, with their parameters, hold the same slices."""
+    slices = [(module._parameters[name], info) for module in model.modules() for name, info in _of(module).items()]
+    yield
+    if slices:
+        hold_slices(model, [(param, info) for param, info in slices if param is not None])
 
 
 def holds_slices(model: nn.Module) -> bool:

@@ -6,14 +6,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..core.errors import PlanError
-from ..core.shard import check_mesh, has_dtensor_parameters, holds_shards
+from ..core.shard import check_mesh, has_dtensor_parameters, holds_shards, remembered_shards
 from ..core.slices import check_slices_mesh, full_on_meta
 from ..core.wrappers import unwrap
 from ..plans.peft import check_adapters
 from ..plans.plan import Plan, resolve_plan
 from ..plans.rules import PlanLike, load_plan
 
-__all__ = ["check_model"]
+__all__ = ["Running", "check_model"]
 
 
 def check_model(model: nn.Module, mesh: DeviceMesh, plan: PlanLike = "auto") -> Plan | None:
@@ -54,3 +54,36 @@ def check_model(model: nn.Module, mesh: DeviceMesh, plan: PlanLike = "auto") -> 
     check_slices_mesh(model, mesh)
     with full_on_meta(model):
         return resolve_plan(model, tp_size, plan)
+
+
+class Running:
+    """The modules of a sharded model that run under styles, to find those that are not in it any more.
+
+    Args:
+        model: A bare model that has been sharded.
+        plan: By which; None for one that was sharded already.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan | None):
+        self.model = model
+        sites = [entry.site for entry in plan.entries] if plan is not None else []
+        self._under_style = [(site.name, site.module) for site in sites if "forward" in site.module.__dict__]
+        self._with_shards = [(site.name, site.module) for site in sites if remembered_shards(site.module)]
+
+    def check(self) -> None:
+        """Raise if a module has been replaced, or has got its own forward back: it would run on parts as if full.
+
+        Raises:
+            ValueError: With their names.
+        """
+        present = set(self.model.modules())
+        lost = [name for name, module in self._under_style if "forward" not in module.__dict__]
+        lost += [name for name, module in (*self._under_style, *self._with_shards) if module not in present]
+        if lost:
+            names = list(dict.fromkeys(lost))
+            some = ", ".join(f"`{name}`" for name in names[:3]) + (", ..." if len(names) > 3 else "")
+            raise ValueError(
+                f"{len(names)} modules of this {type(self.model).__name__} were replaced after they had been sharded "
+                f"({some}): they would compute on a rank's part as if it were all. Whatever replaces modules "
+                "(quantization, kernels, another precision) has to do so before `prepare`."
+            )

@@ -14,14 +14,12 @@ from typing import Any, Protocol
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from ..checkpoint.background import wait_for_save
+from ..checkpoint.background import buffers, wait_for_save
 from ..checkpoint.deferred import materialized
 from ..checkpoint.export import export, full_state_dict_of_main, save_config
 from ..checkpoint.load import load_any_state, load_state
@@ -34,7 +32,7 @@ from ..core.serving import stop_serving
 from ..core.shard import check_mesh, full_shape, holds_shards
 from ..core.wrappers import unwrap
 from ..loss.heads import check_head, defer_logits
-from ..model.check import check_model
+from ..model.check import Running, check_model
 from ..model.parallelize import parallelize_with_map
 from ..plans.peft import check_adapters
 from ..plans.plan import Plan
@@ -43,11 +41,13 @@ from ..proof.infer import infer_plan, log_inferred
 from ..proof.prove import prove_plan
 from ..training.drift import DriftGuard
 from ..training.full_tensor_step import FullTensorStep, steps_on_full_tensors
-from ..training.gradients import clip_grad_norm_, grad_scaler
+from ..training.gradients import agree_on_overflow, clip_grad_norm_
 from ..training.optimizer import check_optimizer, check_step, follow_model, take_full_state
 from ..training.same_batch import watch_batches
 from .data_loader import serve_replicas
 from .ddp import _OverReplicas
+from .fp8 import check_fp8, check_fp8_sizes, convert_to_fp8, converted_already
+from .placement import empty_cache, end_waiting
 from .replica_view import current_view
 
 __all__ = ["OVERRIDES", "OVERRIDES_WITHOUT_TP", "Settings", "hook_accelerator", "hook_without_tp"]
@@ -91,7 +91,7 @@ class _Hooks:
         self.dp_size = plugin.dp_replicate_size
         self.dp_mesh = plugin.device_mesh["dp_replicate"]
         self.dp_group = self.dp_mesh.get_group()
-        self._sharded: list[nn.Module] = []  # by `prepare`, and about to reach `prepare_model`
+        self._sharded: list[tuple[nn.Module, Running]] = []  # by `prepare`, and about to reach `prepare_model`
         self._guard = DriftGuard(self.tp_mesh, plugin.replica_check_steps, plugin.replica_drift)
 
     # ---------------------------------------------------------------------------------------------------- prepare
@@ -102,6 +102,7 @@ class _Hooks:
         """Mesh -> plan -> shard -> localize -> optimizer, and then Accelerate's own: DDP over the replicas."""
         models = [arg for arg in args if isinstance(arg, nn.Module) and not _is_prepared(arg)]
         optimizers = [arg for arg in args if isinstance(arg, Optimizer) and not _is_prepared(arg)]
+        convert_to_fp8(accelerator, models)
         self._shard(models, optimizers)
         with self.plugin.as_plain_ddp():
             return stock(*args, device_placement=device_placement)
@@ -115,14 +116,20 @@ class _Hooks:
         device_placement: bool | None = None,
         evaluation_mode: bool = False,
     ) -> nn.Module:
-        if not _is_prepared(model) and not any(model is sharded for sharded in self._sharded):
+        if not _is_prepared(model) and not any(model is sharded for sharded, _ in self._sharded):
             self._shard([model])
-        self._sharded = [sharded for sharded in self._sharded if sharded is not model]
+        running = [running for sharded, running in self._sharded if sharded is model]
+        self._sharded = [(sharded, running) for sharded, running in self._sharded if sharded is not model]
+        if (device := end_waiting(model)) is not None:
+            model.to(device)
         # One replica needs no DDP; the evaluation mode does all the rest.
         plainly = evaluation_mode or self.dp_size == 1
-        settings = _OverReplicas(accelerator.ddp_handler or DistributedDataParallelKwargs(), self.dp_group)
+        settings = _OverReplicas(accelerator.ddp_handler, self.dp_group)
         with self.plugin.as_plain_ddp(), attributes(accelerator, ddp_handler=settings):
-            return stock(model, device_placement=device_placement, evaluation_mode=plainly)
+            prepared = stock(model, device_placement=device_placement, evaluation_mode=plainly)
+        if running:
+            Ranks(failed="rank {rank} cannot prepare: {problem}", otherwise=ValueError).together(running[0].check)
+        return prepared
 
     def _shard(self, models: list[nn.Module], optimizers: Sequence[Optimizer] = ()) -> None:
         """Plan -> check -> proof -> shard -> localize -> optimizers. Raises on all ranks, before a weight changes."""
@@ -140,11 +147,12 @@ class _Hooks:
             if not holds_shards(model):
                 mapping.update(parallelize_with_map(unwrap(model), self.tp_mesh, plan))
                 defer_logits(unwrap(model), self.plugin.loss_parallel)
-            self._sharded.append(model)
+            self._sharded.append((model, Running(unwrap(model), plan)))
             self._watch(unwrap(model))
         for optimizer in [*optimizers, *(_bare(prepared) for prepared in self.accelerator._optimizers)]:
             follow_model(optimizer, mapping)
         if models:
+            empty_cache(self.tp_mesh.device_type)
             agree_as_processes(self.plugin.device_mesh)
 
     def _check(
@@ -160,6 +168,7 @@ class _Hooks:
                     f"({device_map}), which cannot be combined with tp_size={self.plugin.tp_size}. Load it "
                     "without device_map: the plugin spreads it over the devices itself."
                 )
+            check_fp8(self.accelerator, unwrap(model))
             check_adapters(unwrap(model))
             by_hand = holds_shards(model) and not isinstance(model, nn.parallel.DistributedDataParallel)
             if by_hand:
@@ -169,6 +178,8 @@ class _Hooks:
                 if self.plugin.loss_parallel is True and not by_hand:
                     entries = plan.entries if plan is not None else ()
                     check_head(unwrap(model), {entry.site.module: entry.style for entry in entries})
+                if plan is not None:
+                    check_fp8_sizes(unwrap(model), plan)
                 plans.append(plan)
             except NoPlanError as error:
                 if self.plugin.prove == "never":
@@ -226,11 +237,8 @@ class _Hooks:
 
     def _agree_on_overflow(self) -> None:
         """An overflow in one rank's gradients has to skip the step on all of them."""
-        scaler = self.accelerator.scaler
-        if scaler is not None and not isinstance(scaler, ShardedGradScaler):
-            handler = self.accelerator.scaler_handler
-            kwargs = handler.to_kwargs() if handler is not None else {}
-            self.accelerator.scaler = grad_scaler(self.tp_mesh, self.accelerator.device.type, **kwargs)
+        if self.accelerator.scaler is not None:
+            agree_on_overflow(self.accelerator.scaler, self.tp_mesh)
 
     def prepare_data_loader(
         self, stock: Callable, accelerator: Accelerator, /, data_loader: DataLoader, *args: Any, **kwargs: Any
@@ -327,6 +335,7 @@ class _Hooks:
     def end_training(self, stock: Callable, accelerator: Accelerator, /) -> None:
         try:
             wait_for_save()
+            buffers.clear()
         finally:
             # A rank that takes its groups down while others still talk makes them abort at exit.
             accelerator.wait_for_everyone()
@@ -378,6 +387,7 @@ _UNSHARDED = "wraps a model unsharded, and averages gradients over all ranks"
 OVERRIDES = (
     _row(_Hooks.prepare, 1415, "wraps the unsharded model, and an optimizer of its parameters"),
     _row(_Hooks.prepare_model, 1770, _UNSHARDED, needs=("ddp_handler", "_models")),
+    _row(converted_already, 2077, "replaces modules that are sharded, whose forwards are lost", "_prepare_ao"),
     _row(_no_mesh, 2620, "lets loaders distribute by the mesh what they have by process", "_prepare_device_mesh"),
     _row(_Hooks.prepare_data_loader, 2685, "lets peers shuffle, and fetch what is dispatched, by themselves"),
     _row(_Hooks.skip_first_batches, 4314, "builds a new loader, of which the same is true"),

@@ -14,6 +14,7 @@ from accelerate import ParallelismConfig
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..checkpoint.from_pretrained import load_in_slices
+from ..core.control import PATIENCE, be_patient
 from ..plans.rules import PlanLike
 from ..proof.prove import MODES
 from .accelerator import hook_accelerator, hook_without_tp
@@ -61,6 +62,9 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             others and logs their names, `"raise"` raises. Env `ACCEL_TP_DDP_REPLICA_DRIFT`, default `"heal"`.
         async_save: Whether `accelerator.save_state` writes in the background while training continues; its argument
             `async_save` beats this. Env `ACCEL_TP_DDP_ASYNC_SAVE`, default False.
+        control_timeout: Seconds that ranks wait for one another between steps (in `prepare`, saving and loading),
+            where the process group is that of GPUs; one of CPU ranks keeps its own timeout. Env
+            `ACCEL_TP_DDP_CONTROL_TIMEOUT`, default 3600.
 
     Raises:
         ValueError: If a value is out of range or not available; it says what is allowed.
@@ -73,6 +77,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
     replica_check_steps: int | None = field(default=None, kw_only=True)
     replica_drift: str | None = field(default=None, kw_only=True)
     async_save: bool | None = field(default=None, kw_only=True)
+    control_timeout: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         self._as_plain_ddp = False
@@ -112,6 +117,9 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         if self.replica_drift not in ("heal", "raise"):
             raise ValueError(f'replica_drift is {self.replica_drift!r}; it has to be "heal" or "raise".')
         self.async_save = _flag("async_save", self.async_save, "ACCEL_TP_DDP_ASYNC_SAVE")
+        self.control_timeout = _whole(
+            "control_timeout", self.control_timeout, "ACCEL_TP_DDP_CONTROL_TIMEOUT", PATIENCE, least=1
+        )
         # The base class refuses tensor parallelism with replicas, which is what this plugin is for.
         self.dp_replicate_size: int | None = 1
         super().__post_init__()
@@ -216,6 +224,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
 
     def _validate_accelerator(self, accelerator: Accelerator) -> None:
         """Called by `Accelerator.__init__`: the one place where this plugin takes hold of an accelerator."""
+        be_patient(self.control_timeout or PATIENCE)
         engine = accelerator.distributed_type.value
         if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # which Accelerate passes over on the CPU
             engine = "FSDP"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -11,6 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+_left_open: WeakValueDictionary[int, DistributedDataParallelKwargs] = WeakValueDictionary()  # they have no hash
 _outliving: set[dist.ProcessGroup] = set()
 
 
@@ -33,15 +35,28 @@ def _adopt_timeout(accelerator: Accelerator, mesh: DeviceMesh) -> None:
             dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(name))
 
 
-class _OverReplicas:
-    """The user's DDP settings, over the data-parallel group; communication hooks too."""
+def left_to_plugin(handler: DistributedDataParallelKwargs) -> DistributedDataParallelKwargs:
+    """Mark settings that no user has made, as Trainer's are, which has them from its own arguments."""
+    _left_open[id(handler)] = handler
+    return handler
 
-    def __init__(self, handler: DistributedDataParallelKwargs, group: dist.ProcessGroup):
-        self.handler = handler
+
+class _OverReplicas:
+    """The user's DDP settings, over the data-parallel group; communication hooks too.
+
+    Where the user gave none, gradients are views of DDP's buckets, which keeps them once and not twice. Its buckets
+    are as large as they always are: a rank has 1/tp of the gradients and so 1/tp of the buckets, and larger ones would
+    be sent later, beside less that is left of the backward.
+    """
+
+    def __init__(self, handler: DistributedDataParallelKwargs | None, group: dist.ProcessGroup):
+        self.handler = handler or left_to_plugin(DistributedDataParallelKwargs())
         self.group = group
 
     def to_kwargs(self) -> dict[str, Any]:
-        return {**self.handler.to_kwargs(), "process_group": self.group}
+        left_open = _left_open.get(id(self.handler)) is self.handler
+        ours = {"gradient_as_bucket_view": True} if left_open else {}
+        return {**ours, **self.handler.to_kwargs(), "process_group": self.group}
 
     def register_comm_hook(self, model: nn.parallel.DistributedDataParallel) -> None:
         self.handler.register_comm_hook(_CommHookTarget(model, self.group))

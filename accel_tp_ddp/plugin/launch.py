@@ -23,6 +23,7 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 
 from ..checkpoint.background import wait_for_save
+from ..core.control import barrier
 from ..core.errors import UpstreamError
 from ..core.override import Override, install_for_all
 from .config import TensorParallelDDPPlugin
@@ -44,6 +45,7 @@ _OPTIONS = {
     "replica_check_steps": ("ACCEL_TP_DDP_REPLICA_CHECK_STEPS", "how often replicas are compared; 0: never"),
     "replica_drift": ("ACCEL_TP_DDP_REPLICA_DRIFT", "heal or raise"),
     "async_save": ("ACCEL_TP_DDP_ASYNC_SAVE", "true or false: whether save_state writes in the background"),
+    "control_timeout": ("ACCEL_TP_DDP_CONTROL_TIMEOUT", "seconds that ranks wait for one another between steps"),
 }
 _SWITCH = "ACCELERATE_USE_PARALLELISM_CONFIG"
 
@@ -114,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runpy.run_path(script, run_name="__main__")
     if plugin is not None and dist.is_available() and dist.is_initialized():
         wait_for_save()
-        dist.barrier()  # a rank that leaves while others still talk makes them abort at exit
+        barrier()  # a rank that leaves while others still talk makes them abort at exit
         dist.destroy_process_group()
 
 

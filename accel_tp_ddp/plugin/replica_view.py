@@ -196,20 +196,26 @@ class _OfAccelerate(_AmongReplicas):
 
     def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
         """A replica's word is its first rank's (scripts leave some to the main process); shards are each rank's."""
-        dist.all_reduce(tensor, op, group=self.view.dp_mesh.get_group())
+        if self.view.dp_size > 1:  # one process reduces nothing, and so takes tensors of any device and type
+            dist.all_reduce(tensor, op, group=self.view.dp_mesh.get_group())
         if not self._looks_like_shard(tensor):
             send_first_rank(self.view.tp_mesh, tensor)
 
     def broadcast(self, tensor: Tensor, src: int) -> None:
         """From a replica's first rank to all ranks; a sharded parameter, to the ranks that hold the same part."""
-        if any(tensor.is_set_to(param) for param, _ in self.view.shards()):
+        is_shard = any(param.device == tensor.device and tensor.is_set_to(param) for param, _ in self.view.shards())
+        if self.view.dp_size == 1:
+            if not is_shard:
+                send_first_rank(self.view.tp_mesh, tensor)
+        elif is_shard:
             group = self.view.dp_mesh.get_group()
             dist.broadcast(tensor, dist.get_global_rank(group, src), group=group)
         else:
             dist.broadcast(tensor, src * self.view.tp_size)
 
     def broadcast_object_list(self, objects: list[Any], src: int) -> None:
-        dist.broadcast_object_list(objects, src * self.view.tp_size)
+        """From a replica's first rank to all ranks. With one replica that is the main process, whatever `src`."""
+        dist.broadcast_object_list(objects, src * self.view.tp_size if self.view.dp_size > 1 else 0)
 
     def _looks_like_shard(self, tensor: Tensor) -> bool:
         """Whether `tensor` is of a sharded parameter's shape and type: its copy, gradient, or moving average.
@@ -255,11 +261,21 @@ def _gather(view: ReplicaView, stock: Callable, /, *args: Any, **kwargs: Any) ->
     return stock(*args, **kwargs) if view.dp_size > 1 else next(iter([*args, *kwargs.values()]))
 
 
+def _recursively_apply(
+    view: ReplicaView, stock: Callable, /, func: Callable, data: Any, *args: Any, **options: Any
+) -> Any:
+    """`reduce`, whatever name a script has it by, comes here with its `reduction`: one process takes no mean."""
+    if view.dp_size == 1 and "reduction" in options:
+        options["reduction"] = "none"
+    return stock(func, data, *args, **options)
+
+
 def _row(owner: str, name: str, function: Callable[..., Any], line: str, reason: str, *needs: str) -> Override:
     return Override(f"accelerate.{owner}", name, function, f"accelerate 1.15, {line}", reason, needs)
 
 
 _ONE = "adds a dimension in one process"
+_MEAN = "takes a mean, which is an error for integers, in one process"
 _NO_PEERS, _COUNT = "sees no peers with one replica", "num_processes"
 
 #: While the view holds.
@@ -271,6 +287,7 @@ OVERRIDES = (
     _row("state.PartialState", "_reset_state", _reset_state, "state.py:370", "forgets the counts, not the rest"),
     _row("state.AcceleratorState", "_reset_state", _reset_state, "state.py:1074", "forgets the counts, not the rest"),
     _row("utils.operations", "_gpu_gather", _gather, "utils/operations.py:308", _ONE, "torch"),
+    _row("utils.operations", "recursively_apply", _recursively_apply, "utils/operations.py:84", _MEAN),
     _row("utils.operations", "_gpu_gather_object", _gather, "utils/operations.py:488", "takes lists in one process"),
 )
 

@@ -14,25 +14,32 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 
 from ..checkpoint.export import export
 from ..core.collectives import send_first_rank
 from ..core.override import Override, attributes, install_for_all
+from ..core.randomness import agree_on_randomness
+from ..core.shard import holds_shards
 from ..loss import fused_heads
 from ..loss.deferred import DeferredLogits
 from ..loss.heads import losses_only
 from ..training.optimizer import full_optimizer_state
 from . import vllm
+from .ddp import left_to_plugin
+from .placement import move_but_for, wait_for_prepare, waits_for
 from .replica_view import ReplicaView, current_view
 
 __all__ = [
     "OVERRIDES",
     "OVERRIDES_OF_ARGUMENTS",
+    "OVERRIDES_OF_LOSSES",
     "OVERRIDES_OF_MAIN",
     "OVERRIDES_OF_REWARDS",
+    "OVERRIDES_OF_SETTINGS",
     "OVERRIDES_OF_SMOOTHERS",
     "override_trainers",
 ]
@@ -55,9 +62,15 @@ def override_trainers(plugin_type: type[Any]) -> None:
         view = current_view()
         return (view,) if view is not None else None
 
-    install_for_all((*OVERRIDES, *OVERRIDES_OF_REWARDS, *vllm.OVERRIDES), plugin_of)
+    install_for_all((*OVERRIDES, *OVERRIDES_OF_LOSSES, *OVERRIDES_OF_REWARDS, *vllm.OVERRIDES), plugin_of)
+
+    def config_of(trainer: Any) -> tuple[Any] | None:
+        config = getattr(getattr(trainer, "args", None), "parallelism_config", None)
+        return (config,) if isinstance(config, plugin_type) and config.tp_size > 1 else None
+
     install_for_all(OVERRIDES_OF_MAIN, view_of)
     install_for_all((*OVERRIDES_OF_SMOOTHERS, *fused_heads.OVERRIDES), lambda owner: ())
+    install_for_all(OVERRIDES_OF_SETTINGS, config_of)
     install_for_all(OVERRIDES_OF_ARGUMENTS, lambda args: (plugin_type,))
 
 
@@ -96,6 +109,15 @@ def _main_process_first(
     return state.local_main_process_first() if local else state.main_process_first()
 
 
+def _build_accelerator_args(plugin: Config, stock: Callable, trainer: Any, /, **kwargs: Any) -> dict[str, Any]:
+    """`_build_accelerator_args` always gives DDP settings, in which a user can say nothing of bucket views."""
+    found = stock(**kwargs)
+    for handler in found.get("kwargs_handlers", ()):
+        if isinstance(handler, DistributedDataParallelKwargs):
+            left_to_plugin(handler)
+    return found
+
+
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +125,24 @@ def _train(plugin: Config, stock: Callable, trainer: Any, /, *args: Any, **kwarg
     """`evaluation_loop` marks the model as prepared, and training then continues without DDP (so it does upstream)."""
     trainer.model.__dict__.pop("_is_accelerate_prepared", None)
     return stock(*args, **kwargs)
+
+
+def _move_model_to_device(
+    plugin: Config, stock: Callable, trainer: Any, /, model: nn.Module, device: torch.device
+) -> None:
+    """`__init__` and `train` move a model to the GPU before it is prepared, all of it to each."""
+    if holds_shards(model) or getattr(model, "hf_device_map", None) is not None:
+        stock(model, device)
+    else:
+        wait_for_prepare(model, torch.device(device))
+
+
+def _prepare_loss(plugin: Config, stock: Callable, trainer: Any, /, loss: Any, model: nn.Module) -> Any:
+    """`prepare_loss` moves a loss to where its model is, which is yet to be moved."""
+    prepared, device = stock(loss, model), waits_for(model)
+    if device is not None:
+        move_but_for(model, prepared, device)
+    return prepared
 
 
 def _hyperparameter_search(plugin: Config, stock: Callable, trainer: Any, /, *args: Any, **kwargs: Any) -> None:
@@ -204,6 +244,16 @@ def _save_rng_state(plugin: Config, stock: Callable, trainer: Any, /, output_dir
         stock(output_dir)
 
 
+def _load_rng_state(plugin: Config, stock: Callable, trainer: Any, /, checkpoint: str | None) -> None:
+    """`_load_rng_state` gives each rank what the writer of its replica's file knew of that rank's GPU: nothing.
+
+    Only the stream of the writer's own GPU has been drawn from, by its process; that is the replica's.
+    """
+    stock(checkpoint)
+    if checkpoint is not None:
+        agree_on_randomness(plugin.device_mesh["tp"])
+
+
 # ---- RL in TRL ------------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +282,7 @@ OVERRIDES = (
     _trainer("get_tp_size", _get_tp_size, 2591, "asks the model before the accelerator"),
     _trainer("compute_loss", _compute_loss, 2114, "gathers logits for a loss alone", counts=False),
     _trainer("train", _train, 1450, "takes a model that was only evaluated for one that is wrapped in DDP"),
+    _trainer("_move_model_to_device", _move_model_to_device, 4750, "puts all of the model on each GPU", counts=False),
     _trainer(
         *("hyperparameter_search", _hyperparameter_search, 4502, "starts trials on the main process alone"),
         counts=False,
@@ -240,6 +291,15 @@ OVERRIDES = (
     _trainer("_save", _save, 4131, "writes the main process's shards"),
     _trainer(*_STATE, needs=("optimizer",)),
     _trainer("_save_rng_state", _save_rng_state, 3462, "lets the ranks of a replica write one file", counts=False),
+    _trainer("_load_rng_state", _load_rng_state, 3841, "gives peers states of GPUs that nobody drew from"),
+)
+
+#: For trainers that are about to make their accelerator.
+OVERRIDES_OF_SETTINGS = (
+    _trainer(
+        *("_build_accelerator_args", _build_accelerator_args, 741, "gives DDP settings where the user gave none"),
+        counts=False,
+    ),
 )
 
 #: For all label smoothers: those of a plugin's trainers may meet deferred logits.
@@ -259,6 +319,15 @@ OVERRIDES_OF_REWARDS = tuple(
         counts=False,
     )
     for name, line in (("grpo", 1579), ("rloo", 1148))
+)
+
+#: For trainers of sentence-transformers.
+OVERRIDES_OF_LOSSES = (
+    Override(
+        *("sentence_transformers.base.trainer.BaseTrainer", "prepare_loss", _prepare_loss),
+        *("sentence_transformers 6.2, base/trainer.py:454", "moves a loss to where its model waits for `prepare`"),
+        counts=False,
+    ),
 )
 
 #: While replicas present themselves as processes.

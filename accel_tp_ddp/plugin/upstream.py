@@ -20,6 +20,7 @@ from ..core.override import Override, check
 from ..core.upstream import installed_version, release
 from ..loss import fused_heads
 from ..model import full_parameters, methods, peft_methods
+from ..training import gradients
 from . import accelerator, replica_view, trainer, vllm
 
 __all__ = ["TABLES", "check_releases", "check_upstream"]
@@ -32,12 +33,15 @@ TABLES: dict[str, tuple[Override, ...]] = {
     "Modules that call torch.distributed while replicas present themselves as processes": replica_view.MODULES,
     "Trainer": trainer.OVERRIDES,
     "Trainer while replicas present themselves as processes": trainer.OVERRIDES_OF_MAIN,
+    "Trainer before it makes its accelerator": trainer.OVERRIDES_OF_SETTINGS,
     "TrainingArguments": trainer.OVERRIDES_OF_ARGUMENTS,
     "Label smoothing": trainer.OVERRIDES_OF_SMOOTHERS,
     "TRL's scores of tokens": fused_heads.OVERRIDES,
+    "Losses of sentence-transformers": trainer.OVERRIDES_OF_LOSSES,
     "TRL's rewards": trainer.OVERRIDES_OF_REWARDS,
     "TRL with vLLM": vllm.OVERRIDES,
     "vLLM while TRL makes an engine": vllm.OVERRIDES_OF_ENGINE,
+    "GradScaler": gradients.OVERRIDES,
     "Model": methods.OVERRIDES,
     "Model while its weights are sent to vLLM": full_parameters.OVERRIDES,
     "Model that holds slices": slices.OVERRIDES,

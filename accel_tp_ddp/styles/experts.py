@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ..core.collectives import add_share, copy_to_tp, reduce_from_tp
 from ..core.layout import Layout
+from ..training.decisions import note_decisions, watch_decisions
 from .base import Site, Style
 from .forward import ParallelForward
+from .region import Region
 
 __all__ = ["Experts", "IdentityExpert", "SharedBias"]
 
@@ -28,7 +30,8 @@ class Experts(Style):
         layers.*.mlp.experts.down_proj: rowwise            # [experts, hidden, width / tp]
 
     Forward: all-reduce of the output; backward: one all-reduce of the gradients of the hidden states and the routing
-    weights. The router, and a loss of its own, see replicated tensors only.
+    weights. The router, and a loss of its own, see replicated tensors only. The indices that it gives are compared
+    over the ranks now and then, see `training/decisions`.
     """
 
     takes_parameters = True
@@ -107,7 +110,12 @@ class Experts(Style):
     def facts(self, site: Site) -> dict[str, Any]:
         return {"shared": [name for name, style in site.bare.items() if isinstance(style, SharedBias)]}
 
+    def apply(self, site: Site, region: Region) -> None:
+        super().apply(site, region)
+        watch_decisions(site.module)
+
     def forward(self, call: ParallelForward, *args, **kwargs):
+        note_decisions(call.module, *args, *kwargs.values())
         tensors = [value for value in (*args, *kwargs.values()) if _is_floating(value)]
         copies = dict(zip(map(id, tensors), copy_to_tp(call.mesh, *tensors)))
         args = tuple(copies.get(id(value), value) for value in args)

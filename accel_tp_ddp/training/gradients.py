@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import reduce
 from typing import Any
 
@@ -12,12 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.optim import Optimizer
 
 from ..core.mesh import tensor_parallel_mesh
+from ..core.override import Override, install
 from ..core.shard import shard_info
 
-__all__ = ["clip_grad_norm_", "full_grad_norm", "grad_scaler"]
+__all__ = ["OVERRIDES", "agree_on_overflow", "clip_grad_norm_", "full_grad_norm", "grad_scaler"]
 
 
 @torch.no_grad()
@@ -114,4 +115,52 @@ def grad_scaler(mesh: DeviceMesh, device: str = "cuda", **kwargs: Any) -> GradSc
         device: Device type of the gradients.
         kwargs: As for `torch.amp.GradScaler`: init_scale, growth_factor, backoff_factor, growth_interval, enabled.
     """
-    return ShardedGradScaler(device=device, process_group=tensor_parallel_mesh(mesh).get_group(), **kwargs)
+    scaler = GradScaler(device=device, **kwargs)
+    agree_on_overflow(scaler, tensor_parallel_mesh(mesh))
+    return scaler
+
+
+def agree_on_overflow(scaler: GradScaler, mesh: DeviceMesh) -> None:
+    """Let the overflow check of `scaler` cover the gradients of all ranks of `mesh`; it stays the object it was."""
+    install(scaler, OVERRIDES, mesh)
+
+
+@torch.no_grad()
+def _unscale_grads_(
+    mesh: DeviceMesh,
+    stock: Callable[..., dict[torch.device, Tensor]],
+    scaler: GradScaler,
+    /,
+    optimizer: Optimizer,
+    inv_scale: Tensor,
+    found_inf: Tensor,
+    allow_fp16: bool,
+) -> dict[torch.device, Tensor]:
+    """`unscale_` and, for fused optimizers, `step` come here for a flag of each device: all become the ranks' maximum.
+
+    One all-reduce, of -1 where there is no gradient: that is an error of all ranks, or of none.
+    """
+    flags = stock(optimizer, inv_scale, found_inf, allow_fp16)
+    device = found_inf.device if found_inf.device.type == mesh.device_type else torch.device(mesh.device_type)
+    if flags:
+        found = torch.stack([flag.to(device).float().reshape(()) for flag in flags.values()]).max()
+    else:
+        found = torch.tensor(-1.0, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.get_group())
+    for flag in flags.values():
+        flag.copy_(found)
+    return flags if flags or found.item() < 0 else {found_inf.device: found_inf.copy_(found)}
+
+
+#: For scalers of gradients that are sharded.
+OVERRIDES = (
+    Override(
+        *(
+            "torch.amp.grad_scaler.GradScaler",
+            "_unscale_grads_",
+            _unscale_grads_,
+            "torch 2.13, amp/grad_scaler.py:246",
+        ),
+        "looks for an overflow in each rank's own shards, and one rank skips a step by itself",
+    ),
+)

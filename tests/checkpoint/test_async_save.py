@@ -19,8 +19,8 @@ from accelerate.utils import ProjectConfiguration
 from accel_tp_ddp import TensorParallelDDPPlugin, load_state, wait_for_save
 from accel_tp_ddp.checkpoint import background, dcp
 from accel_tp_ddp.checkpoint import folder as folders
-from accel_tp_ddp.checkpoint import save as saving
 from accel_tp_ddp.checkpoint.folder import MANIFEST
+from accel_tp_ddp.checkpoint.places import TENSORS
 from accel_tp_ddp.core import store
 
 from ..helpers.compare import assert_tensors_close
@@ -58,8 +58,8 @@ def save_behind_and_go_on(run, folder, stage=True):
     """As `resuming.save_and_go_on`, but what is saved is written after all later steps."""
     record, prepared = Saved(), Prepared(run)
     prepared.train(prepared.loader, SAVED_AFTER, record)
-    stock = saving.staged
-    with held_writing(), mock.patch.object(saving, "staged", stock if stage else lambda values: dict(values)):
+    stock = dcp.HostBuffers.filled if stage else lambda self, tensors, pin: dict(tensors)
+    with held_writing(), mock.patch.object(dcp.HostBuffers, "filled", stock):
         prepared.accelerator.save_state(folder, async_save=True)
         prepared.look(record)
         prepared.train(prepared.accelerator.skip_first_batches(prepared.loader, SAVED_AFTER), 3, record)
@@ -92,6 +92,92 @@ def test_without_staging_a_later_moment_would_be_saved(tmp_path):
     ((record,),) = run_on_ranks(go_on_from, 1, Run(1), [str(tmp_path / "state")])
     with pytest.raises(AssertionError, match="tensors off by more than"):
         assert_tensors_close(record.weights, first.weights, 1e-6)
+
+
+# --- what is copied --------------------------------------------------------------------------------------------------
+
+
+def copying(folder):
+    """Of two saves, one after the other: the bytes that this rank copied, and those that it wrote; and where to."""
+    prepared, copied, written, places = Prepared(Run(2)), [], [], []
+    prepared.train(prepared.loader, 1, Saved())
+    stock, write = dcp.HostBuffers.filled, dcp._Writer.write_data
+
+    def filled(self, tensors, pin):
+        copies = stock(self, tensors, pin)
+        assert not pin and all(copy.device.type == "cpu" and copy.is_contiguous() for copy in copies.values())
+        copied.append(sum(copy.untyped_storage().nbytes() for copy in copies.values()))
+        places.append({copy.data_ptr() for copy in copies.values()})
+        return copies
+
+    def write_data(self, plan, planner):
+        assert not planner.state_dict, "the thread could reach the live tensors"
+        assert self.per_thread_copy_ahead == 0, "torch would copy by a stream of the thread's device"
+        items = [item.tensor_data for item in plan.items if item.tensor_data is not None]
+        written.append(sum(item.chunk.sizes.numel() * item.properties.dtype.itemsize for item in items))
+        return write(self, plan, planner)
+
+    patches = (
+        mock.patch.multiple(dcp.HostBuffers, filled=filled),
+        mock.patch.multiple(dcp._Writer, write_data=write_data),
+    )
+    with patches[0], patches[1]:
+        for number in range(2):
+            prepared.accelerator.save_state(f"{folder}/{number}", async_save=True)
+            wait_for_save()
+    own = [p for p in prepared.model.parameters()] + [
+        value for state in prepared.optimizer.state.values() for value in state.values() if value.dim() > 0
+    ]
+    held = sum(tensor.nbytes for tensor in own)
+    prepared.accelerator.end_training()
+    return copied, written, places[0] == places[1], held, len(background.buffers._kept)
+
+
+def test_each_byte_is_copied_once_by_the_rank_that_writes_it_into_the_same_room_each_time(tmp_path):
+    results = run_on_ranks(copying, 4, str(tmp_path))
+    shapes = dcp.read_metadata(tmp_path / "1" / TENSORS)
+    dtypes = dcp.read_dtypes(tmp_path / "1" / TENSORS)
+    saved = sum(shapes[name].numel() * dtype.itemsize for name, dtype in dtypes.items())
+    for number in range(2):
+        assert sum(copied[number] for copied, *_ in results) == saved
+    for copied, written, same_room, held, kept in results:
+        assert copied == written and same_room and kept == 0
+        assert copied[0] < 0.75 * held, "a replica's other one writes about half of it"
+
+
+def unable(folder):
+    """One rank has no memory for its copies; every rank is told at the call."""
+    prepared = Prepared(Run(2))
+    full = mock.patch.object(dcp.HostBuffers, "filled", side_effect=MemoryError("no host memory"))
+    with full if rank() == 1 else mock.patch.object(folders, "_BLOCK", 1 << 20):
+        message = message_of(lambda: prepared.accelerator.save_state(f"{folder}/state", async_save=True))
+    wait_for_save()
+    prepared.accelerator.wait_for_everyone()
+    left = os.listdir(folder)
+    prepared.accelerator.wait_for_everyone()
+    prepared.accelerator.save_state(f"{folder}/state", async_save=True)
+    wait_for_save()
+    return message, left
+
+
+def test_a_rank_that_cannot_copy_is_an_error_of_the_call_on_all_ranks(tmp_path):
+    first, second = run_on_ranks(unable, 2, str(tmp_path))
+    assert first == second and first[1] == [] and (tmp_path / "state" / MANIFEST).exists()
+    assert first[0].startswith("save_state: rank 1: MemoryError: no host memory")
+
+
+def disagreeing(folder):
+    prepared = Prepared(Run(2))
+    fault = mock.patch.object(dcp._StagingPlanner, "create_local_plan", side_effect=RuntimeError("no plan"))
+    with fault if rank() == 1 else mock.patch.object(folders, "_BLOCK", 1 << 20):
+        message = message_of(lambda: prepared.accelerator.save_state(f"{folder}/state", async_save=True))
+    prepared.accelerator.wait_for_everyone()
+    return message, os.listdir(folder)
+
+
+def test_ranks_that_cannot_plan_a_save_all_raise_at_the_call(tmp_path):
+    first, second = run_on_ranks(disagreeing, 2, str(tmp_path))
+    assert first == second and first[1] == [] and "rank 1: RuntimeError: no plan" in first[0]
 
 
 # --- one after the other ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import resource
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from accel_tp_ddp import CheckpointError, TensorParallelDDPPlugin, parallelize
 from accel_tp_ddp.checkpoint.deferred import DeferredTensor
+from accel_tp_ddp.core import agreement
 from accel_tp_ddp.core.shard import ShardInfo
 
 from ..helpers.faults import injected
@@ -143,8 +145,18 @@ class Counts:
         self._alive: list[tuple[StorageWeakRef, int]] = []
 
     def watch(self) -> Any:
-        stack = mock.patch.multiple(ShardInfo, collect=self._collect, send_part=self._send)
-        gathers = ("all_gather", "all_gather_object", "all_reduce", "barrier", "broadcast", "gather")
+        stack = ExitStack()
+        stack.enter_context(mock.patch.multiple(ShardInfo, collect=self._collect, send_part=self._send))
+        gathers = (
+            "all_gather",
+            "all_gather_single",
+            "all_gather_object",
+            "all_reduce",
+            "barrier",
+            "broadcast",
+            "gather",
+        )
+        stack.enter_context(mock.patch.object(agreement, "gather_objects", self._collective))
         return stack, mock.patch.multiple(torch.distributed, **dict.fromkeys(gathers, self._collective))
 
     @property

@@ -6,6 +6,9 @@ shared, so the ranks stay in step where it fails on one only.
 
 from __future__ import annotations
 
+import math
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accel_tp_ddp.core.collectives import add_share, copy_to_tp, gather_from_tp, reduce_from_tp, scatter_to_tp
-from accel_tp_ddp.core.layout import Piece, Shared
+from accel_tp_ddp.core.layout import Layout, Piece, Shared
+from accel_tp_ddp.core.shard import ShardInfo
 
 from ..helpers.collectives import (
     LAYOUTS,
@@ -29,6 +33,7 @@ from ..helpers.collectives import (
     tp_mesh,
     verdict,
 )
+from ..helpers.memory import PeakBytes
 from ..helpers.ranks import run_on_ranks
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -481,3 +486,47 @@ def test_a_gradient_that_another_consumer_holds_is_not_corrupted():
 
 def test_an_output_changed_in_place_leaves_the_input_as_it_was():
     run_on_ranks(outputs_changed_in_place, 2)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def gathering(dim, sizes):
+    """Peak bytes of a gather, forward, and of a scatter, backward, and the collectives that they are."""
+    mesh = tp_mesh(dist.get_world_size())
+    shape = [6, 10, 4]
+    shape[dim] = sizes[mesh.get_local_rank()]
+    own = torch.randn(shape)
+    with PeakBytes() as forward, warnings.catch_warnings():
+        warnings.simplefilter("error")  # a name that torch is to drop
+        gathered = gather_from_tp(mesh, own, dim, sizes)
+    full = torch.randn_like(gathered, requires_grad=True)
+    grad = torch.randn(shape)
+    part = scatter_to_tp(mesh, full, dim, sizes)
+    with PeakBytes() as backward:
+        part.backward(grad)
+    with PeakBytes() as unsharded:
+        info = ShardInfo.sharded(mesh, gathered.shape, Layout(dim, ranges_of(sizes)))
+        assert torch.equal(info.full_tensor(own), gathered)
+    modes = (forward, backward, unsharded)
+    return [mode.peak for mode in modes], [
+        [name for name in mode.operations if name.startswith("c10d")] for mode in modes
+    ]
+
+
+def ranges_of(sizes):
+    starts = [sum(sizes[:rank]) for rank in range(len(sizes))]
+    return tuple(((start, start + size),) for start, size in zip(starts, sizes))
+
+
+@pytest.mark.parametrize("dim, sizes", [(0, (3, 3)), (1, (5, 5)), (2, (2, 2)), (-3, (4, 4)), (0, (4, 3)), (2, (3, 1))])
+def test_a_gather_takes_its_result_and_at_most_one_copy(dim, sizes):
+    shape = [6, 10, 4]
+    shape[dim] = sum(sizes)
+    result, longest = 4 * math.prod(shape), 4 * math.prod(shape) * max(sizes) // sum(sizes)
+    first, even = dim % 3 == 0, len(set(sizes)) == 1
+    for rank, (peaks, names) in enumerate(run_on_ranks(gathering, 2, dim % 3 if dim < 0 else dim, sizes)):
+        padded = longest if sizes[rank] < max(sizes) else 0  # gone before the copy is made
+        expected = result if first and even else 2 * longest + max(padded, result)
+        assert peaks == [expected] * 3, rank
+        assert names == [["c10d::_allgather_base_"]] * 3

@@ -29,21 +29,21 @@ LAYOUTS = ("contiguous", "transposed", "strided", "expanded")
 @contextmanager
 def as_strict_as_nccl():
     """gloo takes tensors that are not contiguous, NCCL refuses them; and a result in a copy of one is lost."""
-    stock = dist.all_reduce, dist.all_gather
+    stock = dist.all_reduce, dist.all_gather_single
 
     def all_reduce(tensor, *args, **kwargs):
         assert tensor.is_contiguous(), f"all-reduce of strides {tensor.stride()}"
         return stock[0](tensor, *args, **kwargs)
 
-    def all_gather(parts, tensor, *args, **kwargs):
-        assert all(part.is_contiguous() for part in [*parts, tensor]), f"all-gather of strides {tensor.stride()}"
-        return stock[1](parts, tensor, *args, **kwargs)
+    def all_gather_single(joined, tensor, *args, **kwargs):
+        assert joined.is_contiguous() and tensor.is_contiguous(), f"all-gather of strides {tensor.stride()}"
+        return stock[1](joined, tensor, *args, **kwargs)
 
-    dist.all_reduce, dist.all_gather = all_reduce, all_gather
+    dist.all_reduce, dist.all_gather_single = all_reduce, all_gather_single
     try:
         yield
     finally:
-        dist.all_reduce, dist.all_gather = stock
+        dist.all_reduce, dist.all_gather_single = stock
 
 
 def tp_mesh(tp):

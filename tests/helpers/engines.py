@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
@@ -32,10 +33,17 @@ class Recorder:
         self._generator = torch.Generator().manual_seed(seed)
 
     def receive(self, name: str, tensor: Tensor) -> None:
-        self.kept = max(self.kept, sum(not given.expired() for given in self._given))
+        self.kept = max(self.kept, self._held())
         if (storage := tensor.untyped_storage()).data_ptr() not in self.own:
             self._given.append(StorageWeakRef(storage))
         self.weights.append((name, tensor.clone()))
+
+    def _held(self) -> int:
+        """How many of the tensors before are in memory; gloo's thread lets go of one a moment after its rank does."""
+        deadline = time.monotonic() + 0.2
+        while (held := sum(not given.expired() for given in self._given)) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return held
 
     def draw(self, prompt: list[int]) -> list[int]:
         self.prompts.append(prompt)

@@ -276,7 +276,7 @@ _MORE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "drift not looked for": [(drift.DriftGuard, "compare", _nothing)],
     "sum into a copy that is dropped": [(collectives, "_all_reduce", _dropped_sum)],
     "sum over all meshes": [(collectives, "_all_reduce", _sum_over_the_world)],
-    "padding kept in a gather": [(collectives, "_all_gather", _with_its_padding)],
+    "padding kept in a gather": [(collectives, "gather_whole", _with_its_padding)],
     "head counts of the whole model": [
         (linear, "show_local_heads", _nothing),
         (packed.PackedQKVColwise, "apply", _heads_as_they_were),

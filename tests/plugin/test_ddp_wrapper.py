@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
 from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from accel_tp_ddp import full_state_dict
@@ -297,3 +298,59 @@ def test_ddp_options_hold_on_a_transformer_with_checkpointing_and_accumulation(o
         wanted, same = plain[rank // 2]
         assert norms == pytest.approx(wanted, rel=TOLERANCE) and len(norms) >= 3
         assert_tensors_close(weights, same, 1e-4)
+
+
+# --- bucket views ----------------------------------------------------------------------------------------------------
+
+
+def steps_in_views(tp, options, optimizer, set_to_none=True):
+    """Two steps of two micro-batches each: gradients, what hooks have seen, and what of DDP's can be counted."""
+    handlers = [] if options is None else [DistributedDataParallelKwargs(**options)]
+    accelerator = accelerator_for(tp, MLP_PLAN, kwargs_handlers=handlers, gradient_accumulation_steps=2)
+    model = build_mlp()
+    if optimizer == "Muon":
+        made = torch.optim.Muon([param for param in model.parameters() if param.ndim == 2], lr=0.1)
+    else:
+        made = torch.optim.AdamW(model.parameters(), lr=0.1)
+    wrapped, prepared = accelerator.prepare(model, made)
+    seen = []
+    for name, param in model.named_parameters():
+        param.register_hook(lambda grad, name=name: seen.append((name, "hook")))
+        param.register_post_accumulate_grad_hook(lambda param, name=name: seen.append((name, "accumulated")))
+    grads, counts = [], []
+    for step in range(4):
+        with CommDebugMode() as mode:
+            with accelerator.accumulate(wrapped):
+                loss = wrapped(inputs(10 * step + replica(accelerator))).square().mean()
+                accelerator.backward(loss)
+                counts.append({op.__name__: count for op, count in mode.get_comm_counts().items()})
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(wrapped.parameters(), 0.5)
+                    grads.append(full_gradients_of(wrapped))
+                prepared.step()
+                prepared.zero_grad(set_to_none=set_to_none)
+    accelerator.backward(wrapped(inputs(7)).square().mean())
+    buckets = [int(size) for size in wrapped._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(", ")]
+    return {
+        "grads": [*grads, full_state_dict(wrapped)],
+        "seen": sorted(seen),
+        "counts": counts,
+        "views": wrapped.gradient_as_bucket_view,
+        "storages": len({p.grad.untyped_storage().data_ptr() for p in wrapped.parameters()}),
+        "buckets": buckets,
+    }
+
+
+@pytest.mark.parametrize("optimizer, set_to_none", [("AdamW", True), ("AdamW", False), ("Muon", True)])
+def test_gradients_are_views_of_the_buckets_and_nothing_else_changes(optimizer, set_to_none):
+    plain = run_on_ranks(steps_in_views, 2, None, None, optimizer, set_to_none)
+    without = run_on_ranks(steps_in_views, 4, 2, {}, optimizer, set_to_none)
+    views = run_on_ranks(steps_in_views, 4, 2, None, optimizer, set_to_none)
+    for rank, (own, other) in enumerate(zip(views, without)):
+        assert own["views"] and not other["views"] and not plain[rank // 2]["views"]
+        assert own["storages"] == len(own["buckets"]) < other["storages"]
+        assert own["counts"] == other["counts"]  # of collectives, with and without
+        assert own["seen"] == other["seen"] == plain[rank // 2]["seen"]
+        for got, same, expected in zip(own["grads"], other["grads"], plain[rank // 2]["grads"], strict=True):
+            assert_tensors_close(got, same, 0.0)
+            assert_gradients_close(got, expected)

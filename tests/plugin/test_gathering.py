@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import DataLoaderConfiguration
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, operations, reduce
 from torch.utils.data import DataLoader
 
 from ..helpers.prepared import REPLICAS, Stream, assert_equal_per_replica, plain_and_sharded, replica
@@ -134,3 +134,53 @@ def gathered_structures(tp):
 @REPLICAS
 def test_nested_structures_are_gathered_padded_and_sent_as_under_plain_ddp(dp):
     assert_equal_per_replica(*plain_and_sharded(gathered_structures, dp))
+
+
+def of_many_kinds(tp):
+    """What one process takes, though a backend may not: a device, a type, a mean of integers."""
+    accelerator = accelerator_for(tp, MLP_PLAN)
+    scales = torch.ones(3, requires_grad=True)
+    tensors = {
+        "integers": torch.arange(4),
+        "flags": torch.tensor([True, False]),
+        "empty": torch.empty(0, 3),
+        "transposed": torch.arange(6.0).view(2, 3).T,
+        "short": torch.arange(3, dtype=torch.int16),  # gloo takes none, as NCCL takes no tensor of the CPU
+        "eight bits": torch.arange(3.0).to(torch.float8_e4m3fn),
+        "numbers": {"a": [torch.tensor(3, dtype=torch.int16)], "b": (torch.tensor(2.5),)},
+        "with gradients": scales * 2,
+    }
+    found = {}
+    for kind, tensor in tensors.items():
+        for reduction in ("sum", "mean", "max", "none"):
+            found[f"reduce {reduction}", kind] = accelerator.reduce(tensor, reduction)
+            found[f"function {reduction}", kind] = operations.reduce(tensor, reduction)
+            found[f"imported {reduction}", kind] = reduce(tensor, reduction)
+        found["gather", kind] = accelerator.gather(tensor)
+        found["gather_for_metrics", kind] = accelerator.gather_for_metrics(tensor)
+        found["pad", kind] = accelerator.pad_across_processes(tensor, dim=0)
+        found["broadcast", kind] = operations.broadcast(tensor)
+        found["from another", kind] = operations.broadcast(tensor, from_process=1)
+    found["objects", ""] = broadcast_object_list([tp is None or 1], from_process=1)
+    accelerator.reduce(tensors["with gradients"]).sum().backward()
+    found["gradient", ""] = scales.grad
+    return operations.recursively_apply(lambda t: (str(t.dtype), t.tolist(), t.requires_grad), found)
+
+
+def test_one_replica_takes_tensors_of_all_kinds_as_one_process_does():
+    plain, sharded = plain_and_sharded(of_many_kinds, 1)
+    assert len(plain[0]) == 8 * 17 + 2
+    plain[0]["objects", ""] = [1]
+    assert_equal_per_replica(plain, sharded)
+
+
+def words_of_the_main_process(tp):
+    accelerator = accelerator_for(tp, MLP_PLAN)
+    word = torch.tensor([7, 8], dtype=torch.int16) * int(accelerator.is_main_process)
+    return accelerator.reduce(word, "sum").tolist(), operations.broadcast(word).tolist()
+
+
+def test_what_the_main_process_alone_has_reaches_the_ranks_of_one_replica():
+    plain, sharded = plain_and_sharded(words_of_the_main_process, 1)
+    assert plain == [([7, 8], [7, 8])]
+    assert_equal_per_replica(plain, sharded)

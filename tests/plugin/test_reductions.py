@@ -175,6 +175,72 @@ def test_without_an_agreement_one_rank_steps_and_its_peer_does_not():
     assert [scale for _, scale, *_ in first] != [scale for _, scale, *_ in second]
 
 
+IMPLEMENTATIONS = {"foreach": {"foreach": True}, "for-loop": {"foreach": False}, "fused": {"fused": True}}
+
+
+def overflow_in_one_gradient(tp: int | None, rank_with_inf: int):
+    """For each implementation of AdamW, unscaled before the step or by it; the overflow is in one rank's backward."""
+    results = {}
+    for name, options in IMPLEMENTATIONS.items():
+        for unscales in (True, False):
+            accelerator = make_accelerator(tp)
+            accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+            set_seed(0)
+            model = build_model("llama")
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-5, **options)
+            model, optimizer = accelerator.prepare(model, optimizer)
+            assert accelerator.scaler is scaler, "whoever holds it, holds the one that is used"
+            scales, moved = [], []
+            for index in range(3):
+                before = [param.detach().clone() for param in model.parameters()]
+                seed = 10 * index + accelerator.process_index
+                ids = torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(seed))
+                handles = []
+                if index == 1 and dist.get_rank() == rank_with_inf:
+                    weight = next(p for n, p in model.named_parameters() if n.endswith("0.mlp.up_proj.weight"))
+                    handles = [weight.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))]
+                accelerator.backward(model(input_ids=ids, labels=ids).loss)
+                for handle in handles:
+                    handle.remove()
+                if unscales:
+                    accelerator.unscale_gradients()
+                optimizer.step()
+                optimizer.zero_grad()
+                scales.append(scaler.get_scale())
+                moved.append(any(not torch.equal(a, b) for a, b in zip(before, model.parameters())))
+            results[name, unscales] = scales, moved, accelerator.get_state_dict(model)
+    return results
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_an_overflow_of_one_rank_is_one_of_all_replicas_in_every_implementation(rank):
+    plain = run_on_ranks(overflow_in_one_gradient, 2, None, rank // 2)
+    sharded = run_on_ranks(overflow_in_one_gradient, 4, 2, rank)
+    assert len(plain[0]) == 6
+    for case, (scales, moved, weights) in plain[0].items():
+        assert moved == [True, False, True] and scales == [2.0**11, 2.0**10, 2.0**11]
+        for results in sharded:
+            assert results[case][:2] == (scales, moved), f"{case}"
+        assert_tensors_close(sharded[0][case][2], weights, 1e-5)
+
+
+def step_without_gradients(tp: int | None):
+    accelerator = make_accelerator(tp)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    model = build_model("llama")
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.scaler.scale(torch.zeros(()))
+    optimizer.step()
+
+
+def test_a_scaled_step_without_gradients_is_the_error_that_it_is_without_tensor_parallelism():
+    plain = run_on_ranks(step_without_gradients, 1, None, expect_raise=True)
+    sharded = run_on_ranks(step_without_gradients, 2, 2, expect_raise=True)
+    assert {(raised.type_name, raised.message) for raised in [*plain, *sharded]} == {
+        ("AssertionError", "No inf checks were recorded for this optimizer.")
+    }
+
+
 class Shampoo(torch.optim.SGD):
     """By its name."""
 

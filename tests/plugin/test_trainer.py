@@ -209,8 +209,9 @@ TOGETHER = {"_save": ("_save", "save_model")}
 
 
 def test_each_override_of_trainer_has_a_run_that_needs_it():
-    # The search is seen further down; that two ranks write one file at once, by chance alone.
-    others = {"hyperparameter_search", "save_model", "_save_rng_state"}
+    # The search is seen further down, when the model moves in test_placement; that two ranks write one file at once,
+    # by chance alone; and the random states of GPUs, with one.
+    others = {"hyperparameter_search", "save_model", "_save_rng_state", "_load_rng_state", "_move_model_to_device"}
     assert NEEDED_BY.keys() | others == {row.name for row in trainer.OVERRIDES}
 
 
@@ -276,3 +277,13 @@ def test_predictions_that_are_generated_are_those_of_plain_ddp(tmp_path):
     assert len(expected[0][0]) == 8 and expected[0][0] != expected[0][1]  # upstream, with one to fill up the batch
     for results in run_on_ranks(generated, 4, 2, str(tmp_path)):
         assert results == expected[0]
+
+
+def views_under_trainer(folder):
+    made = make_trainer(2, folder, Case())
+    made.train()
+    return made.model_wrapped.gradient_as_bucket_view, made.accelerator.ddp_handler.gradient_as_bucket_view
+
+
+def test_trainers_own_ddp_settings_leave_bucket_views_open(tmp_path):
+    assert run_on_ranks(views_under_trainer, 4, str(tmp_path)) == [(True, False)] * 4

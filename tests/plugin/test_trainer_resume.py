@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 import transformers
 
 from ..helpers.ranks import run_on_ranks
@@ -118,3 +120,15 @@ def assert_same_run(actual, expected):
     assert_same_checkpoint(folder / "final", reference / "final")
     for name in ours[0]["kept"]:
         assert_same_checkpoint(folder / name, reference / name)
+
+
+def draws_after_loading(tp, folder):
+    trainer = make_trainer(tp, folder, Case())
+    torch.manual_seed(dist.get_rank() if tp else 0)  # in no file, as the state of a GPU from which nobody has drawn
+    trainer._load_rng_state(folder)
+    return torch.rand(3).tolist()
+
+
+def test_the_ranks_of_a_replica_resume_with_one_random_state(tmp_path):
+    plain = run_on_ranks(draws_after_loading, 1, None, str(tmp_path))
+    assert run_on_ranks(draws_after_loading, 2, 2, str(tmp_path)) == 2 * plain

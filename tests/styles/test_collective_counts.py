@@ -17,7 +17,14 @@ from ..helpers.ranks import run_on_ranks
 
 BATCH, LENGTH, HIDDEN = 2, 10, 64
 COLLECTIVES = (
-    *("all_reduce", "all_reduce_coalesced", "all_gather", "all_gather_into_tensor", "all_gather_object"),
+    *(
+        "all_reduce",
+        "all_reduce_coalesced",
+        "all_gather",
+        "all_gather_into_tensor",
+        "all_gather_single",
+        "all_gather_object",
+    ),
     *("reduce_scatter", "reduce_scatter_tensor", "reduce", "gather", "scatter", "broadcast", "barrier"),
     *("all_to_all", "all_to_all_single", "send", "recv", "isend", "irecv", "batch_isend_irecv"),
 )
@@ -85,7 +92,7 @@ def test_a_layer_takes_two_all_reduces_forward_and_two_backward(model, tied, tp)
         forward[layers], backward[layers] = counts[0]
     assert forward[4] - forward[2] == {"allreduce_": 4}
     assert backward[4] - backward[2] == {"allreduce_": 4}
-    assert forward[2] == {"allreduce_": 1 + 2 * 2, "allgather_": 1}
+    assert forward[2] == {"allreduce_": 1 + 2 * 2, "_allgather_base_": 1}
     assert backward[2] == {"allreduce_": 1 + 2 * 2}
 
 
@@ -98,7 +105,7 @@ def test_each_all_reduce_carries_the_hidden_states_and_no_more(model, tp):
     summed = 1 + 2 * 2  # the embedding, and attention and MLP of each layer
     head_norms = 2 * 16 if model == "qwen3" else 0  # ride along with the gradient of their attention's input
     for forward, backward in run_on_ranks(counted_by_calls, tp, model, 2):
-        assert forward == [("all_reduce", hidden)] * summed + [("all_gather", logits)]
+        assert forward == [("all_reduce", hidden)] * summed + [("all_gather_single", logits)]
         mlp, attention = ("all_reduce", hidden), ("all_reduce", hidden + head_norms)
         assert backward == [("all_reduce", hidden), mlp, attention, mlp, attention]
 
@@ -124,7 +131,7 @@ def test_experts_latent_attention_and_shared_heads_add_only_their_own_collective
         last = [HIDDEN_STATES, routed]  # the shared experts, which run after the routed ones
     for forward, backward in run_on_ranks(counted_by_calls, 2, model, 2):
         reductions = 1 + 4 + (model == "deepseek_v2")  # whose second layer has shared experts too
-        assert [name for name, _ in forward] == ["all_reduce"] * reductions + ["all_gather"]
+        assert [name for name, _ in forward] == ["all_reduce"] * reductions + ["all_gather_single"]
         assert {size for name, size in forward if name == "all_reduce"} == {HIDDEN_STATES}
         sizes = [size for name, size in backward if name == "all_reduce"]
         assert len(sizes) == len(backward)

@@ -32,18 +32,23 @@ KNOW_PEFT = {  # for models that hold adapters already
 # Which files may call collectives. All those of a forward or backward stand in core/collectives.py.
 CALL_COLLECTIVES = {
     "core/collectives.py": "compute; set-up: the first rank's values",
-    "training/same_batch.py": "the comparison of inputs",
-    "core/agreement.py": "set-up, saving and loading: one outcome on all ranks",
-    "plugin/launch.py": "the end of the script",
+    "core/control.py": "objects that ranks tell one another, between steps; the end of the script",
     "training/gradients.py": "the norm of the full gradient",
     "plugin/replica_view.py": "what a script gathers, reduces and broadcasts, over the replicas",
-    "core/randomness.py": "set-up: agreement",
     "proof/compare.py": "set-up: the ranks of the proof, and what each has found",
     "tools/ranks.py": "the end of a rank of the command",
     "training/drift.py": "between steps: what is replicated stays equal",
+    "training/same_batch.py": "now and then before a forward: whether the ranks of a replica have one batch",
 }
 COLLECTIVES = {
-    *("all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object", "all_reduce"),
+    *(
+        "all_gather",
+        "all_gather_coalesced",
+        "all_gather_into_tensor",
+        "all_gather_single",
+        "all_gather_object",
+        "all_reduce",
+    ),
     *("all_reduce_coalesced", "all_to_all", "all_to_all_single", "barrier", "batch_isend_irecv", "broadcast"),
     *("broadcast_object_list", "gather", "gather_object", "irecv", "isend", "monitored_barrier", "recv", "reduce"),
     *("reduce_scatter", "reduce_scatter_tensor", "scatter", "scatter_object_list", "send"),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor.debug import CommDebugMode
 from transformers.optimization import Adafactor
 
 from accel_tp_ddp import full_state_dict, register_whole_step
-from accel_tp_ddp.training.full_tensor_step import FullTensorStep, steps_on_full_tensors
+from accel_tp_ddp.training.full_tensor_step import FullTensorStep, deal, steps_on_full_tensors
 from accel_tp_ddp.training.optimizer import full_optimizer_state as trainers_optimizer_state
 
 from ..helpers.compare import assert_tensors_close, relative_errors
@@ -185,3 +188,136 @@ def test_only_optimizers_can_be_registered_for_full_tensor_steps():
     with pytest.raises(TypeError, match="subclass of torch.optim.Optimizer, not 3"):
         register_whole_step(3)
     assert not steps_on_full_tensors(torch.optim.SGD([torch.zeros(1)])) and FullTensorStep.__doc__
+
+
+# --- dealing out -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes, ranks", [([5, 4, 3, 3, 1], 2), ([1] * 7, 4), ([9], 3), ([], 2), ([0, 0, 4, 4], 2)])
+def test_matrices_are_dealt_out_by_size(sizes, ranks):
+    owners = deal(sizes, ranks)
+    loads = [sum(size for size, owner in zip(sizes, owners) if owner == rank) for rank in range(ranks)]
+    assert len(owners) == len(sizes) and sum(loads) == sum(sizes)
+    assert max(loads) - min(loads) <= max(sizes, default=0)
+
+
+def dealt(kind, steps):
+    """What each rank has stepped on, what was sent for it, and whether the ranks have the same afterwards."""
+    model = build_model("llama_one_key")
+    optimizer = build_optimizer(kind, model)
+    accelerator = make_accelerator(2)
+    model, _ = accelerator.prepare(model, optimizer)
+    stock, taken = type(optimizer).step, []
+
+    def step(self, closure=None):
+        taken.extend(
+            param.numel() for group in self.param_groups for param in group["params"] if param.grad is not None
+        )
+        return stock(self, closure)
+
+    tokens, sent = torch.arange(1, 25).view(2, 12), []
+    with mock.patch.object(type(optimizer), "step", step):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            taken.clear()
+            with CommDebugMode() as mode:
+                FullTensorStep._before(full_tensor_step(optimizer), optimizer, (optimizer,), {})
+            sent.append({operation.__name__: count for operation, count in mode.get_comm_counts().items()})
+            full_tensor_step(optimizer)._give_back()
+    params = [param for group in optimizer.param_groups for param in group["params"] if param.tp_shard is not None]
+    sharded = [param for param in params if param.tp_shard.is_sharded]
+    states = [sorted((key, value.double().sum().item()) for key, value in optimizer.state[p].items()) for p in sharded]
+    return taken, sent, states, sum(param.tp_shard.global_shape.numel() for param in sharded), len(sharded)
+
+
+def full_tensor_step(optimizer):
+    (found,) = (
+        hook.__self__
+        for hook in optimizer._optimizer_step_pre_hooks.values()
+        if isinstance(getattr(hook, "__self__", None), FullTensorStep)
+    )
+    return found
+
+
+@pytest.mark.parametrize("kind", ["Muon", "Lamb"])
+def test_each_rank_steps_on_its_share_of_the_matrices(kind):
+    ranks = run_on_ranks(dealt, 2, kind, 2)
+    (first, _, states, elements, count), (second, _, other_states, *_) = ranks
+    assert sum(first) + sum(second) == elements and len(first) + len(second) == count > 10
+    assert abs(sum(first) - sum(second)) <= max(first + second)
+    assert states == other_states and all(states)
+    for _, sent, *_ in ranks:  # whatever the number of matrices: flags, there and back, errors, and two ranks' states
+        assert sent == [{"allreduce_": 1, "alltoall_base_": 2, "_allgather_base_": 2, "broadcast_": 2}] * 2
+
+
+class Refusal(Exception):
+    def __init__(self, name, reason):  # which cannot be pickled and read again
+        super().__init__(f"{name} {reason}")
+
+
+FAILURES = {"common": ZeroDivisionError("no such number"), "cannot be sent": Refusal("this", "is not")}
+
+
+class OnOneRank(Lamb):
+    failure: Exception | None = None
+
+    def step(self, closure=None):
+        if self.failure is not None:
+            raise self.failure
+        return super().step(closure)
+
+
+def failing_on_one_rank(failure):
+    """An error of one rank's share is raised by the others too, and the next step goes on from what there is."""
+    accelerator = make_accelerator(2)
+    model = build_model("llama")
+    made = register_whole_step(OnOneRank)(model.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(model, made)
+    tokens = torch.arange(1, 25).view(2, 12)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    if accelerator.tensor_parallel_rank == 1:
+        made.failure = FAILURES[failure]
+    try:
+        optimizer.step()
+    except Exception as error:
+        raised = type(error).__name__, str(error)
+    made.failure = None
+    assert all(param.grad is not None for param in model.parameters())
+    optimizer.step()
+    return raised, {name: tensor.sum().item() for name, tensor in full_state_dict(model).items()}
+
+
+@pytest.mark.parametrize(
+    "failure, elsewhere",
+    [
+        ("common", ("ZeroDivisionError", "no such number")),
+        ("cannot be sent", ("RuntimeError", "Refusal: this is not")),
+    ],
+)
+def test_an_error_of_one_ranks_share_is_raised_on_all(failure, elsewhere):
+    (raised, weights), (own, others) = run_on_ranks(failing_on_one_rank, 2, failure)
+    assert raised == elsewhere and own == (type(FAILURES[failure]).__name__, str(FAILURES[failure]))
+    assert weights == others
+
+
+class Noisy(Lamb):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            torch.rand(len(group["params"]) * (1 + dist.get_rank()))
+        return super().step(closure)
+
+
+def drawing():
+    model = build_model("llama")
+    optimizer = register_whole_step(Noisy)(model.parameters(), lr=0.1)
+    model, optimizer = make_accelerator(2).prepare(model, optimizer)
+    tokens = torch.arange(1, 25).view(2, 12)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    full_tensor_step(optimizer.optimizer)._before(optimizer.optimizer, (optimizer.optimizer,), {})
+    return torch.rand(3).tolist()
+
+
+def test_a_step_that_draws_leaves_the_ranks_with_one_random_state():
+    first, second = run_on_ranks(drawing, 2)
+    assert first == second

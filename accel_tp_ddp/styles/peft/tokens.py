@@ -59,7 +59,7 @@ def _forward_tokens(layer: Any, x: Tensor, active_adapters: list[str], *args, **
     result = base(x)
     for adapter in active_adapters:
         rows = layer.trainable_tokens_delta[adapter].to(base._parameters["weight"])
-        index = torch.tensor(layer.token_indices[adapter], device=rows.device)
+        index = _token_index(layer, adapter, rows.device)
         if isinstance(base, nn.Embedding):
             hits = x.unsqueeze(-1) == index
             scale = layer._get_embed_scale()
@@ -71,6 +71,21 @@ def _forward_tokens(layer: Any, x: Tensor, active_adapters: list[str], *args, **
         else:
             result = result.index_copy(-1, index, nn.functional.linear(x, rows).to(result.dtype))
     return result
+
+
+def _token_index(layer: Any, adapter: str, device: torch.device) -> Tensor:
+    """The adapter's tokens as a tensor, made once: to send a list to a device, the host waits for it."""
+    tokens = layer.token_indices[adapter]
+    if torch.compiler.is_compiling():  # a constant of the graph
+        return torch.tensor(tokens, device=device)
+    known = layer.__dict__.setdefault("_tp_token_indices", {})
+    told, index = known.get(adapter, (None, None))
+    if told != tokens or index.device != device:
+        with torch.inference_mode(False):  # or no training forward could keep it for its backward
+            index = torch.tensor(tokens, device=device)
+        if type(index) is Tensor:  # and not a fake one
+            known[adapter] = list(tokens), index
+    return index
 
 
 def _merged(layer: Any, rows_of: Mapping[str, Tensor], adapters: list[str], weight: Tensor) -> Tensor:

@@ -1,0 +1,638 @@
+"""One rank's training step without the ranks: what it keeps in memory, sends, copies and runs, exactly.
+
+The model is made of fake tensors, which have shapes and no data, and the process group is torch's fake one, which has
+any number of ranks and sends nothing. All else is what trains: the `Accelerator` with the plugin, the sharded modules,
+DDP, clipping, the optimizer. So a figure is that of the code, without noise, and a model of any size fits a laptop.
+
+What it cannot see: what a kernel allocates within itself, the allocator's rounding and fragmentation, the libraries'
+own workspaces. Tensors are of device `cpu` (fake CUDA tensors crash in a CPU build of torch), so autocast casts what
+it casts on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
+
+from ..core.errors import BadInputError
+from ..core.override import attributes
+from ..plugin.config import TensorParallelDDPPlugin
+
+__all__ = ["Collective", "Copy", "Held", "Memory", "Setting", "Simulation", "collective_name", "one_of", "simulate"]
+
+PHASES = ("forward", "backward", "clip", "step")
+PRECISIONS = ("fp32", "bf16", "bf16-weights")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is simulated.
+
+    Attributes:
+        tp: Tensor-parallel ranks.
+        dp: Replicas.
+        micro_batch: Samples that one replica has in a forward.
+        seq_len: Tokens of a sample.
+        precision: `fp32`; `bf16`: Accelerate's mixed precision, of float32 weights; `bf16-weights`: all in bfloat16.
+        checkpointing: Whether the layers' activations are computed again in the backward.
+        max_norm: To which gradients are clipped; None: they are not.
+        plugin: Further fields of the plugin.
+    """
+
+    tp: int = 1
+    dp: int = 1
+    micro_batch: int = 1
+    seq_len: int = 128
+    precision: str = "fp32"
+    checkpointing: bool = False
+    max_norm: float | None = 1.0
+    plugin: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "dp", "micro_batch", "seq_len"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise BadInputError(f"{name} is {value!r}; it has to be a whole number of at least 1.")
+        if self.precision not in PRECISIONS:
+            raise BadInputError(f"precision is {self.precision!r}; it has to be one of {', '.join(PRECISIONS)}.")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of storages that are alive, by what they are for.
+
+    Attributes:
+        buffers: Of the model, and the batch.
+        activations: Made in the forward: kept for the backward, held by whoever has the outputs, or temporary there.
+        temporaries: Made in the backward, by clipping or in the optimizer's step, and no gradient of a parameter.
+        buckets: What DDP reduces gradients in.
+    """
+
+    parameters: int = 0
+    buffers: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    temporaries: int = 0
+    buckets: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, each.name) for each in fields(self))
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Collectives of a step that are alike. `bytes`: of the largest tensor of one of them, on this rank."""
+
+    kind: str
+    dtype: str
+    bytes: int
+    group: str
+    phase: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Copies of a step that are alike: a `clone`, a `cast` to another type, a `copy` into another tensor, a `cat`."""
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    phase: str
+    count: int
+
+    @property
+    def elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Held:
+    """Storages that are alive at the peak, and alike; `made`: the phase and the operation that made them."""
+
+    part: str
+    made: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """One training step of one rank, after one that has made the optimizer's state.
+
+    Attributes:
+        peak: Memory at the step's peak.
+        peak_at: The phase and the operation of the peak.
+        resting: Memory between two steps, with gradients freed.
+        kept: Bytes of activations when the forward has ended, by whomever they are held.
+        saved: Bytes of storages that autograd holds by then, beside parameters and what else there was before.
+        gradient_excess: Bytes of storage that gradients keep alive beyond their own.
+        gradients_with_excess: How many do.
+        collectives: What the step sends.
+        copies: What it copies.
+        kernels: For each phase, how many operations ran that are no mere views.
+        held: What is alive at the peak, the largest first.
+        graphs: Under `torch.compile`; None: not tried.
+        breaks: Why there is more than one graph.
+        seconds: How long the simulation took.
+    """
+
+    peak: Memory
+    peak_at: str
+    resting: Memory
+    kept: int
+    saved: int
+    gradient_excess: int
+    gradients_with_excess: int
+    collectives: tuple[Collective, ...]
+    copies: tuple[Copy, ...]
+    kernels: Mapping[str, int]
+    held: tuple[Held, ...] = ()
+    graphs: int | None = None
+    breaks: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "peak_total": self.peak.total, "resting_total": self.resting.total}
+
+
+def simulate(
+    build: Callable[[], nn.Module],
+    setting: Setting,
+    *,
+    inputs: Callable[[], Mapping[str, Tensor]] | None = None,
+    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+    held: bool = False,
+    graphs: bool = False,
+) -> Simulation:
+    """Run the prepared training step of the first rank of `tp x dp`, on fake tensors.
+
+    The process must have no process group and no accelerator of its own; it has none afterwards.
+
+    Args:
+        build: Makes the unsharded model; called where all that is made is fake.
+        setting: The ranks, the batch and the precision. With one rank it is plain Accelerate, without the plugin.
+        inputs: A batch; otherwise token ids, which are the labels too.
+        optimizer: Of the model's parameters; otherwise torch's AdamW with `foreach`, its default on a GPU.
+        held: Whether to list what is alive at the peak, which takes one more step.
+        graphs: Whether to count the graphs under `torch.compile`, too.
+
+    Raises:
+        BadInputError: If the process has a process group or an accelerator.
+        PlanError: If the model cannot be sharded.
+    """
+    started = time.perf_counter()
+    with one_of(setting.tp * setting.dp):
+        run = _Run(build, setting, inputs, optimizer)
+        run.step()  # makes the optimizer's state
+        tally = run.step()
+        resting = Memory(**run.memory.bytes)
+        saved = run.saved()
+        listed = run.step(tally.peak_number).held if held else ()
+        counted, breaks = run.graphs() if graphs else (None, {})
+    return Simulation(
+        peak=Memory(**tally.peak),
+        peak_at=tally.peak_at,
+        resting=resting,
+        kept=tally.kept,
+        saved=saved,
+        gradient_excess=tally.excess,
+        gradients_with_excess=tally.with_excess,
+        collectives=tuple(_rows(Collective, tally.collectives)),
+        copies=tuple(_rows(Copy, tally.copies)),
+        kernels={phase: tally.kernels[phase] for phase in PHASES},
+        held=listed,
+        graphs=counted,
+        breaks=breaks,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _rows(kind: Callable[..., Any], counted: Counter[tuple]) -> list[Any]:
+    return [kind(*key, count) for key, count in sorted(counted.items())]
+
+
+# ---------------------------------------------------------------------------------------------------------- the ranks
+
+
+@contextmanager
+def one_of(ranks: int, cpu: bool = True) -> Iterator[None]:
+    """In the block, this process is the first of `ranks`, of which there are no others.
+
+    Args:
+        ranks: How many there seem to be.
+        cpu: Whether Accelerate is to be told that they are on the CPU, whatever there is.
+    """
+    if dist.is_available() and dist.is_initialized():
+        raise BadInputError("a simulation needs a process without a process group. Run it in one of its own.")
+    if AcceleratorState._shared_state:
+        raise BadInputError("a simulation needs a process without an Accelerator. Run it in one of its own.")
+    with ExitStack() as stack:
+        stack.callback(AcceleratorState._reset_state, True)
+        stack.enter_context(_environment(ACCELERATE_USE_CPU=str(cpu).lower()))
+        # Positions have no values, by which packed samples are told, and so whether there has to be a mask.
+        stack.enter_context(attributes(masking_utils, find_packed_sequence_indices=lambda *args, **kwargs: None))
+        if ranks > 1:
+            import torch.testing._internal.distributed.fake_pg  # noqa: F401  registers the backend
+
+            launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+            stack.enter_context(_environment(**launched, MASTER_ADDR="localhost", MASTER_PORT="1"))
+            # What is said beside the compute is the same on all ranks; nobody can be connected to.
+            nobody = {"ProcessGroupGloo": lambda *args, **kwargs: None, "new_group": _fake_group(dist.new_group)}
+            alike = {"all_gather_object": _all_say_the_same, "broadcast_object_list": lambda *args, **kwargs: None}
+            stack.enter_context(attributes(dist, **nobody, **alike))
+            # DDP would send the order in which gradients came, by address; the buckets stay those it has made first.
+            stack.enter_context(attributes(dist.Reducer, _rebuild_buckets=lambda reducer: False))
+            dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=ranks)
+            stack.callback(dist.destroy_process_group)
+        yield
+
+
+def _all_say_the_same(objects: list[Any], own: Any, group: Any = None) -> None:
+    objects[:] = [own] * len(objects)
+
+
+def _fake_group(stock: Callable) -> Callable:
+    def new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return stock(ranks, timeout, "fake", *args, **kwargs)
+
+    return new_group
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+# ----------------------------------------------------------------------------------------------------------- the step
+
+
+class _Run:
+    """A prepared model, its optimizer and its batch."""
+
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        setting: Setting,
+        inputs: Callable[[], Mapping[str, Tensor]] | None,
+        optimizer: Callable[[Any], torch.optim.Optimizer] | None,
+    ):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        self.setting = setting
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.memory = _Live()
+        several = setting.tp * setting.dp > 1
+        # The periodic comparisons read checksums, of which fake tensors have none.
+        fixed: dict[str, Any] = {"prove": "never", "replica_check_steps": 0}
+        sizes: dict[str, Any] = {"tp_size": setting.tp, "dp_replicate_size": setting.dp}
+        plugin = TensorParallelDDPPlugin(**sizes, **fixed, **setting.plugin) if several else None
+        self.accelerator = Accelerator(
+            cpu=True,
+            device_placement=False,  # fake tensors cannot be moved, and need not be
+            mixed_precision="bf16" if setting.precision == "bf16" else "no",
+            parallelism_config=plugin,
+        )
+        with self.fake:
+            with _default_type(torch.bfloat16 if setting.precision == "bf16-weights" else torch.float32):
+                model = build()
+            model.train()
+            if setting.checkpointing:
+                model.gradient_checkpointing_enable()
+            made = optimizer(model.parameters()) if optimizer else torch.optim.AdamW(model.parameters(), foreach=True)
+            self.batch = dict(inputs() if inputs else _tokens(setting))
+            for tensor in self.batch.values():
+                self.memory.name(tensor, "buffers")
+        with _wrapped_in(self.fake, _Tally(self.memory, "buckets", self._groups())):
+            self.model, self.optimizer = self.accelerator.prepare(model, made)
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            self.model.register_comm_hook(self._groups()["dp"], _reduce_bucket)
+        self._name()
+        for param in self.model.parameters():
+            param.register_post_accumulate_grad_hook(lambda p: self.memory.name(p.grad, "gradients"))
+
+    def _groups(self) -> dict[str, dist.ProcessGroup]:
+        mesh = self.accelerator.torch_device_mesh
+        if mesh is None:
+            return {}
+        short = {"tp": "tp", "dp_replicate": "dp"}
+        return {short[name]: mesh[name].get_group() for name in mesh.mesh_dim_names if name in short}
+
+    def _name(self) -> None:
+        for param in self.model.parameters():
+            self.memory.name(param, "parameters")
+        for buffer in self.model.buffers():
+            self.memory.name(buffer, "buffers")
+
+    def step(self, listed_at: int | None = None) -> _Tally:
+        """A step, tallied; see `_Tally.listed_at`."""
+        tally = _Tally(self.memory, "activations", self._groups())
+        tally.listed_at = listed_at
+        with self.fake, tally:
+            tally.phase = "forward"
+            outputs = self.model(**self.batch)
+            loss = outputs.loss if hasattr(outputs, "loss") else outputs[0]
+            tally.kept = self.memory.bytes["activations"]
+            tally.enter("backward", "temporaries")
+            self.accelerator.backward(loss)
+            params = list(self.model.parameters())
+            tally.see_gradients(params)
+            tally.enter("clip", "temporaries")
+            if self.setting.max_norm is not None:
+                self.accelerator.clip_grad_norm_(params, self.setting.max_norm)
+            tally.enter("step", "temporaries")
+            self.optimizer.step()
+            for state in self.optimizer.optimizer.state.values():
+                for value in state.values():
+                    if isinstance(value, Tensor):
+                        self.memory.name(value, "optimizer")
+            self.optimizer.zero_grad()
+            del outputs, loss
+        return tally
+
+    def saved(self) -> int:
+        """Bytes of storages that a forward lets autograd hold."""
+        before, found = self.memory.known(), {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+            return tensor.detach()
+
+        tally = _Tally(self.memory, "activations", self._groups())
+        with self.fake, tally, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = self.model(**self.batch)
+            size = sum(size for key, size in found.items() if key not in before)
+            del outputs
+        return size
+
+    def graphs(self) -> tuple[int, dict[str, int]]:
+        """How many graphs a forward is compiled to, and the reasons for more than one."""
+        torch._dynamo.reset()
+        made: list[Any] = []
+
+        def count(graph: torch.fx.GraphModule, example_inputs: Any) -> Callable:
+            made.append(graph)
+            return graph.forward
+
+        compiled = torch.compile(self.model, backend=count)
+        with self.fake:
+            compiled(**self.batch)
+        breaks = dict(torch._dynamo.utils.counters["graph_break"])
+        torch._dynamo.reset()
+        return len(made), breaks
+
+
+@contextmanager
+def _default_type(dtype: torch.dtype) -> Iterator[None]:
+    """What floating-point tensors are made of; fake ones cannot be converted in place."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _tokens(setting: Setting) -> dict[str, Tensor]:
+    ids = torch.zeros(setting.micro_batch, setting.seq_len, dtype=torch.long)
+    return {"input_ids": ids, "labels": ids}
+
+
+@contextmanager
+def _wrapped_in(*modes: Any) -> Iterator[None]:
+    """Let DDP make its buckets where `modes` hold; everything else that `prepare` does needs real numbers."""
+    stock, assign = nn.parallel.DistributedDataParallel.__init__, dist._compute_bucket_assignment_by_size
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        def as_rebuilt(params: list[Tensor], limits: Any, *others: Any) -> tuple[list[list[int]], list[int]]:
+            """The buckets after the first step, from the last parameter on; before it there would be one for all."""
+            cap = self.bucket_bytes_cap
+            first = cap if kwargs.get("bucket_cap_mb") else min(cap, dist._DEFAULT_FIRST_BUCKET_BYTES)
+            buckets, caps = assign(params[::-1], [first, cap], *others)
+            last = len(params) - 1
+            return [[last - index for index in bucket] for bucket in reversed(buckets)], list(reversed(caps))
+
+        with ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            stack.enter_context(attributes(dist, _compute_bucket_assignment_by_size=as_rebuilt))
+            stock(self, *args, **{**kwargs, "init_sync": False})  # there is nothing that could be compared
+
+    with attributes(nn.parallel.DistributedDataParallel, __init__=init):
+        yield
+
+
+def _reduce_bucket(group, bucket):  # DDP wants no annotations but classes, which this file has none of
+    """What DDP does by itself, where it can be seen."""
+    buffer = bucket.buffer()
+    buffer.div_(group.size())
+    dist.all_reduce(buffer, group=group)
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(buffer)
+    return done
+
+
+# -------------------------------------------------------------------------------------------------------- the tallies
+
+
+class _Live:
+    """The storages that are alive, and how many bytes they are by part."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, int] = {each.name: 0 for each in fields(Memory)}
+        self._parts: dict[int, tuple[str, int, str, str, tuple[int, ...]]] = {}
+        self._references: dict[int, weakref.ref] = {}
+
+    def see(self, tensor: Tensor, part: str, made: str) -> None:
+        """Count the storage of `tensor`, unless it is known."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._parts:
+            return
+        size = storage.nbytes()
+        self._parts[key] = (part, size, made, _short(tensor.dtype), tuple(tensor.shape))
+        self.bytes[part] += size
+        self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
+
+    def _forget(self, key: int) -> None:
+        part, size, *_ = self._parts.pop(key)
+        self._references.pop(key, None)
+        self.bytes[part] -= size
+
+    def name(self, tensor: Tensor | None, part: str) -> None:
+        """Say what the storage of `tensor` is for."""
+        if tensor is None:
+            return
+        key = tensor.untyped_storage()._cdata
+        if key not in self._parts:
+            self.see(tensor, part, "before")
+            return
+        before, size, made, dtype, shape = self._parts[key]
+        self.bytes[before] -= size
+        self.bytes[part] += size
+        self._parts[key] = (part, size, made, dtype, shape)
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
+
+    def known(self) -> set[int]:
+        return set(self._parts)
+
+    def listed(self) -> tuple[Held, ...]:
+        alike: Counter[tuple] = Counter()
+        for part, size, made, dtype, shape in self._parts.values():
+            alike[part, made, dtype, shape, size] += 1
+        return tuple(sorted(_rows(Held, alike), key=lambda row: -row.bytes * row.count))
+
+
+class _Tally(TorchDispatchMode):
+    """Sees every operation.
+
+    Attributes:
+        listed_at: Number of the operation after which what is alive is listed.
+    """
+
+    def __init__(self, memory: _Live, part: str, groups: Mapping[str, dist.ProcessGroup]):
+        super().__init__()
+        self.memory, self.part, self.phase = memory, part, ""
+        self.collectives: Counter[tuple] = Counter()
+        self.copies: Counter[tuple] = Counter()
+        self.kernels: Counter[str] = Counter()
+        self.peak, self.peak_at, self.peak_number, self._highest = dict(memory.bytes), "", -1, memory.total
+        self.listed_at: int | None = None
+        self.held: tuple[Held, ...] = ()
+        self.kept = self.excess = self.with_excess = 0
+        self._number = 0
+        self._groups = {tuple(dist.get_process_group_ranks(group)): name for name, group in groups.items()}
+
+    def enter(self, phase: str, part: str) -> None:
+        self.phase, self.part = phase, part
+
+    def see_gradients(self, params: list[nn.Parameter]) -> None:
+        """Find gradients that keep more alive than the gradients that share it, as those in DDP's buckets do."""
+        own: dict[int, list[int]] = {}
+        held: dict[int, int] = {}
+        for param in params:
+            if param.grad is not None:
+                storage = param.grad.untyped_storage()
+                held[storage._cdata] = storage.nbytes()
+                own.setdefault(storage._cdata, []).append(param.grad.nbytes)
+        larger = [key for key in held if held[key] > sum(own[key])]
+        self.excess = sum(held[key] - sum(own[key]) for key in larger)
+        self.with_excess = sum(len(own[key]) for key in larger)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._collective(func, args)
+        elif _runs(func):
+            self.kernels[self.phase] += 1
+            self._copy(func, args, result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.memory.see(tensor, self.part, f"{self.phase} {func._schema.name.split('::')[1]}")
+        total = self.memory.total
+        if total > self._highest:
+            self._highest, self.peak, self.peak_number = total, dict(self.memory.bytes), self._number
+            self.peak_at = f"{self.phase}: {func._schema.name.split('::')[1]}"
+        if self._number == self.listed_at:
+            self.held = self.memory.listed()
+        self._number += 1
+        return result
+
+    def _collective(self, func: Any, args: tuple) -> None:
+        name = func._schema.name.split("::")[1]
+        if name == "wait_tensor":
+            return
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        largest = max(tensors, key=lambda tensor: tensor.nbytes)
+        # A list of outputs is as much as one large output.
+        lists = [arg for arg in args if isinstance(arg, list)]
+        size = max([sum(leaf.nbytes for leaf in tree_leaves(each)) for each in lists] or [largest.nbytes])
+        self.collectives[collective_name(name), _short(largest.dtype), size, self._group(args), self.phase] += 1
+
+    def _group(self, args: tuple) -> str:
+        for arg in args:
+            if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
+                ranks = dist.get_process_group_ranks(dist.ProcessGroup.unbox(arg))
+                return self._groups.get(tuple(ranks), "world")
+        return "world"
+
+    def _copy(self, func: Any, args: tuple, result: Any) -> None:
+        name = func._schema.name
+        if name == "aten::clone":
+            kind = "clone"
+        elif name == "aten::_to_copy":
+            kind = "cast" if args[0].dtype != result.dtype else "clone"
+        elif name == "aten::copy_":
+            kind = "copy"
+        elif name == "aten::cat":
+            kind = "cat"
+        else:
+            return
+        self.copies[kind, _short(result.dtype), tuple(result.shape), self.phase] += 1
+
+
+def collective_name(operation: str) -> str:
+    """The function of `torch.distributed` for one of its operations: `all_reduce` for `allreduce_`."""
+    name = operation.strip("_")
+    return _FUNCTIONS.get(name, name)
+
+
+_FUNCTIONS = {
+    **{"allreduce": "all_reduce", "allreduce_coalesced": "all_reduce_coalesced", "allgather": "all_gather"},
+    **{"allgather_base": "all_gather_into_tensor", "reduce_scatter_base": "reduce_scatter_tensor"},
+}
+
+
+def _runs(func: Any) -> bool:
+    """Whether an operation has a kernel that does something: it is no view, and does not merely allocate."""
+    return not func.is_view and func._schema.name.split("::")[1] not in _IDLE
+
+
+_IDLE = {
+    "device",
+    "detach",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "_unsafe_view",
+    "alias",
+}
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
