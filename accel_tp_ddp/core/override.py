@@ -225,7 +225,8 @@ def stock_of(owner: Any, name: str) -> Callable:
 
 
 def install_for_all(rows: Iterable[Override], context_of: Callable[[Any], tuple[Any, ...] | None]) -> None:
-    """Replace methods of classes, once, for those objects that `context_of` finds a context for.
+    """Replace methods of classes, once, for those objects that `context_of` finds a context for; or those classes,
+    of class methods.
 
     Rows of classes that have not been imported yet are passed over.
 
@@ -238,8 +239,10 @@ def install_for_all(rows: Iterable[Override], context_of: Callable[[Any], tuple[
         if row.is_loaded():
             owner = row.upstream()
             found = inspect.getattr_static(owner, row.name)
-            if row.name not in vars(owner) or getattr(getattr(found, "fget", found), "row", None) != row:
-                setattr(owner, row.name, _method(row, found, context_of))
+            inside = getattr(found, "fget", getattr(found, "__func__", found))
+            if row.name not in vars(owner) or getattr(inside, "row", None) != row:
+                method = _method(row, inside if isinstance(found, classmethod) else found, context_of)
+                setattr(owner, row.name, classmethod(method) if isinstance(found, classmethod) else method)
 
 
 @contextmanager

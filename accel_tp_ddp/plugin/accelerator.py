@@ -33,6 +33,7 @@ from ..core.randomness import agree_as_processes, draw_by_replica
 from ..core.serving import stop_serving
 from ..core.shard import check_mesh, full_shape, holds_shards
 from ..core.wrappers import unwrap
+from ..loss.heads import check_head, defer_logits
 from ..model.check import Running, check_model
 from ..model.parallelize import parallelize_with_map
 from ..plans.peft import check_adapters
@@ -73,6 +74,7 @@ class Settings(Protocol):
     device_mesh: DeviceMesh
     tp_plan: PlanLike
     prove: str
+    loss_parallel: Any
     zero1: bool
     replica_check_steps: int
     replica_drift: str
@@ -162,6 +164,7 @@ class _Hooks:
         for model, plan in zip(models, plans):
             if not holds_shards(model):
                 mapping.update(parallelize_with_map(unwrap(model), self.tp_mesh, plan))
+                defer_logits(unwrap(model), self.plugin.loss_parallel)
             self._sharded.append((model, Running(unwrap(model), plan)))
             self._watch(unwrap(model))
         for optimizer in [*optimizers, *(_bare(prepared) for prepared in self.accelerator._optimizers)]:
@@ -190,6 +193,9 @@ class _Hooks:
                 check_mesh(model, self.tp_mesh)
             try:
                 plan = None if by_hand else check_model(model, self.tp_mesh, own)
+                if self.plugin.loss_parallel is True and not by_hand:
+                    entries = plan.entries if plan is not None else ()
+                    check_head(unwrap(model), {entry.site.module: entry.style for entry in entries})
                 if plan is not None:
                     check_fp8_sizes(unwrap(model), plan)
                 plans.append(plan)

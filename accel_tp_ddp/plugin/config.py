@@ -50,7 +50,10 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         prove: Whether `prepare` proves the plan on a small model of the same class before a weight is touched:
             `"auto"` where it was not proved before, `"always"`, or `"never"`, which trusts it. Env
             `ACCEL_TP_DDP_PROVE`, default `"auto"`.
-        loss_parallel: Vocab-parallel cross-entropy. Env `ACCEL_TP_DDP_LOSS_PARALLEL`. Not available yet.
+        loss_parallel: Whether cross-entropy is computed from each rank's part of the vocabulary, with the output layer
+            inside and without logits. True: in training, if the model is given labels; `outputs.logits` are then not
+            computed, and say so when they are read. `"auto"`: where nobody reads them, which is known of Trainer's
+            own loss. False: never. Env `ACCEL_TP_DDP_LOSS_PARALLEL`, default `"auto"`.
         sequence_parallel: Norms and residuals sharded over the sequence. Env `ACCEL_TP_DDP_SEQUENCE_PARALLEL`. Not
             available yet.
         zero1: Whether each replica keeps the optimizer state of its part of every parameter only; see `Zero1`. Env
@@ -71,7 +74,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
 
     tp_plan: PlanLike | None = field(default=None, kw_only=True)
     prove: str | None = field(default=None, kw_only=True)
-    loss_parallel: bool | None = field(default=None, kw_only=True)
+    loss_parallel: bool | str | None = field(default=None, kw_only=True)
     sequence_parallel: bool | None = field(default=None, kw_only=True)
     zero1: bool | None = field(default=None, kw_only=True)
     replica_check_steps: int | None = field(default=None, kw_only=True)
@@ -103,10 +106,12 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             self.prove = os.environ.get("ACCEL_TP_DDP_PROVE", "auto")
         if self.prove not in MODES:
             raise ValueError(f'prove is {self.prove!r}; it has to be "auto", "always" or "never".')
-        for name in ("loss_parallel", "sequence_parallel"):
-            setattr(self, name, _flag(name, getattr(self, name), f"ACCEL_TP_DDP_{name.upper()}"))
-            if getattr(self, name):
-                raise ValueError(f"{name}=True is not available yet: it comes with the speed work. Leave it False.")
+        self.loss_parallel = _flag_or_auto("loss_parallel", self.loss_parallel, "ACCEL_TP_DDP_LOSS_PARALLEL")
+        self.sequence_parallel = _flag("sequence_parallel", self.sequence_parallel, "ACCEL_TP_DDP_SEQUENCE_PARALLEL")
+        if self.sequence_parallel:
+            raise ValueError(
+                "sequence_parallel=True is not available yet: it comes with the speed work. Leave it False."
+            )
         self.zero1 = _flag("zero1", self.zero1, "ACCEL_TP_DDP_ZERO1")
         self.replica_check_steps = _whole(
             "replica_check_steps", self.replica_check_steps, "ACCEL_TP_DDP_REPLICA_CHECK_STEPS", 100, least=0
@@ -308,14 +313,21 @@ def _whole(name: str, value: Any, variable: str | None, default: int, least: int
     return value
 
 
-def _flag(name: str, value: Any, variable: str) -> bool:
+def _flag_or_auto(name: str, value: Any, variable: str) -> bool | str:
+    if value is None:
+        value = os.environ.get(variable, "auto")
+    return "auto" if isinstance(value, str) and value.lower() == "auto" else _flag(name, value, variable, '"auto", ')
+
+
+def _flag(name: str, value: Any, variable: str, besides: str = "") -> bool:
     if value is None:
         value = os.environ.get(variable, "")
     if isinstance(value, str) and value.lower() in _TRUE + _FALSE:
         return value.lower() in _TRUE
     if not isinstance(value, bool):
         raise ValueError(
-            f"{name} is {value!r} (or so says the environment variable {variable}); it has to be true or false."
+            f"{name} is {value!r} (or so says the environment variable {variable}); it has to be "
+            f"{besides}true or false."
         )
     return value
 

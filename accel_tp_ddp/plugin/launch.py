@@ -38,6 +38,10 @@ _OPTIONS = {
     "dp_replicate_size": ("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "replicas; default: processes / tp_size"),
     "tp_plan": ("ACCEL_TP_DDP_PLAN", '"auto", or a YAML or JSON file'),
     "prove": ("ACCEL_TP_DDP_PROVE", "auto, always or never: whether the plan is proved before a weight is touched"),
+    "loss_parallel": (
+        "ACCEL_TP_DDP_LOSS_PARALLEL",
+        "auto, true or false: whether losses are taken without full logits",
+    ),
     "zero1": ("ACCEL_TP_DDP_ZERO1", "true or false: whether optimizer state is divided over the replicas"),
     "replica_check_steps": ("ACCEL_TP_DDP_REPLICA_CHECK_STEPS", "how often replicas are compared; 0: never"),
     "replica_drift": ("ACCEL_TP_DDP_REPLICA_DRIFT", "heal or raise"),

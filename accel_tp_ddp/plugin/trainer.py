@@ -15,14 +15,18 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional
 
 from ..checkpoint.export import export
 from ..core.collectives import send_first_rank
 from ..core.override import Override, attributes, install_for_all
 from ..core.randomness import agree_on_randomness
 from ..core.shard import holds_shards
+from ..loss import fused_heads
+from ..loss.deferred import DeferredLogits
+from ..loss.heads import losses_only
 from ..training.optimizer import full_optimizer_state
 from . import vllm
 from .ddp import left_to_plugin
@@ -36,6 +40,7 @@ __all__ = [
     "OVERRIDES_OF_MAIN",
     "OVERRIDES_OF_REWARDS",
     "OVERRIDES_OF_SETTINGS",
+    "OVERRIDES_OF_SMOOTHERS",
     "override_trainers",
 ]
 
@@ -70,6 +75,7 @@ def override_trainers(plugin_type: type[Any]) -> None:
         return (config,) if isinstance(config, plugin_type) and config.tp_size > 1 else None
 
     install_for_all(OVERRIDES_OF_MAIN, view_of)
+    install_for_all((*OVERRIDES_OF_SMOOTHERS, *fused_heads.OVERRIDES), lambda owner: ())
     install_for_all(OVERRIDES_OF_SETTINGS, config_of)
     install_for_all(OVERRIDES_OF_ARGUMENTS, lambda args: (plugin_type,))
 
@@ -154,6 +160,50 @@ def _hyperparameter_search(plugin: Config, stock: Callable, trainer: Any, /, *ar
     )
 
 
+def _compute_loss(
+    plugin: Config,
+    stock: Callable,
+    trainer: Any,
+    /,
+    model: Any,
+    inputs: Any,
+    return_outputs: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`compute_loss` takes the model's own loss, or smooths it, and nobody sees logits that are not asked for."""
+    if return_outputs or getattr(trainer, "compute_loss_func", None) is not None:
+        return stock(model, inputs, return_outputs, *args, **kwargs)
+    with losses_only():
+        return stock(model, inputs, return_outputs, *args, **kwargs)
+
+
+def _smooth(
+    stock: Callable,
+    smoother: Any,
+    /,
+    model_output: Any,
+    labels: Tensor,
+    shift_labels: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    """`LabelSmoother` takes the log of a softmax of full logits; what it computes is a smoothed cross-entropy."""
+    logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+    if not isinstance(logits, DeferredLogits):
+        return stock(model_output, labels, shift_labels, **kwargs)
+    if shift_labels:
+        logits, labels = logits[..., :-1, :], labels[..., 1:]
+    logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    single = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    options = {"ignore_index": smoother.ignore_index, "label_smoothing": smoother.epsilon}
+    num_items_in_batch = kwargs.get("num_items_in_batch")  # which releases before 5.15 do not have
+    if num_items_in_batch is None:
+        return functional.cross_entropy(single, labels, **options)
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(logits.device)
+    return functional.cross_entropy(single, labels, reduction="sum", **options) / num_items_in_batch
+
+
 # ---- saving and loading ---------------------------------------------------------------------------------------------
 
 
@@ -236,6 +286,7 @@ _STATE = ("_save_optimizer_and_scheduler", _save_optimizer_and_scheduler, 3513, 
 #: For trainers whose accelerator has the plugin.
 OVERRIDES = (
     _trainer("get_tp_size", _get_tp_size, 2591, "asks the model before the accelerator"),
+    _trainer("compute_loss", _compute_loss, 2114, "gathers logits for a loss alone", counts=False),
     _trainer("train", _train, 1450, "takes a model that was only evaluated for one that is wrapped in DDP"),
     _trainer("_move_model_to_device", _move_model_to_device, 4750, "puts all of the model on each GPU", counts=False),
     _trainer(
@@ -258,6 +309,15 @@ OVERRIDES_OF_SETTINGS = (
 
 #: For trainers whose accelerator has the plugin, or with it zero1 alone.
 OVERRIDES_OF_STATES = (_trainer(*_STATE, needs=("optimizer",)),)
+
+#: For all label smoothers: those of a plugin's trainers may meet deferred logits.
+OVERRIDES_OF_SMOOTHERS = (
+    Override(
+        *("transformers.trainer_pt_utils.LabelSmoother", "__call__", _smooth),
+        *("transformers 5.23, trainer_pt_utils.py:448", "needs full logits"),
+        counts=False,
+    ),
+)
 
 #: For trainers whose completions are judged.
 OVERRIDES_OF_REWARDS = tuple(

@@ -18,6 +18,7 @@ from ..core.agreement import Ranks
 from ..core.errors import UpstreamError
 from ..core.override import Override, check
 from ..core.upstream import installed_version, release
+from ..loss import fused_heads
 from ..model import full_parameters, methods, peft_methods
 from ..training import gradients, zero1
 from . import accelerator, replica_view, trainer, vllm
@@ -37,6 +38,8 @@ TABLES: dict[str, tuple[Override, ...]] = {
     "Trainer while replicas present themselves as processes": trainer.OVERRIDES_OF_MAIN,
     "Trainer before it makes its accelerator": trainer.OVERRIDES_OF_SETTINGS,
     "TrainingArguments": trainer.OVERRIDES_OF_ARGUMENTS,
+    "Label smoothing": trainer.OVERRIDES_OF_SMOOTHERS,
+    "TRL's scores of tokens": fused_heads.OVERRIDES,
     "Losses of sentence-transformers": trainer.OVERRIDES_OF_LOSSES,
     "TRL's rewards": trainer.OVERRIDES_OF_REWARDS,
     "TRL with vLLM": vllm.OVERRIDES,

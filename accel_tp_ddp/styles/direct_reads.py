@@ -2,8 +2,8 @@
 
 Fused losses (TRL's, Liger's) and models with an output layer of their own multiply with a weight instead of calling
 its module. A shard there gives a wrong loss and no error. So, while the forward of a sharded model runs, such a read
-gives the full weight, gathered once a forward, also of another model: a student's loss reads its teacher's weight. The
-module's own forward and all code outside of forwards see this rank's shard.
+gives the full weight, gathered once a forward when it is first used, also of another model: a student's loss reads its
+teacher's weight. The module's own forward and all code outside of forwards see this rank's shard.
 
 The module is given a class derived from its own, with a property for each such parameter. Python looks properties up
 on the class alone, and the parameter itself has to stay in `_parameters`, where optimizers and state dicts find it;
@@ -15,9 +15,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..core.collectives import gather_from_tp
+from ..core.gathered import gathered_when_used
 from .forward import ParallelForward
 from .region import running_region
 
@@ -46,10 +47,11 @@ def _read(module: nn.Module, name: str) -> Tensor | None:
     region = running_region()
     if region is None or not isinstance(call, ParallelForward) or call.computing or call.idle:
         return param
-    full, key = region.full, (id(param), param._version)
+    full, key = region.full, (id(param), param._version, torch.is_grad_enabled())
     if key not in full:
-        layout = call.shards[name].layout
-        full[key] = gather_from_tp(call.mesh, call.held(name), layout.dim, layout.sizes)
+        layout, shared = call.shards[name].layout, call.facts.get("loss_parallel", False)
+        assert layout is not None, "what is read so is sharded"
+        full[key] = gathered_when_used(call.mesh, call.held(name), layout, lambda: region.running > 0, shared)
     return full[key]
 
 

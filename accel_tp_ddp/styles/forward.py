@@ -70,6 +70,7 @@ class ParallelForward:
         self._entered = -1
         self.computing = False  # whether the module's own forward runs
         self.idle = False  # while a module around this one runs it under the style
+        self.defer: Callable[[Tensor], Tensor | None] | None = None  # gives what is to be computed later, if anything
 
     @property
     def mesh(self) -> DeviceMesh:
@@ -105,6 +106,11 @@ class ParallelForward:
         if not self.fresh or weight is None:
             return None
         return linear(input, weight, params["bias"] if with_bias else None)
+
+    @property
+    def extra_arguments(self) -> bool:
+        """Whether the module's own forward is called with more than its input."""
+        return False
 
     def inner(self, *args, **kwargs):
         """The module's own forward."""
@@ -209,7 +215,7 @@ class ParallelForward:
             own.update(saved)
 
     def __getstate__(self) -> dict[str, Any]:
-        idle = {"offered": {}, "_entered": -1, "computing": False, "idle": False}
+        idle = {"offered": {}, "_entered": -1, "computing": False, "idle": False, "defer": None}
         return {**self.__dict__, **idle}
 
 

@@ -106,8 +106,11 @@ class ColwiseGatherOutput(Colwise):
     adapters = frozenset({"linear", "tokens"})
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
-        output = call.inner(call.entered(input))
-        return gather_from_tp(call.mesh, output, -1, call.shards["weight"].layout.sizes)
+        entered = call.entered(input)
+        later = call.defer(entered) if call.defer is not None else None
+        if later is not None:
+            return later
+        return gather_from_tp(call.mesh, call.inner(entered), -1, call.shards["weight"].layout.sizes)
 
 
 class Rowwise(Style):

@@ -53,7 +53,7 @@ class Region:
         self._version = -1
         self._cast = False
         self.failed = 0  # forwards of the model that an exception has ended
-        self.full: dict[tuple[int, int], Tensor] = {}  # what `direct_reads` has gathered in this forward
+        self.full: dict[tuple, Tensor] = {}  # what `direct_reads` has gathered in this forward
 
     def enter(
         self,

@@ -21,7 +21,7 @@ def environment(monkeypatch):
 def test_plugin_defaults_are_plain_ddp(environment):
     plugin = TensorParallelDDPPlugin()
     assert (plugin.tp_size, plugin.tp_plan, plugin.replica_check_steps) == (1, "auto", 100)
-    assert (plugin.loss_parallel, plugin.sequence_parallel, plugin.zero1) == (False, False, False)
+    assert (plugin.loss_parallel, plugin.sequence_parallel, plugin.zero1) == ("auto", False, False)
 
 
 def test_plugin_reads_what_the_launcher_sets(environment):
@@ -62,7 +62,7 @@ def test_plugin_prints_its_sizes(environment, capsys):
         ("loss_parallel", "perhaps"),
         ("cp_size", 2),
         ("dp_shard_size", 2),
-        ("loss_parallel", True),
+        ("loss_parallel", 1),
         ("zero1", "perhaps"),
     ],
 )

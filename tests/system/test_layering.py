@@ -1,6 +1,7 @@
 """The arrows of the package point one way. Read off the source, so that an import within a function counts too."""
 
 import ast
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ TESTS = Path(__file__).parents[1]
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
 
 # The wings, from the lowest: a module imports from its own wing and from those below.
-WINGS = ("core", "training", "styles", "plans", "checkpoint", "model", "proof", "plugin", "tools")
+WINGS = ("core", "training", "styles", "loss", "plans", "checkpoint", "model", "proof", "plugin", "tools")
 ENTRANCES = {"__init__.py", "cli.py", "launch.py"}
 
 KNOW_ACCELERATE = {
@@ -56,6 +57,7 @@ COLLECTIVES = {
 }
 
 
+@cache  # each file is asked about once for every other
 def imported(source: str, file: str) -> set[str]:
     """Absolute dotted names of what `file` imports when it runs; what stands under TYPE_CHECKING does not run."""
     here = ["accel_tp_ddp", *Path(file).parent.parts]

@@ -231,18 +231,24 @@ class LayerForward(ParallelForward):
 
     def __call__(self, x: Tensor, *args, **kwargs):
         self._rest = (args, kwargs)
-        self.base_call.idle = True
         try:
             return super().__call__(x)
         finally:
             self._rest = ((), {})
-            self.base_call.idle = False
+
+    @property
+    def extra_arguments(self) -> bool:
+        return any(self._rest)
 
     def inner(self, x: Tensor):
         args, kwargs = self._rest
-        if self.wrapped is not None:
-            return self.wrapped(x, *args, **kwargs)
-        return type(self.layer).forward(self.layer, x, *args, **kwargs)
+        self.base_call.idle = True
+        try:
+            if self.wrapped is not None:
+                return self.wrapped(x, *args, **kwargs)
+            return type(self.layer).forward(self.layer, x, *args, **kwargs)
+        finally:
+            self.base_call.idle = False
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_rest": ((), {})}
