@@ -38,6 +38,7 @@ __all__ = [
     "differ_over_ranks",
     "exchange",
     "gather_from_tp",
+    "gather_into",
     "gather_parts",
     "gather_replicas",
     "gather_whole",
@@ -414,10 +415,15 @@ def gather_whole(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int
 def _one_after_another(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
     """Equal slices of all ranks, joined along the first dimension, without a list of them or a copy."""
     joined = tensor.new_empty((mesh.size() * tensor.size(0), *tensor.shape[1:]))
-    # Which is the name since torch 2.13.
-    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-    gather(joined, tensor.contiguous(), group=mesh.get_group())
+    gather_into(joined, tensor.contiguous(), mesh.get_group())
     return joined
+
+
+def gather_into(joined: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+    """Fill `joined` with the `own` elements of all ranks of a group, one after another; both are contiguous."""
+    # The name from torch 2.13 on; the one before warns there.
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather(joined, own, group=group)
 
 
 def _own_slice(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
