@@ -276,7 +276,6 @@ def _size_lines(result: Mapping[str, Any]) -> list[str]:
             continue
         several = f", {size['replicated_share']:.1%} of it on every rank" if size["tp_size"] > 1 else ""
         few = f", each key/value head on {size['ranks_per_head']} ranks" if size["ranks_per_head"] > 1 else ""
-        lines.append(
-            f"  {size['tp_size']:>2}: {readable(size['bytes'])} of weights a rank, {size['share']:.2%} of all{several}{few}"
-        )
+        held = f"{readable(size['bytes'])} of weights a rank, {size['share']:.2%} of all"
+        lines.append(f"  {size['tp_size']:>2}: {held}{several}{few}")
     return [*lines, *(f"not {ranges(sizes)}: {why}" for why, sizes in refused.items())]
