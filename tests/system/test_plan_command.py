@@ -41,7 +41,7 @@ def nothing_proved(tmp_path, monkeypatch):
 def small(tmp_path):
     """The config.json of a small Llama, with more ranks than key/value heads at tp 4."""
     folder = tmp_path / "small"
-    config = build_config("llama", layers=3)
+    config = build_config("llama", layers=3, num_key_value_heads=2, vocab_size=128)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     return folder / "config.json"
@@ -65,6 +65,12 @@ def test_the_plan_of_a_folder(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------- against what parallelize does
+
+
+ARCHITECTURES = (
+    *("llama", "llama, tied", "llama_one_key", "qwen3_moe", "gpt_oss", "deepseek_v3", "gpt2", "phi3_two_keys"),
+    "lora",
+)
 
 
 def build(architecture: str):
@@ -105,7 +111,7 @@ def numbers(part: str) -> list[str]:
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])
-@pytest.mark.parametrize("architecture", ["llama", "llama, tied", "qwen3_moe", "deepseek_v3", "gpt2", "phi3", "lora"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_local_shapes_and_sums_are_those_of_the_sharded_model(architecture, tp_size):
     model = build(architecture)
     tree = as_tree(model, resolve_plan(model, tp_size))
@@ -243,6 +249,8 @@ def test_the_sizes_that_a_model_allows_are_those_that_leave_each_rank_full_heads
     config = AutoConfig.from_pretrained(CONFIGS / f"{name}.json")
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     full = [n for n in range(1, 65) if queries % n == 0 and (keys % n == 0 or n % keys == 0)]
+    if name.startswith("mixtral"):  # experts lie in one tensor, which is cut evenly
+        full = [n for n in full if config.intermediate_size % n == 0]
     assert [size["tp_size"] for size in found["sizes"] if size["allowed"]] == full
     assert all(size["why"] for size in found["sizes"] if not size["allowed"])
     per_head = {size["tp_size"]: size["ranks_per_head"] for size in found["sizes"] if size["allowed"]}
@@ -276,7 +284,7 @@ def test_a_config_of_405_billion_parameters_keeps_to_the_limits_of_the_benchmark
         (["{folder}/broken.json", "--tp", "2"], "no config that can be read"),
         (["{folder}/list.json", "--tp", "2"], "no config that can be read"),
         (["{folder}/nothing.json", "--tp", "2"], "no config that can be read"),
-        (["{folder}/zero.json", "--tp", "2"], "no model can be built"),
+        (["{folder}/zero.json", "--tp", "2"], "`embed_dim` must be divisible by num_heads"),
         (["{folder}/no_such_module:build", "--tp", "2"], "names no function"),
         (["{small}", "--tp", "two"], "invalid int value: 'two'"),
         (["{small}", "--tp", "-2"], "Give 1 or more"),
