@@ -8,7 +8,6 @@ import multiprocessing
 import sys
 import time
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -58,9 +57,7 @@ def test_a_group_that_outlives_its_module_can_be_destroyed_at_any_time():
 
 
 def test_another_one_cannot():
-    """By chance: where the machine is busy, the threads may let go in time however often it is tried."""
-    if not any(None in exit_codes(outlive=False) for _ in range(5)):
-        pytest.skip("no group has hung in 500 trials: see whether torch frees its reducers otherwise by now")
+    assert any(None in exit_codes(outlive=False) for _ in range(5))  # a busy machine may need several
 
 
 def outlives(tp):
