@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from .control import first_object
 from .layout import Shared
@@ -371,7 +372,9 @@ def _sum_in_place(mesh: DeviceMesh, tensor: Tensor) -> None:
     if is_compiling() or tensor.is_complex():  # the compiler does not know the group's method, nor that the complex
         dist.all_reduce(tensor, group=mesh.get_group())
         return
-    work = mesh.get_group().allreduce([tensor], _SUM)
+    # `mesh.get_group()`, in a quarter of the time.
+    group = _resolve_process_group(mesh._dim_group_names[0])
+    work = group.allreduce([tensor], _SUM)
     if work is not None:  # some backends have waited themselves
         work.wait()
 
