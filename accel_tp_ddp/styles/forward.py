@@ -67,7 +67,7 @@ class ParallelForward:
         self._run = style.forward
         self._keep = style.local_output
         self._hosts: tuple[nn.Module, ...] = ()
-        self._given: Tensor | None = None  # to the module, by `enter_hook`, and not yet taken by its forward
+        self._entered = False
         self.computing = False  # whether the module's own forward runs
         self.idle = False  # while a module around this one runs it under the style
         self.defer: Callable[[Tensor], Tensor | None] | None = None  # gives what is to be computed later, if anything
@@ -98,6 +98,7 @@ class ParallelForward:
         if self.style.enters:
             self._hosts = (*self._hosts, module)
             module.register_forward_pre_hook(self.enter_hook, prepend=True, with_kwargs=True)
+            module.register_forward_hook(self.exit_hook, always_call=True)
 
     def product(self, input: Tensor, with_bias: bool = True) -> Tensor | None:
         """What a linear layer of torch's computes, by as few steps; None of any other module, see `inner`."""
@@ -130,18 +131,21 @@ class ParallelForward:
         if self.idle:
             return args, kwargs
         if args:
-            self._given = copy = self.region.enter(
-                args[0], self.partners, self._keep, self.module.training, self._casts
-            )
-            return (copy, *args[1:]), kwargs
-        name = next(iter(kwargs))
-        self._given = copy = self.enter(kwargs[name])
-        return args, {**kwargs, name: copy}
+            copy = self.region.enter(args[0], self.partners, self._keep, self.module.training, self._casts)
+            args = (copy, *args[1:])
+        else:
+            name = next(iter(kwargs))
+            kwargs = {**kwargs, name: self.enter(kwargs[name])}
+        self._entered = True
+        return args, kwargs
 
     def entered(self, tensor: Tensor) -> Tensor:
         """`tensor`, inside the region; also where somebody calls `module.forward` and so passes by the hook."""
-        given, self._given = self._given, None
-        return tensor if tensor is given or (given is not None and _is_of(given, tensor)) else self.enter(tensor)
+        return tensor if self._entered else self.enter(tensor)
+
+    def exit_hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook, also after an exception: the next call enters the region by itself."""
+        self._entered = False
 
     def enter(self, tensor: Tensor) -> Tensor:
         return self.region.enter(tensor, self.partners, self._keep, self.module.training, self._casts)
@@ -149,11 +153,9 @@ class ParallelForward:
     def _may_cast(self) -> bool:
         """Whether no hook of a user's looks at what the module is given, which is to have the type it always has."""
         return all(
-            not host._forward_hooks
-            and (
-                len(before := host._forward_pre_hooks) == 1  # which is `enter_hook`
-                or sum(getattr(hook, "reads_input", True) for hook in before.values()) == 1
-            )
+            # Two hooks are the ones that `install_on` has registered.
+            len(before := host._forward_pre_hooks) + len(after := host._forward_hooks) == 2
+            or sum(getattr(hook, "reads_input", True) for hook in (*before.values(), *after.values())) == 2
             for host in self._hosts
         )
 
@@ -213,16 +215,8 @@ class ParallelForward:
             own.update(saved)
 
     def __getstate__(self) -> dict[str, Any]:
-        idle: dict[str, Any] = {"offered": {}, "_given": None, "computing": False, "idle": False, "defer": None}
+        idle = {"offered": {}, "_entered": False, "computing": False, "idle": False, "defer": None}
         return {**self.__dict__, **idle}
-
-
-def _is_of(given: Tensor, tensor: Tensor) -> bool:
-    """Whether `tensor` is what torch makes of `given` for a module with backward hooks."""
-    function = tensor.grad_fn
-    if function is None or function.name() != "BackwardHookFunctionBackward":
-        return False
-    return any(source is given.grad_fn for source, _ in function.next_functions)
 
 
 def is_product(module: nn.Module) -> bool:
