@@ -50,6 +50,7 @@ class Plan:
     parameters: tuple[tuple[str, torch.Size], ...]
     dtypes: tuple[torch.dtype, ...] = ()
     unmatched: tuple[str, ...] = ()
+    sequence_parallel: bool = False
 
     @property
     def layouts(self) -> dict[str, Layout]:
@@ -70,7 +71,8 @@ class Plan:
         """Equal on two ranks only if both would shard the same parameters in the same way."""
         styles = [f"{entry.site.name}: {entry.label}, {entry.layouts}" for entry in self.entries]
         sizes = [f"{name} {tuple(size)} {dtype}" for (name, size), dtype in zip(self.parameters, self.dtypes)]
-        return "\n".join([f"tp_size={self.tp_size}", *sizes, *styles])
+        spread = ["sequence_parallel"] if self.sequence_parallel else []
+        return "\n".join([f"tp_size={self.tp_size}", *spread, *sizes, *styles])
 
     def __str__(self) -> str:
         layouts = self.layouts

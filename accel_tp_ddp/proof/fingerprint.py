@@ -46,6 +46,7 @@ class _Description:
     def __init__(self, model: nn.Module, plan: Plan):
         self.model = model
         self.tp_size = plan.tp_size
+        self.sequence_parallel = plan.sequence_parallel
         self.sources = Sources()
         self.entries: dict[int, list[PlanEntry]] = {}
         for entry in plan.entries:
@@ -62,6 +63,8 @@ class _Description:
 
     def rows(self) -> Iterator[str]:
         yield f"tp_size {self.tp_size}"
+        if self.sequence_parallel:
+            yield "sequence_parallel"
         yield f"model {self._walk('', self.model)}"
         yield from self._modules
         for names in self._owners.values():

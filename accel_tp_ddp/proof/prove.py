@@ -101,10 +101,10 @@ def _prove(parts: Iterator[Small], mesh: DeviceMesh, plan: Plan, ranks: Ranks) -
     with CpuRanks(mesh) as cpus:
         while (small := _next(parts, ranks)) is not None:
             ranks.same([_bits(small)], "rank {rank} has built another small model than rank {own}", "a proof")
-            compared = compare(small.model, small.inputs, cpus, small.rules)
+            compared = compare(small.model, small.inputs, cpus, small.rules, plan.sequence_parallel)
             if compared.findings and not compared.broken:  # a near tie may have gone the other way by rounding
                 _move(small.model)
-                again = compare(small.model, small.inputs, cpus, small.rules)
+                again = compare(small.model, small.inputs, cpus, small.rules, plan.sequence_parallel)
                 compared = compared if again.findings else again
             if compared.findings:
                 raise _wrong(plan, small, compared)

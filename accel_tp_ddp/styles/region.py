@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..core.collectives import copy_to_tp
+from ..core.collectives import copy_to_tp, split_from_tp
 from ..core.layout import Shared
 from ..core.randomness import RandomStream
 
-__all__ = ["Region", "running_region"]
+__all__ = ["Region", "Spread", "running_region"]
 
 
 class Partner(Protocol):
@@ -27,6 +28,34 @@ class Partner(Protocol):
     def held(self, name: str) -> Tensor: ...
 
     def shared(self, name: str) -> Shared | None: ...
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Hidden states `[batch, length, width]`, of which each rank has a slice of the sequence."""
+
+    mesh: DeviceMesh
+    batch: int
+    sizes: tuple[int, ...]
+    width: int
+
+    @property
+    def own(self) -> tuple[int, int, int]:
+        """The shape of this rank's slice."""
+        return self.batch, self.sizes[self.mesh.get_local_rank()], self.width
+
+    @property
+    def whole(self) -> tuple[int, int, int]:
+        return self.batch, sum(self.sizes), self.width
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """This rank's slice of the sum over the ranks, where a region is closed."""
+        if tensor.shape != self.whole:
+            raise ValueError(
+                f"sequence_parallel=True: a row-parallel layer gives {tuple(tensor.shape)} inside its block, and not "
+                f"[batch, sequence, hidden], here {self.whole}. Set sequence_parallel=False for this model."
+            )
+        return split_from_tp(self.mesh, tensor, 1, self.sizes)
 
 
 #: Those whose whole model is in a forward, the innermost last: more than one where a teacher runs in a student's.
@@ -54,6 +83,8 @@ class Region:
         self._cast = False
         self.failed = 0  # forwards of the model that an exception has ended
         self.full: dict[tuple, Tensor] = {}  # what `direct_reads` has gathered in this forward
+        #: How the sequence is spread over the ranks around the block that runs, which closes the region; see `sequence`.
+        self.spread: Spread | None = None
 
     def enter(
         self,
@@ -74,6 +105,8 @@ class Region:
             casts: Says whether all that the module does with its input is what autocast does in bf16. The cast is
                 then made before the copy, once for all modules, and the gradients are summed in bf16, half the bytes.
         """
+        if self.spread is not None:  # gathered by the block, whose backward sums up the gradients
+            return tensor
         if self.stream is not None and keep and training:
             self.stream.enter()
         # Dynamo cannot trace the read of a version; it works on graphs in which nothing is changed in place.
@@ -110,6 +143,8 @@ class Region:
     def leave(self) -> None:
         """Close the region: forget its input, so that it is freed as early as without tensor parallelism."""
         self._source, self._copy = None, None
+        if self.spread is not None:  # what follows drops out a rank's part, too
+            return
         if self.stream is not None:
             self.stream.leave()
 
@@ -127,6 +162,7 @@ class Region:
         _running.append(self)
 
     def _end_hook(self, model: nn.Module, args: Any, output: Any) -> None:
+        self.spread = None
         if self in _running:
             del _running[len(_running) - 1 - _running[::-1].index(self) :]
         if output is None:
@@ -135,7 +171,7 @@ class Region:
         self.leave()
 
     def __getstate__(self) -> dict[str, Any]:
-        idle: dict[str, Any] = {"_source": None, "_version": -1, "_copy": None, "_cast": False, "full": {}}
+        idle: dict[str, Any] = {"_source": None, "_version": -1, "_copy": None, "_cast": False, "full": {}, "spread": None}
         return {"mesh": self.mesh, "stream": self.stream, "failed": 0, **idle}
 
 
