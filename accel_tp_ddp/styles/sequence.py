@@ -168,10 +168,9 @@ class Block:
     def _casts(self) -> bool:
         """Whether all that the block does with its input is what autocast does in bf16; see `Region.enter`."""
         assert self.calls is not None
-        if self.module._forward_hooks.keys() ^ self.module._forward_hooks_always_called.keys():
-            return False
-        if len(self.module._forward_pre_hooks) > 1 and all(call.module is not self.module for call in self.calls):
-            return False
+        for hook in (*self.module._forward_pre_hooks.values(), *self.module._forward_hooks.values()):
+            if getattr(hook, "__self__", None) is not self and getattr(hook, "reads_input", True):
+                return False
         return all(call._casts is not None and call._casts() for call in self.calls)
 
     def __getstate__(self) -> dict[str, Any]:

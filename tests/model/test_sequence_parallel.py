@@ -63,7 +63,7 @@ def compared(name, kinds, checkpointing=None, tp=None, **options):
     with torch.no_grad():
         logits = [each.eval()(**batches()["uneven"]).logits for each in (model, reference)]
     assert torch.allclose(*logits, atol=1e-5)
-    prompt = batches()["even"]["input_ids"][:, :4]
+    prompt = batches()["even"]["input_ids"][:, :4].clamp(min=1)
     tokens = [each.generate(prompt, max_new_tokens=3, do_sample=False) for each in (model, reference)]
     assert torch.equal(*tokens)
 
@@ -72,3 +72,17 @@ def compared(name, kinds, checkpointing=None, tp=None, **options):
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2"])
 def test_losses_and_gradients_are_those_of_the_unsharded_model(name, tp):
     run_on_ranks(compared, tp, name, list(batches())[: 4 if tp == 2 else 2], tp=tp)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3_moe"])
+def test_what_is_computed_again_is_spread_again(name, reentrant):
+    run_on_ranks(compared, 2, name, ["even", "padded"], reentrant)
+
+
+# Experts, latent attention, shared heads, alibi with a residual inside, parallel blocks.
+@pytest.mark.parametrize(
+    "name", ["mixtral", "deepseek_v3", "gpt_oss", "longcat_flash", "llama_one_key", "bloom", "falcon_two_keys", "gpt_neox"]
+)
+def test_blocks_of_other_kinds_see_the_whole_sequence(name):
+    run_on_ranks(compared, 2, name, ["even", "padded"])
