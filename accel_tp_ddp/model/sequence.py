@@ -95,7 +95,8 @@ class _Structure:
             styles = [style for entry in sharding for style in _single(entry.style)]
             opens = [style for style in styles if style.enters and style.local_output]
             closes = [style for style in styles if _closes(style)]
-            if bool(opens) != bool(closes) or any(entry.site.module is child for entry in sharding if opens or closes):
+            alone = [style for entry in sharding if entry.site.module is child for style in _single(entry.style)]
+            if bool(opens) != bool(closes) or any(style in alone for style in (*opens, *closes)):
                 return Layer(self.module, None)
             if not opens or not self._closes_region(child, sharding):
                 blocks.append(Block(child, None))
