@@ -1,5 +1,6 @@
 """With the sequence spread over the ranks a model has the losses and gradients that it has without."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,11 @@ from accel_tp_ddp.model.parallelize import parallelize_with_map
 from accel_tp_ddp.model.sequence import check_sequence
 
 from ..helpers.compare import assert_tensors_close
+from ..helpers.dropout import RATE, masks
 from ..helpers.models import build_model
 from ..helpers.ranks import run_on_ranks
 from ..helpers.sharded import TOLERANCE, token_batch, tp_mesh
+from ..helpers.training import Spec, assert_same_run, train
 
 FLOOR = 1e-5
 TP = pytest.mark.parametrize("tp", [2, 4])
@@ -86,3 +89,72 @@ def test_what_is_computed_again_is_spread_again(name, reentrant):
 )
 def test_blocks_of_other_kinds_see_the_whole_sequence(name):
     run_on_ranks(compared, 2, name, ["even", "padded"])
+
+
+# --- under Accelerate ------------------------------------------------------------------------------------------------
+
+
+def with_sequence_parallel(function, *args, loss="auto", zero1="false", **kwargs):
+    os.environ["ACCEL_TP_DDP_SEQUENCE_PARALLEL"] = "true"
+    os.environ.update(ACCEL_TP_DDP_LOSS_PARALLEL=loss, ACCEL_TP_DDP_ZERO1=zero1)
+    return function(*args, **kwargs)
+
+
+SPECS = {
+    "llama": (Spec("llama", optimizer="sgd"), {}),
+    "tied, accumulated": (Spec("llama", tied=True, accumulation=2), {}),
+    "gpt2, checkpointed": (Spec("gpt2", checkpointing="non_reentrant"), {}),
+    "qwen3, with all": (Spec("qwen3", checkpointing="reentrant"), {"loss": "true", "zero1": "true"}),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_run_is_that_of_plain_ddp(name):
+    spec, options = SPECS[name]
+    plain = run_on_ranks(train, 2, spec)
+    assert_same_run(run_on_ranks(with_sequence_parallel, 4, train, replace(spec, tp=2), **options), plain)
+
+
+def test_a_run_in_bf16_is_that_of_plain_ddp_within_rounding():
+    spec = Spec("llama", mixed_precision="bf16")
+    plain = run_on_ranks(train, 2, spec)
+    assert_same_run(run_on_ranks(with_sequence_parallel, 4, train, replace(spec, tp=2)), plain, 2e-2, 5e-2)
+
+
+def adapted(reentrant=None):
+    peft = pytest.importorskip("peft")
+    found = []
+    for sharded in (True, False):
+        torch.manual_seed(3)
+        config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, use_dora=True)
+        model = peft.get_peft_model(build_model("llama"), config).train()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        if sharded:
+            spread(model, 2)
+        loss = model(**batches()["uneven"]).loss
+        loss.backward()
+        found.append((loss.item(), full_gradients(model) if sharded else gradients(model)))
+    (loss, ours), (wanted, expected) = found
+    assert abs(loss - wanted) < 2e-6 * abs(wanted)
+    assert_tensors_close(ours, expected, TOLERANCE, FLOOR)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_adapters_have_the_gradients_of_the_unsharded_model(reentrant):
+    run_on_ranks(adapted, 2, reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_dropout_of_a_slice_is_drawn_by_each_rank(reentrant):
+    (first, state), (second, peer_state), (third, _), _ = run_on_ranks(with_sequence_parallel, 4, masks, False, reentrant)
+    assert state == peer_state and len(first) >= 7
+    apart = [mask != theirs for (_, mask, _), (_, theirs, _) in zip(first, second, strict=True)]
+    assert apart == [False] + [True] * (len(first) - 1), "only that of the embeddings is of the whole sequence"
+    assert all(mask != theirs for (_, mask, _), (_, theirs, _) in zip(first, third, strict=True))
+    rates = [rate for *_, rate in first]
+    assert abs(sum(rates) / len(rates) - RATE) < 0.05
+    if reentrant is not None:
+        again = [mask for _, mask, _ in first[1:]]
+        assert set(again[: len(again) // 2]) == set(again[len(again) // 2 :]), "computed again with other masks"
