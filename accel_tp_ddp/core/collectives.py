@@ -139,7 +139,7 @@ def gather_to_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int
 
 
 def split_from_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
-    """Close a region: forward keeps this rank's slice of the sum of the ranks' `tensor`s, backward joins the slices."""
+    """Close a region: forward keeps this rank's slice of the sum of the ranks' tensors, backward joins the slices."""
     return _SplitFromTP.apply(mesh, tensor, dim, tuple(sizes))
 
 

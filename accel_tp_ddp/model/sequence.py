@@ -51,7 +51,7 @@ def _layers(model: nn.Module, plan: Plan) -> tuple[nn.Module, list[nn.Module]]:
         for each in owner.children():
             if isinstance(each, nn.ModuleList) and len(each):
                 held = [sum(sharded.get(id(inside), 0) for inside in layer.modules()) for layer in each]
-                if all(held) or (any(held) and len({type(layer) for layer in each}) < len(each)):
+                if any(held):
                     found.append((sum(held), owner, list(each)))
     if not found:
         raise PlanError(f"{what} has no list of layers that are sharded. {_OFF}")

@@ -217,8 +217,8 @@ class _Hooks:
     def _spread(model: nn.Module, plan: Plan | None) -> Plan:
         if plan is None:
             raise ValueError(
-                f"sequence_parallel=True: this {type(model).__name__} was sharded before `prepare`. Leave the sharding "
-                "to `prepare`, or set sequence_parallel=False."
+                f"sequence_parallel=True: this {type(model).__name__} was sharded before `prepare`. Leave that to "
+                "`prepare`, or set sequence_parallel=False."
             )
         check_sequence(unwrap(model), plan)
         return replace(plan, sequence_parallel=True)

@@ -29,7 +29,7 @@ def fingerprint(model: nn.Module, plan: Plan) -> str | None:
     None if that cannot be said: code without a source file, such as a notebook's cell, or a style whose state cannot
     be read. Such a model is proved each time. Compare `describe` of two to see whether one can stand for the other.
     """
-    rows = describe(model, plan)
+    rows = [*describe(model, plan), *(["sequence_parallel"] if plan.sequence_parallel else [])]
     return None if any(row.startswith(UNKNOWN) for row in rows) else digest("\n".join(rows))
 
 
@@ -46,7 +46,6 @@ class _Description:
     def __init__(self, model: nn.Module, plan: Plan):
         self.model = model
         self.tp_size = plan.tp_size
-        self.sequence_parallel = plan.sequence_parallel
         self.sources = Sources()
         self.entries: dict[int, list[PlanEntry]] = {}
         for entry in plan.entries:
@@ -63,8 +62,6 @@ class _Description:
 
     def rows(self) -> Iterator[str]:
         yield f"tp_size {self.tp_size}"
-        if self.sequence_parallel:
-            yield "sequence_parallel"
         yield f"model {self._walk('', self.model)}"
         yield from self._modules
         for names in self._owners.values():

@@ -191,7 +191,7 @@ def _ways_on(plan: Plan, module: str) -> str:
             library = found
             break
     version = getattr(sys.modules.get(library), "__version__", None)
-    ways = []
+    ways = ["set sequence_parallel=False"] if plan.sequence_parallel else []
     if "user" in sources:
         ways.append("correct your rules")
     if version is not None and library not in ("__main__", "accel_tp_ddp"):

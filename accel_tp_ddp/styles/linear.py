@@ -151,7 +151,7 @@ class Rowwise(Style):
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
         call.region.leave()
-        bias = call.module._parameters["bias"]
+        bias: Tensor | None = call.module._parameters["bias"]
         output = call.product(input, with_bias=False)
         if output is None:
             output = call.inner(input) if bias is None else call.inner_with({"bias": no_bias(call)}, input)

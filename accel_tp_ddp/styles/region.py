@@ -83,8 +83,10 @@ class Region:
         self._cast = False
         self.failed = 0  # forwards of the model that an exception has ended
         self.full: dict[tuple, Tensor] = {}  # what `direct_reads` has gathered in this forward
-        #: How the sequence is spread over the ranks around the block that runs, which closes the region; see `sequence`.
+        #: How the sequence is spread around the block that runs, which closes the region; see `sequence`.
         self.spread: Spread | None = None
+        #: Whether a layer is under way in which tensors are slices of the sequence, outside of its blocks.
+        self.between_blocks = False
 
     def enter(
         self,
@@ -107,6 +109,11 @@ class Region:
         """
         if self.spread is not None:  # gathered by the block, whose backward sums up the gradients
             return tensor
+        if self.between_blocks:
+            raise ValueError(
+                f"sequence_parallel=True: a column-parallel layer gets {tuple(tensor.shape)}, a slice of the "
+                "sequence, as it is not called from a block of its layer. Set sequence_parallel=False for this model."
+            )
         if self.stream is not None and keep and training:
             self.stream.enter()
         # Dynamo cannot trace the read of a version; it works on graphs in which nothing is changed in place.
@@ -162,7 +169,7 @@ class Region:
         _running.append(self)
 
     def _end_hook(self, model: nn.Module, args: Any, output: Any) -> None:
-        self.spread = None
+        self.spread, self.between_blocks = None, False
         if self in _running:
             del _running[len(_running) - 1 - _running[::-1].index(self) :]
         if output is None:
@@ -171,7 +178,8 @@ class Region:
         self.leave()
 
     def __getstate__(self) -> dict[str, Any]:
-        idle: dict[str, Any] = {"_source": None, "_version": -1, "_copy": None, "_cast": False, "full": {}, "spread": None}
+        idle: dict[str, Any] = {"_source": None, "_version": -1, "_copy": None, "_cast": False, "full": {}}
+        idle |= {"spread": None, "between_blocks": False}
         return {"mesh": self.mesh, "stream": self.stream, "failed": 0, **idle}
 
 

@@ -3,14 +3,15 @@
 Residuals, norms and dropout of a layer run on `[batch, length / tp, width]`. Hidden states are cut before the first
 layer and joined after the last one; in between, a block of a layer (attention, an MLP) sees the whole sequence:
 
-| a block              | enters by                     | ends by                          | a layer's collectives          |
-| -------------------- | ----------------------------- | -------------------------------- | ------------------------------ |
-| that closes a region | all-gather, b. reduce-scatter | reduce-scatter, b. all-gather    | as many bytes as all-reduces   |
-| any other            | all-gather, b. slice          | slice, b. all-gather             | those, beside the block's own  |
+| a block              | enters by                     | ends by                       | what a layer sends           |
+| -------------------- | ----------------------------- | ----------------------------- | ---------------------------- |
+| that closes a region | all-gather, b. reduce-scatter | reduce-scatter, b. all-gather | as many bytes as all-reduces |
+| any other            | all-gather, b. slice          | slice, b. all-gather          | those, and the block's own   |
 
 The first kind has nothing but column-parallel layers first and row-parallel ones last, whose all-reduces are left out.
 In the second everything runs as without sequence parallelism: experts and their routers, convolutions, what a plan
-leaves replicated. Where not even the blocks of a layer can be told, the whole layer is such a block.
+leaves replicated. A whole layer is such a block where its blocks cannot be told, or where it is given more of each
+token than its hidden states.
 
 Parameters that are used on a slice (norms, biases of row-parallel layers) get a part of their gradient on each rank.
 They are summed in the graph, once for every backward: one all-reduce a layer of all of them together.
@@ -18,6 +19,7 @@ They are summed in the graph, once for every backward: one all-reduce a layer of
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -145,7 +147,7 @@ class Block:
                 whole[key] = gather_to_tp(spread.mesh, source, 1, spread.sizes)
             else:
                 whole[key] = gather_from_tp(spread.mesh, leaf, 1, spread.sizes)
-        self._open = spread
+        self._open, region.between_blocks = spread, False
         if closes:
             region.spread = spread
         elif region.stream is not None:
@@ -157,7 +159,7 @@ class Block:
         if spread is None:
             return None
         region = self.layer.region
-        closed, region.spread = region.spread is not None, None
+        closed, region.spread, region.between_blocks = region.spread is not None, None, True
         if output is None:
             return None
         if not closed:
@@ -204,9 +206,9 @@ class Layer:
         self.biases = tuple(biases)
         self.stack: Stack
         self.running: Spread | None = None  # while it computes on a slice
-        self._waiting: Spread | None = None  # for what checkpointing runs within it
+        self._waiting: tuple[Spread, bool] | None = None  # for what checkpointing runs within it
         self._saved: list[tuple[nn.Module, str, nn.Parameter]] = []
-        self._opened = False
+        self._around: Spread | None = None  # while it sees the whole sequence
 
     @property
     def region(self) -> Region:
@@ -226,8 +228,8 @@ class Layer:
         if not stack.wanted:
             if stack.spread is None and torch._C._current_graph_task_id() != -1 and module.training:
                 raise ValueError(
-                    f"sequence_parallel=True: a {type(module).__name__} is computed once more in the backward, and not "
-                    "by the model's own checkpointing. Use `gradient_checkpointing_enable()`, or set "
+                    f"sequence_parallel=True: a {type(module).__name__} is computed once more in the backward, and "
+                    "not by the model's own checkpointing. Use `gradient_checkpointing_enable()`, or set "
                     "sequence_parallel=False."
                 )
             return None
@@ -246,17 +248,26 @@ class Layer:
                 f"sequence_parallel=True: a {type(module).__name__} gets {got} from the layer before it, and not "
                 f"{spread.own}, of which each rank has a slice. {_OFF}"
             )
+        whole = self.blocks is None or any(
+            isinstance(leaf, Tensor) and leaf.requires_grad and leaf.shape[:2] == spread.whole[:2]
+            for leaf in tree_leaves((args[1:], kwargs))
+        )
         if self._checkpointed() and name is None and not stack.carried:
-            self._waiting = spread
+            self._waiting = spread, whole
         else:
-            hidden = self.open(spread, hidden)
+            hidden = self.open(spread, whole, hidden)
         return (args if name is not None else (hidden, *args[1:])), ({**kwargs, name: hidden} if name else kwargs)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
         self._waiting = None
+        error = sys.exc_info()[1] if output is None and self.stack.spread is not None else None
+        if hasattr(error, "add_note"):  # since Python 3.11
+            error.add_note(
+                "sequence_parallel=True: a rank has a slice of the sequence here. If this is not raised without it, "
+                "set sequence_parallel=False for this model."
+            )
         spread = self.stack.spread
-        if self._opened:
-            output = self.close(output)
+        output = self.close(output)
         if output is None or spread is None or self is not self.stack.layers[-1]:
             return output
         self.stack.spread = None
@@ -264,21 +275,22 @@ class Layer:
 
     # -------------------------------------------------------------------------------------------- what is inside
 
-    def open(self, spread: Spread, hidden: Tensor) -> Tensor:
-        self._opened = True
-        if self.blocks is None:
-            self._whole = spread
+    def open(self, spread: Spread, whole: bool, hidden: Tensor) -> Tensor:
+        if whole:
+            self._around = spread
             return gather_from_tp(spread.mesh, hidden, 1, spread.sizes)
-        self.running = spread
+        self.running, self.region.between_blocks = spread, True
         self._sum_gradients()
         self.draw()
         return hidden
 
     def close(self, output: Any) -> Any:
-        self._opened = False
-        if self.blocks is None:
-            return output if output is None else sliced(self._whole, output)
-        self.running = None
+        around, self._around = self._around, None
+        if around is not None:
+            return output if output is None else sliced(around, output)
+        if self.running is None:
+            return output
+        self.running, self.region.between_blocks = None, False
         for module, name, param in self._saved:
             module._parameters[name] = param
         self._saved.clear()
@@ -305,10 +317,8 @@ class Layer:
             if bias is not None:
                 places.append((call, "bias", bias, None))
         once = {id(param): (param, shared) for _, _, param, shared in places}
-        copies = copy_to_tp(
-            *(self.region.mesh, *(param for param, _ in once.values())),
-            shared=[shared for _, shared in once.values()],
-        )
+        tensors = [param for param, _ in once.values()]
+        copies = copy_to_tp(self.region.mesh, *tensors, shared=[shared for _, shared in once.values()])
         found = dict(zip(once, copies))
         for place, name, param, _ in places:
             if isinstance(place, ParallelForward):
@@ -330,12 +340,12 @@ class Layer:
         if stock is not None and not isinstance(stock, _Carrying):
             self.module.__dict__[_CHECKPOINT] = _Carrying(self, stock)
 
-    def waiting(self) -> Spread | None:
+    def waiting(self) -> tuple[Spread, bool] | None:
         waiting, self._waiting = self._waiting, None
         return waiting
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "running": None, "_waiting": None, "_saved": [], "_opened": False}
+        return {**self.__dict__, "running": None, "_waiting": None, "_saved": [], "_around": None}
 
 
 class _Carrying:
@@ -346,24 +356,25 @@ class _Carrying:
         self.stock = stock
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        stack, spread = self.layer.stack, self.layer.waiting()
-        if spread is not None:  # the layer's hooks are around this
-            return self.stock(_Inside(self.layer, spread, function), *args, **kwargs)
+        stack, waiting = self.layer.stack, self.layer.waiting()
+        if waiting is not None:  # the layer's hooks are around this
+            return self.stock(_Inside(self.layer, *waiting, function), *args, **kwargs)
         if not stack.wanted:
             return self.stock(function, *args, **kwargs)
         return self.stock(_Around(stack, stack.spread, function), *args, **kwargs)
 
 
 class _Inside:
-    def __init__(self, layer: Layer, spread: Spread, function: Callable):
+    def __init__(self, layer: Layer, spread: Spread, whole: bool, function: Callable):
         self.layer = layer
         self.spread = spread
+        self.whole = whole
         self.function = function
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = None
         try:
-            hidden = self.layer.open(self.spread, hidden)
+            hidden = self.layer.open(self.spread, self.whole, hidden)
             output = self.function(hidden, *args, **kwargs)
         finally:
             output = self.layer.close(output)
@@ -391,10 +402,12 @@ def sliced(spread: Spread, output: Any) -> Any:
     found: dict[int, Tensor] = {}
 
     def cut(leaf: Tensor) -> Tensor:
-        if leaf.shape != spread.whole or not leaf.is_floating_point():
+        by_token = leaf.shape == (spread.batch * sum(spread.sizes), spread.width)
+        if not (by_token or leaf.shape == spread.whole) or not leaf.is_floating_point():
             return leaf
         if id(leaf) not in found:
-            found[id(leaf)] = scatter_to_tp(spread.mesh, leaf, 1, spread.sizes)
+            own = scatter_to_tp(spread.mesh, leaf.view(spread.whole), 1, spread.sizes)
+            found[id(leaf)] = own.flatten(0, 1) if by_token else own
         return found[id(leaf)]
 
     return tree_map_only(Tensor, cut, output)

@@ -5,18 +5,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
+from accelerate import Accelerator
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from accel_tp_ddp import full_gradients
+from accel_tp_ddp import TensorParallelDDPPlugin, full_gradients, parallelize
+from accel_tp_ddp.core.errors import WrongPlanError
 from accel_tp_ddp.model.check import check_model
 from accel_tp_ddp.model.parallelize import parallelize_with_map
 from accel_tp_ddp.model.sequence import check_sequence
+from accel_tp_ddp.tools.simulate import Setting, simulate
 
 from ..helpers.compare import assert_tensors_close
 from ..helpers.dropout import RATE, masks
-from ..helpers.models import build_model
+from ..helpers.models import build_config, build_model
 from ..helpers.ranks import run_on_ranks
-from ..helpers.sharded import TOLERANCE, token_batch, tp_mesh
+from ..helpers.sharded import TOLERANCE, build_mlp, token_batch, tp_mesh
 from ..helpers.training import Spec, assert_same_run, train
 
 FLOOR = 1e-5
@@ -85,7 +89,8 @@ def test_what_is_computed_again_is_spread_again(name, reentrant):
 
 # Experts, latent attention, shared heads, alibi with a residual inside, parallel blocks.
 @pytest.mark.parametrize(
-    "name", ["mixtral", "deepseek_v3", "gpt_oss", "longcat_flash", "llama_one_key", "bloom", "falcon_two_keys", "gpt_neox"]
+    "name",
+    ["mixtral", "deepseek_v3", "gpt_oss", "longcat_flash", "llama_one_key", "bloom", "falcon_two_keys", "gpt_neox"],
 )
 def test_blocks_of_other_kinds_see_the_whole_sequence(name):
     run_on_ranks(compared, 2, name, ["even", "padded"])
@@ -148,7 +153,9 @@ def test_adapters_have_the_gradients_of_the_unsharded_model(reentrant):
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_dropout_of_a_slice_is_drawn_by_each_rank(reentrant):
-    (first, state), (second, peer_state), (third, _), _ = run_on_ranks(with_sequence_parallel, 4, masks, False, reentrant)
+    (first, state), (second, peer_state), (third, _), _ = run_on_ranks(
+        with_sequence_parallel, 4, masks, False, reentrant
+    )
     assert state == peer_state and len(first) >= 7
     apart = [mask != theirs for (_, mask, _), (_, theirs, _) in zip(first, second, strict=True)]
     assert apart == [False] + [True] * (len(first) - 1), "only that of the embeddings is of the whole sequence"
@@ -158,3 +165,166 @@ def test_dropout_of_a_slice_is_drawn_by_each_rank(reentrant):
     if reentrant is not None:
         again = [mask for _, mask, _ in first[1:]]
         assert set(again[: len(again) // 2]) == set(again[len(again) // 2 :]), "computed again with other masks"
+
+
+# --- what cannot be spread -------------------------------------------------------------------------------------------
+
+
+class MixingLayer(LlamaDecoderLayer):
+    """Looks at other places of the sequence outside of any block."""
+
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states + 0.1 * hidden_states.cumsum(1), **kwargs)
+
+
+class PassingLayer(LlamaDecoderLayer):
+    """Passes by its MLP."""
+
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states + self.mlp.down_proj(self.mlp.up_proj(hidden_states)), **kwargs)
+
+
+class FlatMLP(LlamaMLP):
+    """Gives one row a token inside, and hidden states in the end."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(0, 1)).view(x.shape)
+
+
+class Mixing(LlamaForCausalLM):
+    layer: type = MixingLayer
+    mlp: type = LlamaMLP
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.__class__, layer.mlp.__class__ = self.layer, self.mlp
+
+
+class Passing(Mixing):
+    layer = PassingLayer
+
+
+class Flat(Mixing):
+    layer, mlp = LlamaDecoderLayer, FlatMLP
+
+
+def prepared(make, **options):
+    plugin = TensorParallelDDPPlugin(**{"tp_size": 2, "sequence_parallel": True, **options})
+    return Accelerator(parallelism_config=plugin).prepare(make())
+
+
+def mixing(kind):
+    return prepared(lambda: kind(build_config("llama")).train(), prove="always")
+
+
+@pytest.mark.parametrize(
+    "kind, says",
+    [(Mixing, "model.layers.*"), (Passing, "not called from a block"), (Flat, "a row-parallel layer gives (")],
+)
+def test_the_proof_refuses_what_cannot_be_spread(kind, says):
+    for raised in run_on_ranks(mixing, 2, kind, expect_raise=True):
+        assert WrongPlanError.__name__ in raised.type_names and says in raised.message
+        assert "set sequence_parallel=False" in raised.message
+
+
+def proved(name):
+    prepared(lambda: build_model(name).train(), prove="always")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_the_proof_accepts_what_can(name):
+    run_on_ranks(proved, 2, name)
+
+
+def encoder_decoder():
+    sizes = {"d_model": 64, "d_kv": 8, "d_ff": 96, "num_heads": 8, "num_layers": 2, "vocab_size": 64}
+    return AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **sizes))
+
+
+def dropping_layers():
+    sizes = {"hidden_size": 64, "ffn_dim": 96, "num_attention_heads": 8, "num_hidden_layers": 2, "vocab_size": 64}
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("opt", **sizes, layerdrop=0.5, word_embed_proj_dim=64)
+    )
+
+
+def sharded_before():
+    return parallelize(build_model("llama"), tp_mesh(2))
+
+
+REFUSED = {
+    "encoder-decoder": (encoder_decoder, {}, "is an encoder-decoder"),
+    "no layers": (build_mlp, {"tp_plan": {"up": "colwise", "down": "rowwise"}}, "has no list of layers"),
+    "layers dropped": (dropping_layers, {}, "layerdrop=0"),
+    "sharded": (sharded_before, {}, "sharded before `prepare`"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_spread_is_one_error_on_every_rank(name):
+    make, options, says = REFUSED[name]
+    for raised in run_on_ranks(prepared, 2, make, **options, expect_raise=True):
+        assert says in raised.message and "sequence_parallel" in raised.message
+
+
+def ran_without():
+    """Where somebody wants the hidden states of layers, of few tokens, or no gradient, the sequence is left alone."""
+    reference, model = build_model("llama").train(), spread(build_model("llama").train())
+    seen = []
+    model.model.layers[1].register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape[1]))
+    batch = token_batch()
+    states = [each(**batch, output_hidden_states=True).hidden_states for each in (model, reference)]
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(*states, strict=True))
+    one = {name: tensor[:, :1] for name, tensor in batch.items()}
+    assert torch.allclose(*(each(**one, use_cache=False).logits for each in (model, reference)), atol=1e-5)
+    with torch.no_grad():
+        model(**batch)
+    model.eval()(**batch)
+    model.train()(**batch)
+    return seen
+
+
+def test_the_sequence_is_spread_in_training_only():
+    assert run_on_ranks(ran_without, 2) == [[10, 1, 10, 10, 5]] * 2
+
+
+# --- what it costs ---------------------------------------------------------------------------------------------------
+
+SAMPLES, LENGTH, LAYERS = 2, 64, 8
+
+
+def simulated(tp, on, layers, checkpointing, precision):
+    def build():
+        return AutoModelForCausalLM.from_config(build_config("llama", layers=layers, hidden_size=128))
+
+    plugin = {"sequence_parallel": on}
+    setting = Setting(tp, 1, SAMPLES, LENGTH, precision, checkpointing, plugin=plugin)
+    return simulate(build, setting)
+
+
+def of_layers(tp, on, checkpointing=False, precision="fp32"):
+    """What eight layers keep for the backward, and what a layer sends: (kind, phase) -> bytes of the full tensor."""
+    few, many = (simulated(tp, on, layers, checkpointing, precision) for layers in (2, 2 + LAYERS))
+    sent = {}
+    for run, sign in ((many, 1), (few, -1)):
+        for each in run.collectives:
+            key = each.kind, each.phase, each.bytes
+            sent[key] = sent.get(key, 0) + sign * each.count
+    return many.kept - few.kept, {
+        key: count / LAYERS for key, count in sent.items() if count and key[0] != "broadcast"
+    }
+
+
+@pytest.mark.parametrize("tp, precision, width", [(2, "fp32", 4), (4, "bf16", 2)])
+def test_eight_checkpointed_layers_keep_a_share_and_a_layer_sends_as_many_bytes(tp, precision, width):
+    hidden = SAMPLES * LENGTH * 128 * width
+    without, sent_without = of_layers(tp, False, precision=precision)
+    spread_out, sent = of_layers(tp, True, precision=precision)
+    assert sent_without == {("all_reduce", phase, hidden): 2 for phase in ("forward", "backward")}
+    norms = sent.pop(("all_reduce", "backward", 2 * 128 * 4))  # of the two norms' weights, together
+    assert norms == 1 and spread_out < without
+    kinds = ("all_gather_into_tensor", "reduce_scatter_tensor")
+    assert sent == {(kind, phase, hidden): 2 for kind in kinds for phase in ("forward", "backward")}
+    kept = [of_layers(tp, on, True, precision)[0] for on in (False, True)]
+    assert kept[1] <= (1 / tp + 0.05) * kept[0]
