@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from .checkpoint.merge import merge
 from .core.errors import BadInputError, CheckpointError, PlanError
 from .plugin.overrides import as_markdown, as_rows
-from .tools.plan import as_text, show_plan
+from .tools.plan import as_text, show_plan, show_sizes
 from .tools.verify import as_table, verify
 
 __all__ = ["BAD_INPUT", "CHECK_FAILED", "main"]
@@ -61,20 +61,24 @@ def _add_verify(commands: Any) -> None:
 
 
 def _add_plan(commands: Any) -> None:
-    text = "print which module gets which style"
-    parser = commands.add_parser("plan", help=text, description=text)
-    _add_model(parser)
-    parser.add_argument("--infer", action="store_true", help="infer a plan, whatever others there are, as YAML")
+    text = "print the plan as a tree: which module gets which style, and what a rank holds"
+    parser = commands.add_parser("plan", help=text, description=f"{text}; without --tp, which sizes there are")
+    _add_model(parser, tp_required=False)
+    parser.add_argument("--infer", action="store_true", help="infer a plan, whatever others there are, as a YAML file")
     parser.set_defaults(run=_plan, text=as_text)
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
+    if args.tp is None:
+        if args.infer:
+            raise BadInputError("--infer needs --tp N: a plan is inferred for that many ranks.")
+        return show_sizes(args.model, args.plan, trust_remote_code=args.trust_remote_code)
     return show_plan(args.model, args.tp, args.plan, infer=args.infer, trust_remote_code=args.trust_remote_code)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, tp_required: bool = True) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder, config.json, hub name, or module:function")
-    parser.add_argument("--tp", type=int, required=True, metavar="N", help="tensor-parallel ranks")
+    parser.add_argument("--tp", type=int, required=tp_required, metavar="N", help="tensor-parallel ranks")
     parser.add_argument("--plan", default="auto", metavar="FILE", help="YAML or JSON; else the model's own")
     parser.add_argument("--trust-remote-code", action="store_true", help="let code that comes with MODEL run")
 

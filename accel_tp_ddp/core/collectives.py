@@ -42,6 +42,7 @@ __all__ = [
     "differ_over_ranks",
     "exchange",
     "gather_from_tp",
+    "gather_into",
     "gather_parts",
     "gather_replicas",
     "gather_to_tp",
@@ -463,9 +464,7 @@ def gather_whole(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int
 def _one_after_another(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
     """Equal slices of all ranks, joined along the first dimension, without a list of them or a copy."""
     joined = tensor.new_empty((mesh.size() * tensor.size(0), *tensor.shape[1:]))
-    # Which is the name since torch 2.13.
-    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-    gather(joined, tensor.contiguous(), group=mesh.get_group())
+    gather_into(joined, tensor.contiguous(), mesh.get_group())
     return joined
 
 
@@ -487,6 +486,13 @@ def _reduce_scatter(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int
     scatter(result.view(-1), parts.view(-1), group=mesh.get_group())
     own_size = sizes[mesh.get_local_rank()]
     return result if own_size == longest else result.narrow(dim, 0, own_size).contiguous()
+
+
+def gather_into(joined: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+    """Fill `joined` with the `own` elements of all ranks of a group, one after another; both are contiguous."""
+    # The name from torch 2.13 on; the one before warns there.
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather(joined, own, group=group)
 
 
 def _own_slice(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,7 +19,31 @@ from .names import Names, unmarked, wildcards
 from .rules import InferredPlan, PlanLike, load_plan, own_plan
 from .shipped import check_shipped, shipped_plans
 
-__all__ = ["Plan", "PlanEntry", "resolve_plan", "unplanned"]
+__all__ = ["Plan", "PlanEntry", "Rule", "UnusedRule", "local_size", "resolve_plan", "unplanned"]
+
+
+class Rule(NamedTuple):
+    """A rule that was followed: its name without marks, its style as the plan spells it, and where it came from."""
+
+    name: str
+    style: str
+    source: str
+
+
+class UnusedRule(NamedTuple):
+    """A rule that was not followed.
+
+    Attributes:
+        name: As it is written, with its marks.
+        style: As the plan spells it.
+        source: Where it came from; see `PlanEntry`.
+        overridden: The rule that holds in its place, for the first module that it means; None: it matches nothing.
+    """
+
+    name: str
+    style: str
+    source: str
+    overridden: Rule | None = None
 
 
 @dataclass(frozen=True)
@@ -42,15 +67,31 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class Plan:
-    """A resolved and verified plan. `print(plan)` shows what is sharded how."""
+    """A resolved and verified plan. `print(plan)` shows what is sharded how.
+
+    Attributes:
+        model: Class of the model.
+        tp_size: Tensor-parallel ranks.
+        entries: What was chosen for each module.
+        parameters: Name and full size of every parameter.
+        dtypes: Their dtypes.
+        rules: The rules that were followed, by the modules and bare parameters that they were followed for.
+        unused: The others.
+    """
 
     model: str
     tp_size: int
     entries: tuple[PlanEntry, ...]
     parameters: tuple[tuple[str, torch.Size], ...]
     dtypes: tuple[torch.dtype, ...] = ()
-    unmatched: tuple[str, ...] = ()
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+    unused: tuple[UnusedRule, ...] = ()
     sequence_parallel: bool = False
+
+    @property
+    def unmatched(self) -> tuple[str, ...]:
+        """Rules of the model's own plan that match nothing: upstream may have renamed a module."""
+        return tuple(rule.name for rule in self.unused if rule.source == "model" and rule.overridden is None)
 
     @property
     def layouts(self) -> dict[str, Layout]:
@@ -74,16 +115,25 @@ class Plan:
         spread = ["sequence_parallel"] if self.sequence_parallel else []
         return "\n".join([f"tp_size={self.tp_size}", *spread, *sizes, *styles])
 
-    def __str__(self) -> str:
+    @property
+    def headline(self) -> str:
+        """What is sharded, in one line."""
         layouts = self.layouts
         total = sum(size.numel() for _, size in self.parameters)
-        held = sum(_local_size(size, layouts.get(name)).numel() for name, size in self.parameters)
+        held = sum(local_size(size, layouts.get(name)).numel() for name, size in self.parameters)
+        return (
+            f"Tensor-parallel plan of {self.model}: tp_size={self.tp_size}, "
+            f"{sum(name in layouts for name, _ in self.parameters)} of {len(self.parameters)} parameters sharded, "
+            f"{total:,} elements in all, {held:,} on the first rank ({held / max(total, 1):.1%})"
+        )
+
+    def __str__(self) -> str:
         rows: dict[tuple, int] = {}
         sizes = dict(self.parameters)
         for entry in self.entries:
             names = entry.layouts or {}
             cells = [
-                f"{name} {_show(sizes[full])} -> {_show(_local_size(sizes[full], layout))}"
+                f"{name} {_show(sizes[full])} -> {_show(local_size(sizes[full], layout))}"
                 if (full := entry.site.parameter(name)) in sizes
                 else f"{name} tied"
                 for name, layout in names.items()
@@ -91,11 +141,7 @@ class Plan:
             row = (wildcards(entry.site.name), entry.label, entry.source, ", ".join(cells) or "replicated")
             rows[row] = rows.get(row, 0) + 1
         widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
-        lines = [
-            f"Tensor-parallel plan of {self.model}: tp_size={self.tp_size}, "
-            f"{sum(name in layouts for name in sizes)} of {len(sizes)} parameters sharded, "
-            f"{total:,} elements in all, {held:,} on the first rank ({held / max(total, 1):.1%})"
-        ]
+        lines = [self.headline]
         for row, count in rows.items():
             times = f"{count:>4} x " if count > 1 else " " * 7
             lines.append("  " + times + "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]))
@@ -139,7 +185,9 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
             'Pass `tp_plan={"name.of.a.module": "style", ...}` or the path of a YAML file with such a mapping.'
         )
     chosen: dict[str, tuple[Any, str, str]] = {}
-    unmatched, own = [], set()
+    unused: list[UnusedRule] = []
+    matched: list[tuple[UnusedRule, list[str]]] = []
+    own: set[str] = set()
     for source, rules in sources:
         ranked = sorted(rules.items(), key=lambda rule: rule[0].count("*"))
         claimed: dict[str, int] = {}
@@ -152,9 +200,9 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
                         f"no module or parameter of {type(model).__name__}.{names.nearest(rule)} "
                         "Correct the name; `*` stands for exactly one dotted part."
                     )
-                if source == "model":
-                    unmatched.append(rule)
+                unused.append(UnusedRule(rule, style_label(value), source))
                 continue
+            matched.append((UnusedRule(rule, style_label(value), source), targets))
             if source == "user":
                 get_style(value, rule)
             else:
@@ -169,7 +217,14 @@ def resolve_plan(model: nn.Module, tp_size: int, plan: PlanLike = "auto") -> Pla
     entries = [_entry(names, name, *chosen[name], tp_size, bare.get(name)) for name in names.modules if name in chosen]
     entries = _settle_tied(names, entries, tp_size)
     entries = _with_adapters(names, entries, tp_size)
-    result = replace(unplanned(model, tp_size), entries=tuple(entries), unmatched=tuple(unmatched))
+    followed = {target: Rule(rule, style_label(value), source) for target, (value, rule, source) in chosen.items()}
+    for unneeded, targets in matched:
+        rule, style, source, _ = unneeded
+        holding = [followed[target] for target in targets]
+        if not any((held.name, held.source) == (unmarked(rule), source) for held in holding):
+            if holding[0][1:] != (style, source):  # else the same of a part, under its name there
+                unused.append(unneeded._replace(overridden=holding[0]))
+    result = replace(unplanned(model, tp_size), entries=tuple(entries), rules=followed, unused=tuple(unused))
     refuse_empty(result)
     return result
 
@@ -319,7 +374,8 @@ def _only_holds(name: str, places: list[tuple[str, str]]) -> bool:
     return any(other.startswith(f"{name}.") for other, _ in places if name)
 
 
-def _local_size(size: torch.Size, layout: Layout | None, rank: int = 0) -> torch.Size:
+def local_size(size: torch.Size, layout: Layout | None, rank: int = 0) -> torch.Size:
+    """The size of what `rank` holds of a parameter of this full size; all of it without a layout."""
     if layout is None:
         return size
     local = list(size)

@@ -108,7 +108,7 @@ class CpuRanks:
             made = dist.new_group(list(ranks), backend="gloo", timeout=timedelta(seconds=PATIENCE))
             if ranks == mine:
                 group = made
-        assert group is not None, "a mesh holds its own rank"
+        assert isinstance(group, dist.ProcessGroup), "a mesh holds its own rank"
         # Equal to no other mesh: DTensor keeps what it has worked out for an equal one, and so a group that is gone.
         self.mesh: DeviceMesh | None = DeviceMesh.from_group(group, "cpu", mesh_dim_names=(f"proof_{next(_numbers)}",))
 

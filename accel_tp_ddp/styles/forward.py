@@ -67,7 +67,7 @@ class ParallelForward:
         self._run = style.forward
         self._keep = style.local_output
         self._hosts: tuple[nn.Module, ...] = ()
-        self._entered = -1
+        self._entered = False
         self.computing = False  # whether the module's own forward runs
         self.idle = False  # while a module around this one runs it under the style
         self.defer: Callable[[Tensor], Tensor | None] | None = None  # gives what is to be computed later, if anything
@@ -98,6 +98,7 @@ class ParallelForward:
         if self.style.enters:
             self._hosts = (*self._hosts, module)
             module.register_forward_pre_hook(self.enter_hook, prepend=True, with_kwargs=True)
+            module.register_forward_hook(self.exit_hook, always_call=True)
 
     def product(self, input: Tensor, with_bias: bool = True) -> Tensor | None:
         """What a linear layer of torch's computes, by as few steps; None of any other module, see `inner`."""
@@ -129,35 +130,34 @@ class ParallelForward:
         """
         if self.idle:
             return args, kwargs
-        region = self.region
         if args:
-            copy = region.enter(args[0], self.partners, self._keep, self.module.training, self._casts)
+            copy = self.region.enter(args[0], self.partners, self._keep, self.module.training, self._casts)
             args = (copy, *args[1:])
         else:
             name = next(iter(kwargs))
             kwargs = {**kwargs, name: self.enter(kwargs[name])}
-        self._entered = region.failed
+        self._entered = True
         return args, kwargs
 
     def entered(self, tensor: Tensor) -> Tensor:
         """`tensor`, inside the region; also where somebody calls `module.forward` and so passes by the hook."""
-        if self._entered == self.region.failed:  # unless an exception has come between the hook and the forward
-            self._entered = -1
-            return tensor
-        return self.enter(tensor)
+        return tensor if self._entered else self.enter(tensor)
+
+    def exit_hook(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook, also after an exception: the next call enters the region by itself."""
+        self._entered = False
 
     def enter(self, tensor: Tensor) -> Tensor:
         return self.region.enter(tensor, self.partners, self._keep, self.module.training, self._casts)
 
     def _may_cast(self) -> bool:
         """Whether no hook of a user's looks at what the module is given, which is to have the type it always has."""
-        for host in self._hosts:
-            before = host._forward_pre_hooks  # `enter_hook` is one of them
-            if host._forward_hooks or (
-                len(before) > 1 and sum(getattr(hook, "reads_input", True) for hook in before.values()) > 1
-            ):
-                return False
-        return True
+        return all(
+            # Two hooks are the ones that `install_on` has registered.
+            len(before := host._forward_pre_hooks) + len(after := host._forward_hooks) == 2
+            or sum(getattr(hook, "reads_input", True) for hook in (*before.values(), *after.values())) == 2
+            for host in self._hosts
+        )
 
     def partial_names(self) -> list[str]:
         """Own parameters whose gradients are partial and wanted."""
@@ -215,7 +215,7 @@ class ParallelForward:
             own.update(saved)
 
     def __getstate__(self) -> dict[str, Any]:
-        idle = {"offered": {}, "_entered": -1, "computing": False, "idle": False, "defer": None}
+        idle = {"offered": {}, "_entered": False, "computing": False, "idle": False, "defer": None}
         return {**self.__dict__, **idle}
 
 

@@ -81,7 +81,6 @@ class Region:
         self._copy: Tensor | None = None
         self._version = -1
         self._cast = False
-        self.failed = 0  # forwards of the model that an exception has ended
         self.full: dict[tuple, Tensor] = {}  # what `direct_reads` has gathered in this forward
         #: How the sequence is spread around the block that runs, which closes the region; see `sequence`.
         self.spread: Spread | None = None
@@ -116,13 +115,13 @@ class Region:
             )
         if self.stream is not None and keep and training:
             self.stream.enter()
+        if not torch.is_grad_enabled():
+            return tensor
         # Dynamo cannot trace the read of a version; it works on graphs in which nothing is changed in place.
         version = 0 if is_compiling() else tensor._version
         if self._source is tensor and self._version == version:
             if not self._cast or (casts is not None and in_bf16(tensor) and casts()):
                 return self._copy  # type: ignore[return-value]  # there is one where there is a source
-        if not torch.is_grad_enabled():
-            return tensor
         cast = casts is not None and in_bf16(tensor) and casts()
         source = tensor.to(torch.bfloat16) if cast else tensor
         copy = self._enter_with(source, partners) if partners else copy_to_tp(self.mesh, source)[0]
@@ -172,15 +171,13 @@ class Region:
         self.spread, self.between_blocks = None, False
         if self in _running:
             del _running[len(_running) - 1 - _running[::-1].index(self) :]
-        if output is None:
-            self.failed += 1
         self.full.clear()
         self.leave()
 
     def __getstate__(self) -> dict[str, Any]:
         idle: dict[str, Any] = {"_source": None, "_version": -1, "_copy": None, "_cast": False, "full": {}}
         idle |= {"spread": None, "between_blocks": False}
-        return {"mesh": self.mesh, "stream": self.stream, "failed": 0, **idle}
+        return {"mesh": self.mesh, "stream": self.stream, **idle}
 
 
 def in_bf16(tensor: Tensor) -> bool:

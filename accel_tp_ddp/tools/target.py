@@ -22,7 +22,7 @@ _HINT = "Give a folder with a config.json, such a file, the name of a model of t
 
 
 def build_target(spec: str, device: str = "meta", trust_remote_code: bool = False) -> nn.Module:
-    """The model that `spec` names, in training precision (fp32), with random weights or, on `meta`, with none.
+    """The model that `spec` names, in the dtype that its config states, with random weights or, on `meta`, with none.
 
     Args:
         spec: A folder, a `config.json`, a hub name, or `module:function`, of a function without arguments that returns
@@ -43,9 +43,12 @@ def build_target(spec: str, device: str = "meta", trust_remote_code: bool = Fals
 def _called(module: str, function: str) -> nn.Module:
     sys.path.insert(0, os.getcwd())
     try:
-        made = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise BadInputError(f"`{module}:{function}` names no function: {error}. {_HINT}") from error
+        build = getattr(importlib.import_module(module), function)
+        made = build()
+    except Exception as error:  # of the user's own code
+        failed = isinstance(error, (ImportError, AttributeError))
+        what = f"names no function: {error}" if failed else f"raised {_told(error)}"
+        raise BadInputError(f"`{module}:{function}` {what}. {_HINT}") from error
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(os.getcwd())
@@ -58,15 +61,27 @@ def _config(spec: str, trust_remote_code: bool) -> PretrainedConfig:
     path = Path(spec)
     if path.is_dir() and not (path / "config.json").is_file():
         raise BadInputError(f"the folder {spec} has no config.json. {_HINT}")
+    if not path.exists() and (path.is_absolute() or spec.startswith((".", "~")) or path.suffix == ".json"):
+        raise BadInputError(f"there is no file or folder {spec} (from {Path.cwd()}). {_HINT}")
     try:
         return AutoConfig.from_pretrained(spec, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise BadInputError(f"`{spec}` has no config that can be read: {first} {_HINT}") from error
+    except Exception as error:  # transformers and the hub raise whatever a value in the file leads to
+        raise BadInputError(f"`{spec}` has no config that can be read: {_told(error)}. {_HINT}") from error
 
 
 def _of_config(config: Any, trust_remote_code: bool) -> nn.Module:
     """Of the class that the config names, else a causal language model, else the bare model."""
+    try:
+        return _built(config, trust_remote_code)
+    except BadInputError:
+        raise
+    except Exception as error:  # sizes that do not go together surface anywhere
+        raise BadInputError(
+            f"no model can be built from this {type(config).__name__}: {_told(error)}. Correct its sizes."
+        ) from error
+
+
+def _built(config: Any, trust_remote_code: bool) -> nn.Module:
     for name in getattr(config, "architectures", None) or ():
         kind = getattr(transformers, name, None)
         if kind is not None:
@@ -76,5 +91,11 @@ def _of_config(config: Any, trust_remote_code: bool) -> nn.Module:
         try:
             return auto.from_config(config, trust_remote_code=trust_remote_code)
         except (ValueError, KeyError, ImportError) as error:
-            problems.append(str(error).strip().splitlines()[0])
+            problems.append(_told(error))
     raise BadInputError(f"there is no model for a {type(config).__name__}: {problems[0]}")
+
+
+def _told(error: Exception) -> str:
+    """The first line of an error, with its type."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}".rstrip(".") if lines else type(error).__name__

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..core.agreement import Ranks
+from ..core.collectives import gather_into
 from ..core.override import Override, install
 from ..core.pieces import FlatShard
 from ..core.shard import full_shape, shard_info
@@ -355,7 +356,7 @@ class Zero1:
             sent[: own.numel()].copy_(own)
         full = sent.new_empty(self.size * step)
         if count:
-            _all_gather(full, sent, self.group)
+            gather_into(full, sent, self.group)
         return full[:count].view(param.shape)
 
 
@@ -397,7 +398,7 @@ class _InPlace:
     own: Tensor
 
     def gather(self, group: dist.ProcessGroup) -> None:
-        _all_gather(self.full, self.own, group)
+        gather_into(self.full, self.own, group)
 
 
 @dataclass(frozen=True)
@@ -422,7 +423,7 @@ class _Rows:
         row = self.like.new_empty(self.length)
         _copy([row[place : place + view.numel()] for view, place in self.own], [view for view, _ in self.own])
         rows = row.new_empty(self.size * self.length)
-        _all_gather(rows, row, group)
+        gather_into(rows, row, group)
         _copy([view for view, _ in self.others], [rows[place : place + view.numel()] for view, place in self.others])
 
 
@@ -440,12 +441,6 @@ class _FromOwner:
         if not self.is_own:
             parts = flat.split([param.numel() for param in self.params])
             _copy(self.params, [part.view(param.shape) for part, param in zip(parts, self.params)])
-
-
-def _all_gather(output: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
-    # The name from torch 2.13 on; the one before warns there.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(output, own, group=group)
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

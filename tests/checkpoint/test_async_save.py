@@ -327,7 +327,7 @@ def test_a_run_that_ends_waits_for_a_save_in_the_background(tmp_path, how):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(120)
         if process.exitcode is None:
             process.kill()
     assert [process.exitcode for process in processes] == [0, 0]

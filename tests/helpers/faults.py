@@ -100,8 +100,12 @@ def _sum_what_has_accumulated(self: Any, module: torch.nn.Module, region: region
         param.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad, group=group))
 
 
-def _mean(mesh: Any, tensors: Any) -> list[Tensor | None]:
+def _mean(mesh: Any, tensors: Any, first_as_view: bool = False) -> list[Tensor | None]:
     return [None if t is None else collectives._all_reduce(mesh, t) / mesh.size() for t in tensors]
+
+
+def _mean_of_one(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None]:
+    return None, *_mean(ctx.mesh, [grad])
 
 
 @staticmethod
@@ -110,8 +114,12 @@ def _sum_then_slice(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return None, collectives._own_slice(ctx.mesh, summed, ctx.dim, ctx.sizes), None, None
 
 
-def _reduce_with_a_summed_gradient(mesh: Any, tensor: Tensor) -> Tensor:
+def _reduce_with_a_summed_gradient(mesh: Any, tensor: Tensor, fresh: bool = False) -> Tensor:
     return _reduce_from_tp(mesh, *collectives.copy_to_tp(mesh, tensor))
+
+
+def _reduce_into_a_copy(mesh: Any, tensor: Tensor, fresh: bool = False) -> Tensor:
+    return _reduce_from_tp(mesh, tensor)
 
 
 def _not_copied(mesh: Any, *tensors: Tensor, shared: Any = ()) -> tuple[Tensor, ...]:
@@ -248,7 +256,10 @@ _FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
         (replicated.ReplicatedWithGradAllReduce, "install", _sum_what_has_accumulated),
     ],
     "copy without its backward": [(region, "copy_to_tp", _not_copied)],
-    "copy with a mean for its sum": [(collectives, "_all_reduce_together", _mean)],
+    "copy with a mean for its sum": [
+        (collectives, "_all_reduce_together", _mean),
+        (collectives, "_sum_gradient", _mean_of_one),
+    ],
     "gather with a sum in its backward": [(collectives._GatherFromTP, "backward", _sum_then_slice)],
     "reduce with a sum in its backward": [(linear, "reduce_from_tp", _reduce_with_a_summed_gradient)],
     "packed weights cut as one": [
@@ -276,7 +287,10 @@ _MORE_FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     "replicated gradients not agreed on": [(drift.DriftGuard, "agree_on_gradients", _nothing)],
     "drift not looked for": [(drift.DriftGuard, "compare", _nothing)],
     "sum into a copy that is dropped": [(collectives, "_all_reduce", _dropped_sum)],
-    "sum over all meshes": [(collectives, "_all_reduce", _sum_over_the_world)],
+    "sum over all meshes": [
+        (collectives, "_all_reduce", _sum_over_the_world),
+        (linear, "reduce_from_tp", _reduce_into_a_copy),
+    ],
     "padding kept in a gather": [(collectives, "gather_whole", _with_its_padding)],
     "head counts of the whole model": [
         (linear, "show_local_heads", _nothing),

@@ -55,17 +55,18 @@ def step(tp, on, mode, lora=False):
         shard(model, mesh, check_model(model, mesh, "auto"))
         defer_logits(model, "auto")
         ids = torch.randint(0, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
-        calls, stock = [], (dist.all_reduce, dist.all_gather)
+        calls, gather = [], "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+        stock = dist.all_reduce, getattr(dist, gather)
 
         def all_reduce(tensor, *args, **kwargs):
             calls.append(("all_reduce", tensor.numel()))
             return stock[0](tensor, *args, **kwargs)
 
-        def all_gather(parts, tensor, *args, **kwargs):
+        def all_gather(joined, tensor, *args, **kwargs):
             calls.append(("all_gather", tensor.numel()))
-            return stock[1](parts, tensor, *args, **kwargs)
+            return stock[1](joined, tensor, *args, **kwargs)
 
-        with mock.patch.multiple(dist, all_reduce=all_reduce, all_gather=all_gather), mode:
+        with mock.patch.multiple(dist, **{"all_reduce": all_reduce, gather: all_gather}), mode:
             with losses_only() if on else nullcontext():
                 loss = model(input_ids=ids, labels=ids).loss
             forward = list(calls)

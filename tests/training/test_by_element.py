@@ -8,7 +8,7 @@ from transformers.optimization import Adafactor
 
 from accel_tp_ddp.training.by_element import likeness, steps_by_element
 
-from .test_zero1 import Lamb, Quantized
+from ..helpers.optimizers import Lamb, Quantized
 
 BY_ELEMENT = "Adadelta Adagrad Adam Adamax AdamW ASGD NAdam RAdam RMSprop Rprop SGD".split()
 

@@ -20,6 +20,7 @@ from accel_tp_ddp.training.optimizer import full_optimizer_state
 from ..helpers.compare import assert_tensors_close
 from ..helpers.faults import injected
 from ..helpers.models import VOCABULARY, build_model
+from ..helpers.optimizers import Lamb, Quantized
 from ..helpers.ranks import run_on_ranks
 from ..helpers.resuming import MORE, SAVED_AFTER, Prepared, Run, Saved
 from ..helpers.trainer import Case, assert_same, assert_same_checkpoint, make_trainer, train_and_save
@@ -60,7 +61,7 @@ def test_a_run_with_zero1_is_that_of_plain_ddp(which):
 
 def train_in_small_buckets(spec):
     """Of which most parameters fill several, and some are gathered in place."""
-    with mock.patch.object(zero1, "_BUCKET", 4096), mock.patch.object(zero1, "_IN_PLACE", 1024):
+    with mock.patch.object(zero1, "_BUCKET", 4096), mock.patch.object(zero1, "_IN_PLACE", 10000):
         kinds = []
         stock = zero1._buckets
         with mock.patch.object(zero1, "_buckets", lambda *args: kinds.extend(made := list(stock(*args))) or made):
@@ -149,35 +150,6 @@ def test_each_replica_keeps_its_share_of_the_state(kind, tp, dp, tensors):
     # Together they have all of it, once.
     assert sum(state for state, _ in results) == tensors * sum(elements for _, elements in results) / dp
     assert all(state == tensors * elements for state, elements in run_on_ranks(kept, dp, kind, None))
-
-
-class Lamb(torch.optim.Optimizer):
-    """Steps in proportion to the norm of the parameter, and counts its steps by group."""
-
-    def __init__(self, params, lr=0.01, among_all=False):
-        super().__init__(params, {"lr": lr, "step": 0, "among_all": among_all})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            group["step"] += 1
-            with_grad = [param for param in group["params"] if param.grad is not None]
-            total = sum(param.grad.square().sum() for param in with_grad) if group["among_all"] else 1.0
-            for param in with_grad:
-                mean = self.state[param].setdefault("mean", torch.zeros_like(param))
-                mean.lerp_(param.grad, 0.5)
-                param -= group["lr"] * mean * (param.norm() / mean.norm()) / total
-
-
-class Quantized(torch.optim.SGD):
-    """Has a state of another shape than its parameter's, as of 8 bits with a scale for each block."""
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self.state[param]["scales"] = param.grad.detach().flatten()[::256].clone()
-        return super().step(closure)
 
 
 def stepped_by(make, tp):
