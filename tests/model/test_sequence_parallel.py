@@ -1,11 +1,13 @@
 """With the sequence spread over the ranks a model has the losses and gradients that it has without."""
 
+import copy
 import os
 from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch._dynamo.backends.debugging import aot_eager
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
@@ -15,8 +17,9 @@ from accel_tp_ddp.model.check import check_model
 from accel_tp_ddp.model.parallelize import parallelize_with_map
 from accel_tp_ddp.model.sequence import check_sequence
 from accel_tp_ddp.tools.simulate import Setting, simulate
+from benchmarks.sweep import causal
 
-from ..helpers.compare import assert_tensors_close
+from ..helpers.compare import assert_tensors_close, relative_errors
 from ..helpers.dropout import RATE, masks
 from ..helpers.models import build_config, build_model
 from ..helpers.ranks import run_on_ranks
@@ -94,6 +97,82 @@ def test_what_is_computed_again_is_spread_again(name, reentrant):
 )
 def test_blocks_of_other_kinds_see_the_whole_sequence(name):
     run_on_ranks(compared, 2, name, ["even", "padded"])
+
+
+def compiled():
+    """The number of graphs, and of a step in one of them loss and gradients."""
+    reference, model = build_model("llama").train(), spread(build_model("llama").train())
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return aot_eager(graph, inputs)
+
+    loss, expected = torch.compile(model, backend=backend)(**token_batch()).loss, reference(**token_batch()).loss
+    loss.backward()
+    expected.backward()
+    assert abs(loss.item() - expected.item()) < 2e-6 * abs(expected.item())
+    assert_tensors_close(full_gradients(model), gradients(reference), TOLERANCE, FLOOR)
+    return len(seen)
+
+
+def test_a_compiled_model_is_one_graph():
+    assert run_on_ranks(compiled, 2) == [1, 1]
+
+
+# Of transformers' causal models: streams of hidden states side by side, which are no [batch, sequence, hidden].
+UNFIT = {
+    "deepseek_v4": "gets a Tensor (2, 16, 4, 64) first",
+    "gemma3n_text": "gets a Tensor (4, 2, 16, 64) first",
+    "hy_v4": "gets a Tensor (2, 16, 4, 64) first",
+    "inkling2_text": "Sizes of tensors must match",
+    "qwen4_exp_text": "must match the size of tensor",
+}
+
+
+def of_architectures(names):
+    """What is wrong with each: the error, or by how much loss or gradients are off."""
+    found = {}
+    for name in names:
+        torch.manual_seed(0)
+        reference = causal.model_of(name).train()
+        for param in reference.parameters():
+            if param.ndim == 1 or not param.any():
+                param.data += 0.1 * torch.randn_like(param)
+        for module in reference.modules():  # training mode without anything random
+            for key, value in list(vars(module).items()):
+                if isinstance(value, float) and (key == "p" or "dropout" in key or "noise" in key):
+                    setattr(module, key, 0.0)
+        batch = causal.language_inputs(reference)
+        model = spread(copy.deepcopy(reference))
+        try:
+            losses = [each(**batch).loss for each in (model, reference)]
+        except (RuntimeError, ValueError) as error:  # of shapes, and so on every rank
+            found[name] = str(error)
+            continue
+        for loss in losses:
+            loss.backward()
+        off = relative_errors(full_gradients(model), gradients(reference), 1e-3)
+        worst = max(off, key=off.get)
+        if off[worst] > 1e-4 or abs(losses[0].item() - losses[1].item()) > 1e-5 * abs(losses[1].item()):
+            found[name] = f"{losses}, {worst} {off[worst]:.1e}"
+    return found
+
+
+def assert_fit(names):
+    for found in run_on_ranks(of_architectures, 2, names, timeout=1200):
+        wrong = {name: what for name, what in found.items() if UNFIT.get(name, "fits") not in what}
+        assert not wrong and found.keys() == UNFIT.keys() & set(names)
+
+
+# Convolutions and state spaces, experts that give rows, inputs for each layer, hidden states in four streams.
+def test_architectures_of_other_kinds_train_as_without():
+    assert_fit(["jamba", "llama4_text", "gemma4_text", "qwen3_next", "deepseek_v4"])
+
+
+@pytest.mark.slow
+def test_every_causal_architecture_trains_as_without_or_says_why_not():
+    assert_fit(causal.architectures())
 
 
 # --- under Accelerate ------------------------------------------------------------------------------------------------
