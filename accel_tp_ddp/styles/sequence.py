@@ -79,9 +79,8 @@ class Stack:
             asked = getattr(getattr(owner, "config", None), "output_hidden_states", False)
         self.wanted = owner.training and torch.is_grad_enabled() and asked in (None, False)
         self.spread = None
-        if self.wanted:
-            for layer in self.layers:
-                layer.carry()
+        for layer in self.layers:
+            layer.carry()
 
     def _end(self, owner: nn.Module, args: Any, output: Any) -> None:
         left, self.spread, self.wanted = self.spread, None, False
@@ -91,11 +90,19 @@ class Stack:
                 f"each rank has a slice of the sequence. {_OFF}"
             )
 
+    def refuse_backward(self, module: nn.Module) -> None:
+        """Raise where a module is computed once more in a backward, and it is not known how it was spread."""
+        if torch._C._current_graph_task_id() != -1 and module.training and not (self.wanted or self.carried):
+            raise ValueError(
+                f"sequence_parallel=True: a {type(module).__name__} is computed once more in the backward, and not by "
+                "the model's own checkpointing. Use `gradient_checkpointing_enable()`, or set sequence_parallel=False."
+            )
+
     @contextmanager
-    def again(self, spread: Spread | None) -> Iterator[None]:
-        """Where the hooks of a layer run once more, in a backward."""
+    def again(self, wanted: bool, spread: Spread | None) -> Iterator[None]:
+        """Around what may be computed once more in a backward, the hooks of a layer included."""
         before = self.wanted, self.carried, self.spread
-        self.wanted, self.carried, self.spread = True, True, spread
+        self.wanted, self.carried, self.spread = wanted, True, spread
         try:
             yield
         finally:
@@ -127,6 +134,8 @@ class Block:
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         spread = self.layer.running
         if spread is None:
+            if not self.layer.sees_all:
+                self.layer.stack.refuse_backward(module)
             return None
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         own = {id(leaf): leaf for leaf in leaves if leaf.shape == spread.own and leaf.is_floating_point()}
@@ -214,6 +223,11 @@ class Layer:
     def region(self) -> Region:
         return self.stack.region
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether it is computed on the whole sequence."""
+        return self._around is not None
+
     def attach(self, stack: Stack) -> None:
         self.stack = stack
         self.module.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
@@ -226,12 +240,7 @@ class Layer:
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         stack = self.stack
         if not stack.wanted:
-            if stack.spread is None and torch._C._current_graph_task_id() != -1 and module.training:
-                raise ValueError(
-                    f"sequence_parallel=True: a {type(module).__name__} is computed once more in the backward, and "
-                    "not by the model's own checkpointing. Use `gradient_checkpointing_enable()`, or set "
-                    "sequence_parallel=False."
-                )
+            stack.refuse_backward(module)
             return None
         name = None if args else next(iter(kwargs), None)
         hidden = args[0] if name is None else kwargs[name]
@@ -359,9 +368,7 @@ class _Carrying:
         stack, waiting = self.layer.stack, self.layer.waiting()
         if waiting is not None:  # the layer's hooks are around this
             return self.stock(_Inside(self.layer, *waiting, function), *args, **kwargs)
-        if not stack.wanted:
-            return self.stock(function, *args, **kwargs)
-        return self.stock(_Around(stack, stack.spread, function), *args, **kwargs)
+        return self.stock(_Around(stack, function), *args, **kwargs)
 
 
 class _Inside:
@@ -382,14 +389,15 @@ class _Inside:
 
 
 class _Around:
-    def __init__(self, stack: Stack, spread: Spread | None, function: Callable):
+    def __init__(self, stack: Stack, function: Callable):
         self.stack = stack
-        self.spread = spread
+        self.wanted = stack.wanted
+        self.spread = stack.spread
         self.function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         first = self.stack.wanted and not self.stack.carried  # its hooks decide for the layers that follow
-        with self.stack.again(self.spread):
+        with self.stack.again(self.wanted, self.spread):
             output = self.function(*args, **kwargs)
             left = self.stack.spread
         if first:
