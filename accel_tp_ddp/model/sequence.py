@@ -11,12 +11,13 @@ from ..core.errors import PlanError
 from ..plans.plan import Plan, PlanEntry
 from ..styles.around import LocalHeads, LocalSizes, Requires, Together
 from ..styles.base import Style
+from ..styles.experts import Experts
 from ..styles.forward import ParallelForward
 from ..styles.latent_attention import HeadParameters, LocalParameters
 from ..styles.linear import Colwise, Rowwise
 from ..styles.peft.lora import OfParts
 from ..styles.region import Region
-from ..styles.replicated import LocalDropout
+from ..styles.replicated import AllReduce, LocalDropout
 from ..styles.sequence import Block, Layer, Stack
 
 __all__ = ["check_sequence", "spread_sequence"]
@@ -98,10 +99,12 @@ class _Structure:
             alone = [style for entry in sharding if entry.site.module is child for style in _single(entry.style)]
             if bool(opens) != bool(closes) or any(style in alone for style in (*opens, *closes)):
                 return Layer(self.module, None)
-            if not opens or not self._closes_region(child, sharding):
-                blocks.append(Block(child, None))
-                continue
             calls = [call for entry in sharding for call in entry.style.calls(entry.site)]
+            if not opens or not self._closes_region(child, sharding):
+                ends = _ends(child, sharding)
+                blocks.append(Block(child, None, ends))
+                biases += [call for call in calls if ends and _closes(call.style)]
+                continue
             blocks.append(Block(child, _outermost([call for call in calls if call.style.enters])))
             partial += [call for call in calls if call.partial_gradients]
             biases += [call for call in calls if _closes(call.style)]
@@ -148,6 +151,13 @@ def _single(style: Style) -> list[Style]:
 
 def _closes(style: object) -> bool:
     return isinstance(style, Rowwise) and style.local_input
+
+
+def _ends(child: nn.Module, entries: list[PlanEntry]) -> bool:
+    """Whether a block's output is that of one row-parallel layer, which is a part of it by itself."""
+    closing = [entry for entry in entries if any(map(_closes, _single(entry.style)))]
+    summed = [style for entry in entries for style in _single(entry.style) if isinstance(style, (AllReduce, Experts))]
+    return len(closing) == 1 and closing[0].site.parent is child and not summed
 
 
 def _outermost(calls: list[ParallelForward]) -> list[ParallelForward]:

@@ -84,6 +84,8 @@ class Region:
         self.full: dict[tuple, Tensor] = {}  # what `direct_reads` has gathered in this forward
         #: How the sequence is spread around the block that runs, which closes the region; see `sequence`.
         self.spread: Spread | None = None
+        #: Whether that block has entered it too, so that the layers in it need not.
+        self.entered = False
         #: Whether a layer is under way in which tensors are slices of the sequence, outside of its blocks.
         self.between_blocks = False
 
@@ -106,7 +108,7 @@ class Region:
             casts: Says whether all that the module does with its input is what autocast does in bf16. The cast is
                 then made before the copy, once for all modules, and the gradients are summed in bf16, half the bytes.
         """
-        if self.spread is not None:  # gathered by the block, whose backward sums up the gradients
+        if self.entered:  # gathered by the block, whose backward sums up the gradients
             return tensor
         if self.between_blocks:
             raise ValueError(
@@ -150,6 +152,8 @@ class Region:
         """Close the region: forget its input, so that it is freed as early as without tensor parallelism."""
         self._source, self._copy = None, None
         if self.spread is not None:  # what follows drops out a rank's part, too
+            if self.stream is not None:
+                self.stream.enter()
             return
         if self.stream is not None:
             self.stream.leave()
@@ -168,7 +172,7 @@ class Region:
         _running.append(self)
 
     def _end_hook(self, model: nn.Module, args: Any, output: Any) -> None:
-        self.spread, self.between_blocks = None, False
+        self.spread, self.entered, self.between_blocks = None, False, False
         if self in _running:
             del _running[len(_running) - 1 - _running[::-1].index(self) :]
         self.full.clear()
@@ -176,7 +180,7 @@ class Region:
 
     def __getstate__(self) -> dict[str, Any]:
         idle: dict[str, Any] = {"_source": None, "_version": -1, "_copy": None, "_cast": False, "full": {}}
-        idle |= {"spread": None, "between_blocks": False}
+        idle |= {"spread": None, "entered": False, "between_blocks": False}
         return {"mesh": self.mesh, "stream": self.stream, **idle}
 
 

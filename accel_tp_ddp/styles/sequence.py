@@ -6,12 +6,14 @@ layer and joined after the last one; in between, a block of a layer (attention, 
 | a block              | enters by                     | ends by                       | what a layer sends           |
 | -------------------- | ----------------------------- | ----------------------------- | ---------------------------- |
 | that closes a region | all-gather, b. reduce-scatter | reduce-scatter, b. all-gather | as many bytes as all-reduces |
+| that ends by one     | all-gather, b. slice          | reduce-scatter, b. all-gather | the region's own backward    |
 | any other            | all-gather, b. slice          | slice, b. all-gather          | those, and the block's own   |
 
 The first kind has nothing but column-parallel layers first and row-parallel ones last, whose all-reduces are left out.
-In the second everything runs as without sequence parallelism: experts and their routers, convolutions, what a plan
-leaves replicated. A whole layer is such a block where its blocks cannot be told, or where it is given more of each
-token than its hidden states.
+In the second, such as latent attention, column-parallel layers take what replicated modules have made of the input. In
+the third everything runs as without sequence parallelism: experts and their routers, what a plan leaves replicated. A
+whole layer is such a block where its blocks cannot be told, or where it is given more of each token than its hidden
+states.
 
 Parameters that are used on a slice (norms, biases of row-parallel layers) get a part of their gradient on each rank.
 They are summed in the graph, once for every backward: one all-reduce a layer of all of them together.
@@ -118,11 +120,13 @@ class Block:
     Args:
         module: The module.
         calls: Of the layers that open a region in it, where it closes that too; None of any other block.
+        ends: Whether it ends by a row-parallel layer in any case.
     """
 
-    def __init__(self, module: nn.Module, calls: Sequence[ParallelForward] | None):
+    def __init__(self, module: nn.Module, calls: Sequence[ParallelForward] | None, ends: bool = False):
         self.module = module
         self.calls = calls
+        self.ends = ends or calls is not None
         self.layer: Layer
         self._open: Spread | None = None
 
@@ -149,7 +153,8 @@ class Block:
                 )
             return None
         region, whole = self.layer.region, {}
-        closes = self.calls is not None and len(own) == 1 and not any(leaf.requires_grad for leaf in rest)
+        alone = len(own) == 1 and not any(leaf.requires_grad for leaf in rest)
+        closes = self.calls is not None and alone
         for key, leaf in own.items():
             if closes:
                 source = leaf.to(torch.bfloat16) if in_bf16(leaf) and self._casts() else leaf
@@ -157,9 +162,8 @@ class Block:
             else:
                 whole[key] = gather_from_tp(spread.mesh, leaf, 1, spread.sizes)
         self._open, region.between_blocks = spread, False
-        if closes:
-            region.spread = spread
-        elif region.stream is not None:
+        region.spread, region.entered = (spread if self.ends and alone else None), closes
+        if not closes and region.stream is not None:
             region.stream.leave()
         return tree_map_only(Tensor, lambda leaf: whole.get(id(leaf), leaf), (args, kwargs))
 
@@ -168,7 +172,8 @@ class Block:
         if spread is None:
             return None
         region = self.layer.region
-        closed, region.spread, region.between_blocks = region.spread is not None, None, True
+        closed = region.spread is not None
+        region.spread, region.entered, region.between_blocks = None, False, True
         if output is None:
             return None
         if not closed:
