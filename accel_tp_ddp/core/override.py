@@ -23,7 +23,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from types import MethodType, ModuleType
+from types import ClassMethodDescriptorType, MethodType, ModuleType
 from typing import Any
 
 from .errors import UpstreamError
@@ -241,8 +241,22 @@ def install_for_all(rows: Iterable[Override], context_of: Callable[[Any], tuple[
             found = inspect.getattr_static(owner, row.name)
             inside = getattr(found, "fget", getattr(found, "__func__", found))
             if row.name not in vars(owner) or getattr(inside, "row", None) != row:
-                method = _method(row, inside if isinstance(found, classmethod) else found, context_of)
-                setattr(owner, row.name, classmethod(method) if isinstance(found, classmethod) else method)
+                # torch's `Function.apply` is written in Python, or in C as of 2.14.
+                of_class = isinstance(found, (classmethod, ClassMethodDescriptorType))
+                method = _method(row, _of_class(found) if of_class else found, context_of)
+                setattr(owner, row.name, classmethod(method) if of_class else method)
+
+
+def _of_class(found: Any) -> Callable:
+    """A class method as a function of the class."""
+    if isinstance(found, classmethod):
+        return found.__func__
+
+    @functools.wraps(found)
+    def function(owner: type, *args: Any, **kwargs: Any) -> Any:
+        return found.__get__(None, owner)(*args, **kwargs)
+
+    return function
 
 
 @contextmanager

@@ -86,7 +86,10 @@ def _mismatch(found: Any, owner: Any, function: Callable[..., Any], needs: tuple
     if not callable(stock):
         return "is no function"
     bound = inspect.isclass(owner) and not isinstance(found, staticmethod)
-    theirs = list(inspect.signature(stock).parameters.values())[int(bound) :]
+    try:
+        theirs = list(inspect.signature(stock).parameters.values())[int(bound) :]
+    except ValueError:  # of a function in C that tells none
+        return None
     missing = [need for need in needs if need not in _names(inspect.unwrap(stock), owner)]
     return _signatures([p for p in ours if p.kind is not p.POSITIONAL_ONLY], theirs) or (
         f"does not use `{missing[0]}`" if missing else None

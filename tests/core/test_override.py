@@ -216,3 +216,21 @@ def test_a_release_that_changes_much_has_one_line(package, caplog):
     check(wrong)
     (line,) = said(caplog)
     assert line.count("there is no") == 3 and "2 more" in line
+
+
+class Counts(dict):
+    """Its `fromkeys` is a class method that is written in C, and tells no signature of its own."""
+
+
+def test_a_class_method_that_is_written_in_c_is_replaced_for_its_class(package, monkeypatch):
+    def fromkeys(value, stock, owner, /, *args, **kwargs):
+        return stock(*args, value)
+
+    package.Counts = Counts
+    rows = [Override("someones_package.saving.Counts", "fromkeys", fromkeys, "someones 2.0", "knows no value")]
+    install_for_all(rows, lambda owner: (7,) if owner is Counts else None)
+    try:
+        assert Counts.fromkeys("ab") == {"a": 7, "b": 7} and type(Counts.fromkeys("a")) is Counts
+        assert type("Other", (Counts,), {}).fromkeys("a") == {"a": None}
+    finally:
+        del Counts.fromkeys
