@@ -14,10 +14,31 @@ from torch.utils._pytree import tree_map_only
 from .collectives import gather_parts
 from .layout import Layout
 
-__all__ = ["GatheredWhenUsed", "gathered_when_used"]
+__all__ = ["ComputedWhenUsed", "GatheredWhenUsed", "gathered_when_used"]
 
 
-class GatheredWhenUsed(Tensor):
+class ComputedWhenUsed(Tensor):
+    """Stands for a tensor whose size, type and device are known, and whose values take a collective.
+
+    They are computed when an operation wants them, below autograd: what is computed from them leads back to the
+    function that has made this one, and so to its gradient.
+    """
+
+    _full: Tensor | None  # its values, once they are computed
+
+    def full_values(self) -> Tensor:
+        """Without a gradient. Collective at the first call."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has it as a method
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(ComputedWhenUsed, lambda tensor: tensor.full_values(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class GatheredWhenUsed(ComputedWhenUsed):
     """Stands for the full tensor: its size, type and device are known, its values are gathered when an operation wants
     them, once. The gradient of the full tensor has to be the same on all ranks; this rank keeps its slice of it.
 
@@ -29,7 +50,6 @@ class GatheredWhenUsed(Tensor):
     mesh: DeviceMesh
     shared: bool  # whether code that knows how may compute with the parts
     _may_gather: Callable[[], bool]
-    _full: Tensor | None
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # joins nothing
         return f"GatheredWhenUsed({tuple(self.shape)}, {self.dtype})"
@@ -41,12 +61,18 @@ class GatheredWhenUsed(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has it as a method
-        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        args, kwargs = tree_map_only(GatheredWhenUsed, _joined, (args, kwargs or {}))
-        return func(*args, **kwargs)
+    @torch.no_grad()
+    def full_values(self) -> Tensor:
+        if self._full is None:
+            if not self._may_gather():
+                raise RuntimeError(
+                    f"a sharded weight of full size {tuple(self.shape)} was read in a model's forward and is used "
+                    "after it, where the other ranks may not be. Use it within the forward, or read it by "
+                    "`full_state_dict`."
+                )
+            parts = gather_parts(self.mesh, self.local.detach(), self.spread.dim, self.spread.sizes)
+            self._full = torch.cat(parts, self.spread.dim)
+        return self._full
 
 
 def gathered_when_used(
@@ -64,19 +90,6 @@ def gathered_when_used(
     full = _GatherLater.apply(mesh, local, layout)
     full.local, full.spread, full.mesh, full.shared, full._may_gather = local, layout, mesh, shared, may_gather
     return full
-
-
-@torch.no_grad()
-def _joined(tensor: GatheredWhenUsed) -> Tensor:
-    if tensor._full is None:
-        if not tensor._may_gather():
-            raise RuntimeError(
-                f"a sharded weight of full size {tuple(tensor.shape)} was read in a model's forward and is used after "
-                "it, where the other ranks may not be. Use it within the forward, or read it by `full_state_dict`."
-            )
-        parts = gather_parts(tensor.mesh, tensor.local.detach(), tensor.spread.dim, tensor.spread.sizes)
-        tensor._full = torch.cat(parts, tensor.spread.dim)
-    return tensor._full
 
 
 class _GatherLater(torch.autograd.Function):

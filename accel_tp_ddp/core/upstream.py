@@ -16,7 +16,7 @@ from importlib.machinery import PathFinder
 from types import CodeType, ModuleType
 from typing import Any
 
-__all__ = ["Gone", "NotLoaded", "find_owner", "installed_version", "is_released", "mismatch", "release"]
+__all__ = ["Gone", "NotLoaded", "find_owner", "installed_version", "is_released", "mismatch", "release", "signature"]
 
 
 class NotLoaded(LookupError):
@@ -86,14 +86,22 @@ def _mismatch(found: Any, owner: Any, function: Callable[..., Any], needs: tuple
     if not callable(stock):
         return "is no function"
     bound = inspect.isclass(owner) and not isinstance(found, staticmethod)
-    try:
-        theirs = list(inspect.signature(stock).parameters.values())[int(bound) :]
-    except ValueError:  # of a function in C that tells none
-        return None
+    theirs = list(signature(stock).parameters.values())[int(bound) :]
     missing = [need for need in needs if need not in _names(inspect.unwrap(stock), owner)]
     return _signatures([p for p in ours if p.kind is not p.POSITIONAL_ONLY], theirs) or (
         f"does not use `{missing[0]}`" if missing else None
     )
+
+
+def signature(function: Callable[..., Any]) -> inspect.Signature:
+    """`inspect.signature`; of a function in C that tells none, one that takes whatever it is given."""
+    try:
+        return inspect.signature(function)
+    except ValueError:
+        return inspect.signature(_takes_anything)
+
+
+def _takes_anything(owner: Any, /, *args: Any, **kwargs: Any) -> None: ...
 
 
 def _signatures(ours: list[inspect.Parameter], theirs: list[inspect.Parameter]) -> str | None:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.utils._pytree import tree_map_only
 
 from ..core.collectives import gather_parts
+from ..core.gathered import ComputedWhenUsed
 from .projection import Chain, Projection
 from .vocab_parallel import Vocabulary, cross_entropy
 
@@ -43,13 +43,12 @@ class Source:
     open: bool = True
 
 
-class DeferredLogits(Tensor):
+class DeferredLogits(ComputedWhenUsed):
     """The logits of an output layer whose vocabulary is spread over the ranks. See this module."""
 
     _source: Source
     _chain: Chain
     _hidden: Tensor
-    _full: Tensor | None
     _anchor: Tensor | None  # what DDP has made of them, whose backward is to run too
 
     @staticmethod
@@ -102,17 +101,27 @@ class DeferredLogits(Tensor):
             if found is not NotImplemented:
                 return found
         if func in _LEAVES_TORCH:
-            args = (_materialized(args[0]), *args[1:])
+            args = (args[0].full_values(), *args[1:])
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has it as a method
-        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # Below autograd: what is computed from the full logits leads back to `_Defer`, and so to the gradient.
-        args, kwargs = tree_map_only(DeferredLogits, _materialized, (args, kwargs or {}))
-        return func(*args, **kwargs)
+    @torch.no_grad()
+    def full_values(self) -> Tensor:
+        if self._full is None:
+            source = self._source
+            if not source.open:
+                raise RuntimeError(
+                    f"these logits, of size {tuple(self.shape)}, were not computed: with loss_parallel the loss is "
+                    "taken from each rank's part of the vocabulary, and to read them takes all ranks of the replica. "
+                    "Call their `full_tensor()`, on every rank, or set loss_parallel=False for outputs with full "
+                    "logits."
+                )
+            rows = self._hidden.detach().reshape(-1, self._hidden.shape[-1])
+            tensors = source.projection.tensors
+            own = source.projection.begin(tensors, [False] * len(tensors)).forward(rows, False)[0]
+            parts = gather_parts(source.vocabulary.mesh, self._chain(own), -1, source.vocabulary.sizes)
+            self._full = torch.cat(parts, -1).view(self.shape)
+        return self._full
 
 
 def deferred(source: Source, chain: Chain, hidden: Tensor, anchor: Tensor | None = None) -> DeferredLogits:
@@ -127,25 +136,6 @@ def deferred(source: Source, chain: Chain, hidden: Tensor, anchor: Tensor | None
     logits = _Defer.apply(source, chain, anchor, hidden, *source.projection.tensors)
     logits._hidden, logits._anchor = hidden, anchor
     return logits
-
-
-@torch.no_grad()
-def _materialized(logits: DeferredLogits) -> Tensor:
-    """The full logits, without a gradient."""
-    if logits._full is None:
-        source = logits._source
-        if not source.open:
-            raise RuntimeError(
-                f"these logits, of size {tuple(logits.shape)}, were not computed: with loss_parallel the loss is "
-                "taken from each rank's part of the vocabulary, and to read them takes all ranks of the replica. Call "
-                "their `full_tensor()`, on every rank, or set loss_parallel=False for outputs with full logits."
-            )
-        rows = logits._hidden.detach().reshape(-1, logits._hidden.shape[-1])
-        tensors = source.projection.tensors
-        own = source.projection.begin(tensors, [False] * len(tensors)).forward(rows, False)[0]
-        parts = gather_parts(source.vocabulary.mesh, logits._chain(own), -1, source.vocabulary.sizes)
-        logits._full = torch.cat(parts, -1).view(logits.shape)
-    return logits._full
 
 
 class _Defer(torch.autograd.Function):

@@ -101,10 +101,32 @@ def hook_zero1(accelerator: Accelerator, group: ProcessGroup, async_save: bool) 
     install(accelerator, OVERRIDES_WITH_ZERO1, _Zero1Hooks(group, async_save))
 
 
-class _Hooks:
+class _SavesStates:
+    """A replaced method that both kinds of accelerators have."""
+
+    def __init__(self, tp_size: int, async_save: bool):
+        self.tp_size = tp_size
+        self.async_save = async_save
+
+    def save_state(
+        self,
+        stock: Callable,
+        accelerator: Accelerator,
+        /,
+        output_dir: str | None = None,
+        safe_serialization: bool = True,
+        async_save: bool | None = None,
+        **save_model_func_kwargs: Any,
+    ) -> Path:
+        behind = self.async_save if async_save is None else async_save
+        return save_state(accelerator, output_dir, self.tp_size, behind)
+
+
+class _Hooks(_SavesStates):
     """What the replaced methods of one accelerator share."""
 
     def __init__(self, accelerator: Accelerator, plugin: Settings):
+        super().__init__(plugin.tp_size, plugin.async_save)
         self.accelerator = accelerator
         self.plugin = plugin
         self.tp_mesh = plugin.device_mesh["tp"]
@@ -350,19 +372,6 @@ class _Hooks:
         bare = unwrap(model)
         export(model, "save_model", write, save_directory)
 
-    def save_state(
-        self,
-        stock: Callable,
-        accelerator: Accelerator,
-        /,
-        output_dir: str | None = None,
-        safe_serialization: bool = True,
-        async_save: bool | None = None,
-        **save_model_func_kwargs: Any,
-    ) -> Path:
-        behind = self.plugin.async_save if async_save is None else async_save
-        return save_state(accelerator, output_dir, self.plugin.tp_size, behind)
-
     def load_state(
         self,
         stock: Callable,
@@ -420,12 +429,12 @@ _JOINED = (
 )
 
 
-class _Zero1Hooks:
+class _Zero1Hooks(_SavesStates):
     """What the replaced methods of an accelerator with tp_size=1 and zero1 share."""
 
     def __init__(self, group: ProcessGroup, async_save: bool):
+        super().__init__(1, async_save)
         self.group = group
-        self.async_save = async_save
         self._wrapped = _Wrapped()
 
     def prepare_model(self, stock: Callable, accelerator: Accelerator, /, *args: Any, **kwargs: Any) -> nn.Module:
@@ -443,18 +452,6 @@ class _Zero1Hooks:
 
     def join_uneven_inputs(self, stock: Callable, accelerator: Accelerator, /, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(_JOINED)
-
-    def save_state(
-        self,
-        stock: Callable,
-        accelerator: Accelerator,
-        /,
-        output_dir: str | None = None,
-        safe_serialization: bool = True,
-        async_save: bool | None = None,
-        **save_model_func_kwargs: Any,
-    ) -> Path:
-        return save_state(accelerator, output_dir, 1, self.async_save if async_save is None else async_save)
 
 
 def _describe(model: nn.Module, plan: Plan | NoPlanError | None) -> list[str]:
@@ -513,6 +510,9 @@ OVERRIDES_WITHOUT_TP = (
 OVERRIDES_WITH_ZERO1 = (
     _row(_Zero1Hooks.prepare_model, 1770, "tells nobody what it has wrapped in DDP"),
     _row(_Zero1Hooks.prepare_optimizer, 2744, "lets every rank keep all of the optimizer's state"),
-    _row(_Zero1Hooks.join_uneven_inputs, 1300, "lets a rank without batches take no step, and the others wait"),
+    _row(
+        *(_Zero1Hooks.join_uneven_inputs, 1300, "lets a rank without batches take no step, and the others wait"),
+        counts=False,  # without it there is nothing to refuse
+    ),
     _row(_Zero1Hooks.save_state, 3625, "writes the main process's part of the optimizer's state"),
 )

@@ -185,18 +185,17 @@ def _smooth(
     model_output: Any,
     labels: Tensor,
     shift_labels: bool = False,
-    **kwargs: Any,
+    num_items_in_batch: Any = None,
 ) -> Tensor:
     """`LabelSmoother` takes the log of a softmax of full logits; what it computes is a smoothed cross-entropy."""
     logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
     if not isinstance(logits, DeferredLogits):
-        return stock(model_output, labels, shift_labels, **kwargs)
+        return stock(model_output, labels, shift_labels, num_items_in_batch)
     if shift_labels:
         logits, labels = logits[..., :-1, :], labels[..., 1:]
     logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     single = logits.to(torch.promote_types(logits.dtype, torch.float32))
     options = {"ignore_index": smoother.ignore_index, "label_smoothing": smoother.epsilon}
-    num_items_in_batch = kwargs.get("num_items_in_batch")  # which releases before 5.15 do not have
     if num_items_in_batch is None:
         return functional.cross_entropy(single, labels, **options)
     if torch.is_tensor(num_items_in_batch):

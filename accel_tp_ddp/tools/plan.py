@@ -61,9 +61,9 @@ def show_plan(
         raise BadInputError(f"--tp is {tp_size}; a plan is proved on two ranks or more. Give 2 or more.")
     if tp_size < 1:
         raise BadInputError(f"--tp is {tp_size}. Give 1 or more, or leave it out to see which sizes there are.")
+    target = build_target(model, trust_remote_code=trust_remote_code)
     inferred = on_cpu_ranks(tp_size, _infer, model, trust_remote_code) if infer else None
     rules: PlanLike = InferredPlan(inferred["rules"]) if inferred else plan
-    target = build_target(model, trust_remote_code=trust_remote_code)
     resolved = _resolved(target, tp_size, rules)
     tree = as_tree(target, resolved)
     result = {

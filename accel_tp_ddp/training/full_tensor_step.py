@@ -27,7 +27,7 @@ from ..core.randomness import agree_on_randomness, random_digest
 from ..core.shard import ShardInfo, shard_info
 from .buckets import BUCKET_BYTES, buckets, send_bucket
 
-__all__ = ["FullTensorStep", "deal", "register_whole_step", "steps_on_full_tensors"]
+__all__ = ["FullTensorStep", "bare_optimizer", "deal", "register_whole_step", "steps_on_full_tensors"]
 
 _REGISTERED: set[type] = {getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name)}
 _BY_NAME = {"transformers.optimization.Adafactor"}  # which is not imported here
@@ -55,11 +55,15 @@ def register_whole_step(kind: type[Optimizer]) -> type[Optimizer]:
 
 def steps_on_full_tensors(optimizer: Optimizer) -> bool:
     """Whether an optimizer, bare or as Accelerate prepared it, steps on full tensors and keeps full states."""
+    kinds = type(bare_optimizer(optimizer)).__mro__
+    return any(kind in _REGISTERED or f"{kind.__module__}.{kind.__qualname__}" in _BY_NAME for kind in kinds)
+
+
+def bare_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer in all that has been put around it."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
-    return any(
-        kind in _REGISTERED or f"{kind.__module__}.{kind.__qualname__}" in _BY_NAME for kind in type(optimizer).__mro__
-    )
+    return optimizer
 
 
 class FullTensorStep:

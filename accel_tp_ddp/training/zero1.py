@@ -31,7 +31,7 @@ from ..core.override import Override, install
 from ..core.pieces import FlatShard
 from ..core.shard import full_shape, shard_info
 from .by_element import likeness, steps_by_element
-from .full_tensor_step import _with_closure_called, steps_on_full_tensors
+from .full_tensor_step import _with_closure_called, bare_optimizer, steps_on_full_tensors
 
 __all__ = ["OVERRIDES", "Zero1", "check_zero1", "zero1_of"]
 
@@ -68,13 +68,7 @@ def check_zero1(optimizer: Optimizer) -> None:
 
 def zero1_of(optimizer: Optimizer) -> Zero1 | None:
     """What divides the state of an optimizer, bare or as Accelerate prepared it; None if nothing does."""
-    return vars(_bare(optimizer)).get(_KEPT_AS)
-
-
-def _bare(optimizer: Optimizer) -> Optimizer:
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
+    return vars(bare_optimizer(optimizer)).get(_KEPT_AS)
 
 
 @dataclass(frozen=True)
@@ -144,13 +138,13 @@ class Zero1:
 
     def shard(self, optimizer: Optimizer, param: Tensor) -> FlatShard | None:
         """Which elements this replica keeps the state of; None where it is all of them, or none."""
-        self._assign(_bare(optimizer))
+        self._assign(bare_optimizer(optimizer))
         entry = self._entries.get(id(param))
         return self._range(entry.param, self.rank) if entry is not None and entry.owner is None else None
 
     def holds(self, optimizer: Optimizer, param: Tensor) -> bool:
         """Whether this replica keeps any state of a parameter."""
-        self._assign(_bare(optimizer))
+        self._assign(bare_optimizer(optimizer))
         entry = self._entries.get(id(param))
         return entry is None or self._holds(entry, self.rank)
 
@@ -318,7 +312,7 @@ class Zero1:
             optimizer: Bare or prepared.
             states: Those in its `state_dict()`.
         """
-        self._assign(_bare(optimizer))
+        self._assign(bare_optimizer(optimizer))
         params = [param for group in optimizer.param_groups for param in group["params"]]
         own = {index: state for index, state in states.items() if isinstance(index, int)}
         entries = {index: self._entries.get(id(param)) for index, param in enumerate(params)}

@@ -30,10 +30,10 @@ def on_device_groups(backend: str = DEVICE, timeout: timedelta = COLLECTIVE_TIME
         dist.Backend.register_backend(DEVICE, _create, devices=["cpu"])
     stock = dist.distributed_c10d._object_to_tensor
 
-    def refusing(obj: Any, device: Any, group: Any) -> Any:
+    def refusing(obj: Any, device: Any, group: Any, *options: Any) -> Any:
         if dist.get_backend(group) != "gloo":
             raise TypeError(f"an object for the device's group: {obj!r:.200}")
-        return stock(obj, device, group)
+        return stock(obj, device, group, *options)
 
     def no_pairs(*args: Any, **kwargs: Any) -> Any:
         raise TypeError("a message between two ranks over the device's group")

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from accel_tp_ddp import full_gradients, parallelize
-from accel_tp_ddp.core import gathered
+from accel_tp_ddp.core.gathered import GatheredWhenUsed
 from accel_tp_ddp.core.override import install_for_all
 from accel_tp_ddp.loss import fused_heads, vocab_parallel
 from accel_tp_ddp.loss.heads import defer_logits
@@ -42,7 +42,7 @@ def scored(name, options, mode):
         add_fused_lm_head(each, outputs=("log_probs", *OPTIONAL), **options)
     parallelize(model, tp_mesh(2))
     defer_logits(model, mode)
-    guard = mock.patch.object(gathered, "_joined", joined)
+    guard = mock.patch.object(GatheredWhenUsed, "full_values", joined)
     with guard if mode else mock.patch.object(vocab_parallel, "token_statistics", joined):
         outputs = model(**batch, fused_lm_head=True)
     expected = reference(**batch, fused_lm_head=True)

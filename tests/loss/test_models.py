@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from accel_tp_ddp import TensorParallelDDPPlugin, full_gradients, parallelize
-from accel_tp_ddp.loss import deferred, vocab_parallel
+from accel_tp_ddp.loss import vocab_parallel
 from accel_tp_ddp.loss.deferred import DeferredLogits
 from accel_tp_ddp.loss.heads import defer_logits, losses_only
 
@@ -37,7 +37,7 @@ def compared(name, tp, kinds, lora=False, deep=False):
         model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     for kind in kinds:
         batch = batches()[kind]
-        with mock.patch.object(deferred, "_materialized", without_full):
+        with mock.patch.object(DeferredLogits, "full_values", without_full):
             outputs = model(**batch)
             assert isinstance(outputs.logits, DeferredLogits) and outputs.logits.shape[-1] == VOCABULARY
             outputs.loss.backward()
@@ -221,7 +221,7 @@ def with_ddp(options, own_loss):
     found = []
     for step in range(2):
         batch = token_batch(seed=10 + 2 * step + accelerator.process_index)
-        with mock.patch.object(deferred, "_materialized", without_full):
+        with mock.patch.object(DeferredLogits, "full_values", without_full):
             outputs = model(**batch)
             loss = outputs.loss
             if own_loss:

@@ -8,7 +8,6 @@ import multiprocessing
 import sys
 import time
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -36,8 +35,8 @@ def end_often(rank: int, port: int, outlive: bool) -> None:
         del model
 
 
-@pytest.mark.parametrize("outlive", [True, False])
-def test_only_a_group_that_outlives_its_module_can_be_destroyed_at_any_time(outlive):
+def exit_codes(outlive: bool) -> list[int | None]:
+    """None of a process that hangs."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("forkserver")
     processes = [context.Process(target=end_often, args=(rank, store.port, outlive), daemon=True) for rank in range(2)]
@@ -46,11 +45,19 @@ def test_only_a_group_that_outlives_its_module_can_be_destroyed_at_any_time(outl
     deadline = time.monotonic() + PATIENCE[outlive]
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
-    exitcodes = [process.exitcode for process in processes]
+    found = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
         process.join()
-    assert exitcodes == [0, 0] if outlive else None in exitcodes
+    return found
+
+
+def test_a_group_that_outlives_its_module_can_be_destroyed_at_any_time():
+    assert exit_codes(outlive=True) == [0, 0]
+
+
+def test_another_one_cannot():
+    assert any(None in exit_codes(outlive=False) for _ in range(5))  # a busy machine may need several
 
 
 def outlives(tp):

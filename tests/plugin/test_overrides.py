@@ -20,7 +20,7 @@ from accel_tp_ddp.core.override import (
     stock_of,
     uninstall,
 )
-from accel_tp_ddp.core.upstream import is_released
+from accel_tp_ddp.core.upstream import is_released, signature
 from accel_tp_ddp.plugin.overrides import TABLES, as_markdown, as_rows
 from accel_tp_ddp.plugin.replica_view import MODULES
 
@@ -63,7 +63,7 @@ def test_what_is_replaced_exists(row):
 
 def arguments_taken(stock, function, bound):
     """The ways to call `stock` that `function` does not take: by position, and by name."""
-    theirs = [p for p in inspect.signature(stock).parameters.values() if p.kind not in MANY][bound:]
+    theirs = [p for p in signature(stock).parameters.values() if p.kind not in MANY][bound:]
     ours = inspect.signature(function)
     before = [None] * sum(p.kind is OURS for p in ours.parameters.values())
     by_position = [p.name for p in theirs if p.kind is not inspect.Parameter.KEYWORD_ONLY]

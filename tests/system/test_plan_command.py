@@ -265,6 +265,18 @@ def test_why_a_size_is_not_allowed_is_said_once(capsys):
     assert "28 is not divisible" in refused[0] and refused[1].startswith("not 7,14: ") and "heads = 4" in refused[1]
 
 
+def test_what_the_documentation_shows_is_what_is_printed(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    blocks = (ROOT / "docs" / "plans.md").read_text(encoding="utf-8").split("```\n$ accel-tp-ddp plan ")[1:]
+    assert len(blocks) == 2
+    for block in blocks:
+        command, *shown = block.partition("\n```")[0].splitlines()
+        assert main(["plan", *command.split()]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        end = len(shown) - 1 if shown[-1] == "..." else len(printed)
+        assert printed[:end] == shown[:end]
+
+
 def test_a_config_of_405_billion_parameters_keeps_to_the_limits_of_the_benchmark():
     command = [sys.executable, "-m", "benchmarks.plans", "--only", "llama-3.1-405b"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -280,6 +292,8 @@ def test_a_config_of_405_billion_parameters_keeps_to_the_limits_of_the_benchmark
     ("arguments", "says"),
     [
         (["{folder}/none.json", "--tp", "2"], "there is no file or folder"),
+        (["{folder}/none.json", "--tp", "2", "--infer"], "there is no file or folder"),
+        (["{folder}/none.json"], "there is no file or folder"),
         (["{folder}/empty", "--tp", "2"], "has no config.json"),
         (["{folder}/broken.json", "--tp", "2"], "no config that can be read"),
         (["{folder}/list.json", "--tp", "2"], "no config that can be read"),
