@@ -476,17 +476,17 @@ def gather_parts(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int
 
 def gather_whole(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     """The slices of all ranks joined along `dim`, by one all-gather and at most one copy."""
-    before = tensor.shape[: dim % tensor.dim()]
-    if prod(before) == 1 and len(set(sizes)) == 1:
-        joined = _one_after_another(mesh, tensor.reshape(tensor.shape[len(before) :]))
-        return joined.view(*before, *joined.shape)
+    if prod(tensor.shape[: dim % tensor.dim()]) == 1 and len(set(sizes)) == 1:
+        return _one_after_another(mesh, tensor, dim)
     return torch.cat(gather_parts(mesh, tensor, dim, sizes), dim)
 
 
-def _one_after_another(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
-    """Equal slices of all ranks, joined along the first dimension, without a list of them or a copy."""
-    joined = tensor.new_empty((mesh.size() * tensor.size(0), *tensor.shape[1:]))
-    gather_into(joined, tensor.contiguous(), mesh.get_group())
+def _one_after_another(mesh: DeviceMesh, tensor: Tensor, dim: int = 0) -> Tensor:
+    """Equal slices of all ranks, joined along the first dimension (of more than one element), without a copy."""
+    shape = list(tensor.shape)
+    shape[dim] *= mesh.size()
+    joined = tensor.new_empty(shape)  # no view, which could not be changed in place
+    gather_into(joined.view(-1), tensor.contiguous().view(-1), mesh.get_group())
     return joined
 
 
@@ -507,7 +507,8 @@ def _reduce_scatter(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int
     scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
     scatter(result.view(-1), parts.view(-1), group=mesh.get_group())
     own_size = sizes[mesh.get_local_rank()]
-    return result if own_size == longest else result.narrow(dim, 0, own_size).contiguous()
+    # No view of what is padded, which could not be changed in place.
+    return result if own_size == longest else result.narrow(dim, 0, own_size).clone()
 
 
 def gather_into(joined: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:

@@ -506,6 +506,7 @@ def outputs_changed_in_place():
     for name, mapping in {
         "reduce": lambda x: reduce_from_tp(mesh, x),
         "gather": lambda x: gather_from_tp(mesh, x, 0, [2] * world),
+        "reduce, and a slice": lambda x: split_from_tp(mesh, x, 0, [1] * 2 + [0] * (world - 2)),
     }.items():
         x = torch.ones(2, requires_grad=True)
         inner = x * 1
