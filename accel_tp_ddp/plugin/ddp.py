@@ -21,7 +21,7 @@ def outlive(group: dist.ProcessGroup) -> None:
 
     A reducer that is the last to hold its group frees it without giving up the interpreter lock. Gloo's destructor
     waits there for its threads, one of which may wait for that lock to let go of the last collective's tensors: a
-    deadlock, when a script gathers, ends the training and returns (torch 2.13; of the kind of pytorch#56297).
+    deadlock, when a script gathers, ends the training and returns (up to torch 2.13; of the kind of pytorch#56297).
     """
     _outliving.add(group)
 

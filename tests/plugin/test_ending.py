@@ -7,9 +7,11 @@ threads have let go of the last tensors by then is a matter of microseconds, so 
 import multiprocessing
 import sys
 import time
+from multiprocessing.sharedctypes import Synchronized
 
 import torch
 import torch.distributed as dist
+from packaging import version
 from torch.nn.parallel import DistributedDataParallel
 
 from accel_tp_ddp.plugin import ddp
@@ -17,11 +19,12 @@ from accel_tp_ddp.plugin import ddp
 from ..helpers.ranks import run_on_ranks
 from ..helpers.sharded import MLP_PLAN, accelerator_for, build_mlp
 
-TRIALS = 100
-PATIENCE = {True: 60, False: 10}  # seconds; all trials take about 5, and the first that hangs comes early
+TRIALS = 100  # which take about 5 seconds; the first that hangs is among the first five
+PATIENCE = 10  # seconds without a trial that ends; a busy machine takes one to start
+FREED_RIGHTLY = version.parse(torch.__version__) >= version.parse("2.14")
 
 
-def end_often(rank: int, port: int, outlive: bool) -> None:
+def end_often(rank: int, port: int, outlive: bool, done: Synchronized) -> None:
     torch.set_num_threads(1)
     sys.setswitchinterval(100)  # no thread gets the lock by force, so that few trials are enough
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
@@ -33,18 +36,27 @@ def end_often(rank: int, port: int, outlive: bool) -> None:
         dist.all_gather([torch.empty(4), torch.empty(4)], torch.ones(4))
         dist.destroy_process_group()
         del model
+        done.value = trial + 1
 
 
 def exit_codes(outlive: bool) -> list[int | None]:
     """None of a process that hangs."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("forkserver")
-    processes = [context.Process(target=end_often, args=(rank, store.port, outlive), daemon=True) for rank in range(2)]
+    done = [context.Value("i", 0) for _ in range(2)]
+    processes = [
+        context.Process(target=end_often, args=(rank, store.port, outlive, own), daemon=True)
+        for rank, own in enumerate(done)
+    ]
     for process in processes:
         process.start()
-    deadline = time.monotonic() + PATIENCE[outlive]
-    for process in processes:
-        process.join(max(0, deadline - time.monotonic()))
+    seen, since = [0, 0], time.monotonic()
+    while any(process.exitcode is None for process in processes):
+        if (now := [each.value for each in done]) != seen:
+            seen, since = now, time.monotonic()
+        elif time.monotonic() - since > PATIENCE * (1 if any(seen) else 6):
+            break
+        time.sleep(0.05)
     found = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
@@ -56,8 +68,9 @@ def test_a_group_that_outlives_its_module_can_be_destroyed_at_any_time():
     assert exit_codes(outlive=True) == [0, 0]
 
 
-def test_another_one_cannot():
-    assert any(None in exit_codes(outlive=False) for _ in range(5))  # a busy machine may need several
+def test_another_one_hangs_with_the_torch_that_frees_it_under_the_interpreter_lock():
+    """Up to torch 2.13; 2.14 has not hung in 1200 trials. Once that is the oldest supported, `outlive` can go."""
+    assert (None in exit_codes(outlive=False)) is not FREED_RIGHTLY
 
 
 def outlives(tp):
