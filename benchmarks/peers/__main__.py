@@ -39,7 +39,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=4, help="where torchrun has not started them")
     parser.add_argument("--rounds", type=int, default=30, help="at most")
     parser.add_argument("--budget", type=float, default=180, help="seconds after which no further round is begun")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="contenders whose names contain one of these")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PART", help="contenders of these names, or whose names contain them"
+    )
     parser.add_argument(
         "--against", default=OURS, choices=list(CONTENDERS), metavar="NAME", help="whose times ratios are to"
     )
@@ -78,7 +80,9 @@ def main() -> int:
     changed = {name: getattr(given, name) for name in ("hidden", "layers", "vocab", "batch", "length")}
     size = replace(SIZES[given.size], **{name: value for name, value in changed.items() if value is not None})
     chosen = {
-        name: build for name, build in CONTENDERS.items() if not given.only or any(part in name for part in given.only)
+        name: build
+        for name, build in CONTENDERS.items()
+        if not given.only or any(part == name if part in CONTENDERS else part in name for part in given.only)
     }
     with tempfile.TemporaryDirectory() as folder:
         shared = [folder]
