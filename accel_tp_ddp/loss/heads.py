@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.errors import PlanError
 from ..styles.base import Style
 from ..styles.conv1d import TransposedLinear
-from ..styles.forward import ParallelForward
+from ..styles.forward import ParallelForward, call_behind
 from ..styles.linear import ColwiseGatherOutput
 from .deferred import Source, deferred
 from .projection import Chain, LinearProjection, ModuleProjection, Projection
@@ -62,8 +62,8 @@ def defer_logits(model: nn.Module, mode: Mode) -> None:
     if mode is False:
         return
     for owner, head in _heads(model):
-        call = head.__dict__.get("forward")
-        if isinstance(call, ParallelForward) and isinstance(call.style, ColwiseGatherOutput):
+        call = call_behind(head.__dict__.get("forward"))
+        if call is not None and isinstance(call.style, ColwiseGatherOutput):
             _Deferral(head, call, mode).attach(owner, model)
             call.facts["loss_parallel"] = True  # for losses that read the weight, see `fused_heads`
 
