@@ -45,9 +45,9 @@ def ours(setting: Setting, **options: Any) -> Step:
     return accelerated(setting, TensorParallelDDPPlugin(tp_size=setting.tp, **options), setting.replica_ids)
 
 
-def accelerated(setting: Setting, plugin: TensorParallelDDPPlugin | None, ids: Tensor) -> Step:
+def accelerated(setting: Setting, plugin: TensorParallelDDPPlugin | None, ids: Tensor, **options: Any) -> Step:
     AcceleratorState._reset_state()  # for an accelerator more; the next fills what all in this process share
-    accelerator = Accelerator(cpu=True, parallelism_config=plugin)
+    accelerator = Accelerator(cpu=True, parallelism_config=plugin, **options)
     model = setting.model()
     model, optimizer = accelerator.prepare(model, setting.optimizer(model.parameters()))
     return training_step(model, optimizer, ids, accelerator.backward)
