@@ -38,7 +38,8 @@ STEPS_BEFORE = 3
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__)
     parser.add_argument("--size", choices=sorted(SIZES), default="host-bound")
-    parser.add_argument("--layers", type=int)
+    for name in ("hidden", "layers", "vocab", "batch", "length"):
+        parser.add_argument(f"--{name}", type=int, help="instead of the size's; the batch is a replica's")
     parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--loss-parallel", action="store_true")
@@ -60,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     dist.init_process_group("gloo", timeout=timedelta(minutes=30))  # ranks compile at their own pace
     mesh = init_device_mesh("cpu", (given.ranks // given.tp, given.tp), mesh_dim_names=("dp_replicate", "tp"))
-    size = SIZES[given.size]
-    setting = Setting(replace(size, layers=given.layers or size.layers), mesh, "no folder")
+    changed = {name: getattr(given, name) for name in ("hidden", "layers", "vocab", "batch", "length")}
+    size = replace(SIZES[given.size], **{name: value for name, value in changed.items() if value is not None})
+    setting = Setting(size, mesh, "no folder")
     entrants, rows = [], []
     for name in (EAGER, *given.ways):
         entrant, row = enter(name, setting, given)

@@ -90,7 +90,7 @@ def compare(kind: str, given: argparse.Namespace) -> None:
             low, middle, high = spread([b / a for a, b in zip(own["from its parts"], own["gathered"])])
             medians = " and ".join(f"{spread(times)[1] * 1000:.0f}" for times in own.values())
             print(f"  {what}: {middle:.2f} x faster ({low:.2f} to {high:.2f}); medians {medians} ms")
-        print(f"  logs: {', '.join(sorted(logs['gathered'][0]))}; largest difference {difference(*logs.values()):.1e}")
+        print(f"  logs: {', '.join(sorted(logs['gathered'][0]))}; largest difference {difference(*logs.values())}")
         sys.stdout.flush()
 
 
@@ -127,10 +127,12 @@ def untimed(row: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in row.items() if not name.endswith(("runtime", "_per_second", "step_time"))}
 
 
-def difference(some: list[dict[str, float]], others: list[dict[str, float]]) -> float:
+def difference(some: list[dict[str, float]], others: list[dict[str, float]]) -> str:
+    """Of a DPO reward, a small difference of large log-probabilities, the absolute one says more."""
     assert [row.keys() for row in some] == [row.keys() for row in others], "they log the same names"
-    pairs = [(a[name], b[name]) for a, b in zip(some, others) for name in a]
-    return max(abs(a - b) / max(abs(b), 1e-3) for a, b in pairs)
+    pairs = [(name, a[name], b[name]) for a, b in zip(some, others) for name in a]
+    name, a, b = max(pairs, key=lambda pair: abs(pair[1] - pair[2]) / max(abs(pair[2]), 1e-3))
+    return f"{name}, {abs(a - b):.1e} of {b:.3g}"
 
 
 def make_trainer(kind: str, mode: Any, folder: str, given: argparse.Namespace) -> Any:
