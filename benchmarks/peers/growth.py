@@ -1,12 +1,14 @@
 """How a step of this package grows: with the layers, and with the tokens of a sequence beyond attention.
 
-Both are to be linear: each further layer, and each further token, costs what the others do.
+Both are to be linear: each further layer, and each further token, costs what the others do. Tokens with loss_parallel:
+full logits cost more a token the more there are, as memory that large is asked of the system anew in each step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -42,7 +44,7 @@ def growth(setting: Setting, rounds: int, budget: float, control: dist.ProcessGr
     found = _times({layers: (ours, layered(layers)) for layers in LAYERS}, rounds, budget / 2, control)
     rows += [_row(f"layers, {clock}", LAYERS, times) for clock, times in found.items()]
     found = _times(
-        {("step", length): (ours, long(length)) for length in TOKENS}
+        {("step", length): (partial(ours, loss_parallel=True), long(length)) for length in TOKENS}
         | {("attention", length): (attention_alone, long(length)) for length in TOKENS},
         rounds,
         budget / 2,
