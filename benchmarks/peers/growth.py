@@ -1,7 +1,7 @@
 """How a step of this package grows: with the layers, and with the tokens of a sequence beyond attention.
 
 Both are to be linear: each further layer, and each further token, costs what the others do. Tokens with loss_parallel:
-full logits cost more a token the more there are, as memory that large is asked of the system anew in each step.
+full logits cost more a token the more there are (presumably memory that large, asked of the system anew in each step).
 """
 
 from __future__ import annotations
