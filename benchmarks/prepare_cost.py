@@ -28,7 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from accel_tp_ddp import parallelize, resolve_plan
+from accel_tp_ddp import resolve_plan
+from accel_tp_ddp.model.check import check_model
+from accel_tp_ddp.model.parallelize import shard
 
 from .zero1 import GIB, LLAMAS
 
@@ -93,12 +95,12 @@ def measure(name: str, tp: int, rounds: int) -> str:
             copy.deepcopy(model)
             copied.append(time.perf_counter() - start)
             start = time.perf_counter()
-            parallelize(model, mesh)
+            shard(model, mesh, check_model(model, mesh, "auto"))
             sharded.append(time.perf_counter() - start)
         model = AutoModelForCausalLM.from_config(config)
         with Alive(model) as alive:
             before = alive.now
-            parallelize(model, mesh)
+            shard(model, mesh, check_model(model, mesh, "auto"))
         own = sum(param.nbytes for param in model.parameters())
     seconds = {k: statistics.median(v) for k, v in {"plan": planned, "all": sharded, "copy": copied}.items()}
     full, own = full / GIB, own / GIB

@@ -1,7 +1,8 @@
 """When a model's output layer defers its logits.
 
 With loss_parallel=True in training, if the model is given labels. With "auto" while somebody has said that nobody
-reads logits (`losses_only`): there are trainers whose own losses are known. Models that are compiled never do.
+reads logits (`losses_only`): there are trainers whose own losses are known. Models that are compiled as
+a whole never do; one whose layers Accelerate compiles does, and its output layer is not compiled.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import PlanError
+from ..core.wrappers import unwrap
 from ..styles.base import Style
 from ..styles.conv1d import TransposedLinear
-from ..styles.forward import ParallelForward
+from ..styles.forward import ParallelForward, call_behind
 from ..styles.linear import ColwiseGatherOutput
 from .deferred import Source, deferred
 from .projection import Chain, LinearProjection, ModuleProjection, Projection
@@ -62,8 +64,8 @@ def defer_logits(model: nn.Module, mode: Mode) -> None:
     if mode is False:
         return
     for owner, head in _heads(model):
-        call = head.__dict__.get("forward")
-        if isinstance(call, ParallelForward) and isinstance(call.style, ColwiseGatherOutput):
+        call = call_behind(head.__dict__.get("forward"))
+        if call is not None and isinstance(call.style, ColwiseGatherOutput):
             _Deferral(head, call, mode).attach(owner, model)
             call.facts["loss_parallel"] = True  # for losses that read the weight, see `fused_heads`
 
@@ -100,7 +102,12 @@ class _Deferral:
     def _begin(self, owner: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         asked = any(kwargs.get(name) is not None for name in ("labels", "shift_labels"))
         wanted = _depth > 0 or (self.mode is True and owner.training and asked)
-        self.call.defer = self._defer if wanted and not torch.compiler.is_compiling() else None
+        wanted = wanted and not torch.compiler.is_compiling()
+        self.call.defer = self._defer if wanted else None
+        if wanted and (given := owner.get_output_embeddings()) is not self.head and unwrap(given) is self.head:
+            for parent in owner.modules():  # compiled by itself, the head would compute what is to be deferred
+                for name in [name for name, child in parent._modules.items() if child is given]:
+                    parent._modules[name] = self.head
 
     def _end(self, owner: nn.Module, args: Any, output: Any) -> None:
         self.call.defer = None

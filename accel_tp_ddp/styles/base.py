@@ -13,7 +13,7 @@ from ..core.errors import PlanError
 from ..core.layout import Layout, Ranges, chunk_ranges
 from ..core.shard import ShardInfo, mark_shard, remember_shards
 from .direct_reads import read_full
-from .forward import ParallelForward
+from .forward import ParallelForward, call_behind
 from .region import Region
 
 __all__ = ["HEAD_WIDTH_NAMES", "Site", "Style"]
@@ -229,10 +229,10 @@ class Style:
 
     def calls(self, site: Site) -> list[ParallelForward]:
         """What `apply` has installed at `site`, the outermost first."""
-        found, call = [], site.module.__dict__.get("forward")
-        while isinstance(call, ParallelForward):
+        found, forward = [], site.module.__dict__.get("forward")
+        while (call := call_behind(forward)) is not None:
             found.append(call)
-            call = call.wrapped
+            forward = call.wrapped
         return found
 
     def install(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.gathered import gathered_when_used
-from .forward import ParallelForward
+from .forward import ParallelForward, call_behind
 from .region import running_region
 
 __all__ = ["read_full"]
@@ -43,9 +43,9 @@ def _type_that_reads_full(base: type[nn.Module], names: tuple[str, ...]) -> type
 
 def _read(module: nn.Module, name: str) -> Tensor | None:
     param = module._parameters[name]
-    call = module.__dict__.get("forward")
+    call = call_behind(module.__dict__.get("forward"))
     region = running_region()
-    if region is None or not isinstance(call, ParallelForward) or call.computing or call.idle:
+    if region is None or call is None or call.computing or call.idle:
         return param
     full, key = region.full, (id(param), param._version, torch.is_grad_enabled())
     if key not in full:

@@ -16,7 +16,7 @@ from ..core.layout import Shared
 from ..core.shard import ShardInfo, restore_shards
 from .region import Region
 
-__all__ = ["ParallelForward"]
+__all__ = ["ParallelForward", "call_behind"]
 
 
 class Runner(Protocol):
@@ -94,11 +94,18 @@ class ParallelForward:
 
     def install_on(self, module: nn.Module) -> None:
         """Become the forward of `module`."""
-        module.forward = self
+        # A method, and keys of hooks that are the same in all layers: dynamo guards both, and an object of its own, or
+        # torch's running number of a hook, would be a graph of its own for each layer that is compiled by itself.
+        module.forward = self.__call__
         if self.style.enters:
             self._hosts = (*self._hosts, module)
-            module.register_forward_pre_hook(self.enter_hook, prepend=True, with_kwargs=True)
-            module.register_forward_hook(self.exit_hook, always_call=True)
+            before: Any = module._forward_pre_hooks
+            key = min([0, *before]) - 1  # torch's are not negative
+            before[key] = self.enter_hook
+            before.move_to_end(key, last=False)
+            module._forward_pre_hooks_with_kwargs[key] = True
+            module._forward_hooks[key] = self.exit_hook
+            module._forward_hooks_always_called[key] = True
 
     def product(self, input: Tensor, with_bias: bool = True) -> Tensor | None:
         """What a linear layer of torch's computes, by as few steps; None of any other module, see `inner`."""
@@ -217,6 +224,12 @@ class ParallelForward:
     def __getstate__(self) -> dict[str, Any]:
         idle = {"offered": {}, "_entered": False, "computing": False, "idle": False, "defer": None}
         return {**self.__dict__, **idle}
+
+
+def call_behind(forward: Any) -> ParallelForward | None:
+    """What `install_on` has put in the place of a forward; None if this is another's."""
+    call = getattr(forward, "__self__", None)
+    return call if isinstance(call, ParallelForward) else None
 
 
 def is_product(module: nn.Module) -> bool:

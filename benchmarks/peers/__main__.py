@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers.utils import logging
 
 from . import __doc__ as about
-from .contenders import CONTENDERS
+from .contenders import CONTENDERS, OURS
 from .growth import growth
 from .rounds import enter, interleave
 from .sizes import SIZES, Setting
@@ -39,7 +39,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=4, help="where torchrun has not started them")
     parser.add_argument("--rounds", type=int, default=30, help="at most")
     parser.add_argument("--budget", type=float, default=180, help="seconds after which no further round is begun")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="contenders whose names contain one of these")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PART", help="contenders of these names, or whose names contain them"
+    )
+    parser.add_argument(
+        "--against", default=OURS, choices=list(CONTENDERS), metavar="NAME", help="whose times ratios are to"
+    )
     parser.add_argument("--optimizer", choices=["fused", "loop"], default="fused", help="which of torch's AdamW")
     parser.add_argument("--growth", action="store_true", help="how a step grows with layers and tokens, instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
@@ -75,7 +80,9 @@ def main() -> int:
     changed = {name: getattr(given, name) for name in ("hidden", "layers", "vocab", "batch", "length")}
     size = replace(SIZES[given.size], **{name: value for name, value in changed.items() if value is not None})
     chosen = {
-        name: build for name, build in CONTENDERS.items() if not given.only or any(part in name for part in given.only)
+        name: build
+        for name, build in CONTENDERS.items()
+        if not given.only or any(part == name if part in CONTENDERS else part in name for part in given.only)
     }
     with tempfile.TemporaryDirectory() as folder:
         shared = [folder]
@@ -97,9 +104,10 @@ def main() -> int:
                     print(f"{name}: {was}", file=sys.stderr, flush=True)
             times = interleave(entrants, given.rounds, given.budget, control)
             if rank == 0:
-                print(as_text(given.size, setting, entrants, times), flush=True)
+                print(as_text(given.size, setting, entrants, times, given.against), flush=True)
                 if given.json:
-                    given.json.write_text(json.dumps(as_json(given.size, setting, entrants, times), indent=1))
+                    found = as_json(given.size, setting, entrants, times, given.against)
+                    given.json.write_text(json.dumps(found, indent=1))
         dist.barrier(group=control)
     dist.destroy_process_group()
     return 0

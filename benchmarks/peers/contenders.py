@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -24,9 +24,11 @@ from accel_tp_ddp import TensorParallelDDPPlugin
 
 from .sizes import Setting, Step, training_step
 
-__all__ = ["CONTENDERS", "LOCAL", "OURS", "PLAIN", "VARIANTS"]
+__all__ = ["CONTENDERS", "IDLE", "LOCAL", "OURS", "PLAIN", "PREPARED", "VARIANTS"]
 
 OURS, PLAIN, LOCAL = "accel_tp_ddp", "plain DDP, all ranks", "local computation alone"
+#: What `tp_size=1` costs is what the second takes beyond the first.
+PREPARED, IDLE = "plain DDP, all ranks, by Accelerate", f"{OURS}, tp_size=1"
 
 #: Arguments of the plugin. A release without the feature says so in its line of the table.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -35,16 +37,30 @@ VARIANTS: dict[str, dict[str, Any]] = {
     f"{OURS}, loss_parallel": {"loss_parallel": True},
     f"{OURS}, sequence_parallel": {"sequence_parallel": True},
     f"{OURS}, zero1": {"zero1": True},
+    f"{OURS}, loss_parallel, zero1": {"loss_parallel": True, "zero1": True},
 }
 
 
 def ours(setting: Setting, **options: Any) -> Step:
-    plugin = TensorParallelDDPPlugin(tp_size=setting.tp, **options)
+    return accelerated(setting, TensorParallelDDPPlugin(tp_size=setting.tp, **options), setting.replica_ids)
+
+
+def accelerated(setting: Setting, plugin: TensorParallelDDPPlugin | None, ids: Tensor, **options: Any) -> Step:
     AcceleratorState._reset_state()  # for an accelerator more; the next fills what all in this process share
-    accelerator = Accelerator(cpu=True, parallelism_config=plugin)
+    accelerator = Accelerator(cpu=True, parallelism_config=plugin, **options)
     model = setting.model()
     model, optimizer = accelerator.prepare(model, setting.optimizer(model.parameters()))
-    return training_step(model, optimizer, setting.replica_ids, accelerator.backward)
+    return training_step(model, optimizer, ids, accelerator.backward)
+
+
+def prepared(setting: Setting) -> Step:
+    """Plain DDP by Accelerate alone, whose optimizer, for one, is wrapped."""
+    return accelerated(setting, None, setting.rank_ids)
+
+
+def idle(setting: Setting) -> Step:
+    """This package with nothing to do."""
+    return accelerated(setting, TensorParallelDDPPlugin(tp_size=1), setting.rank_ids)
 
 
 def plain_ddp(setting: Setting) -> Step:
@@ -129,6 +145,8 @@ def local_alone(setting: Setting) -> Step:
 #: In the order of the table; the first is what the others' losses are compared with.
 CONTENDERS: dict[str, Callable[[Setting], Step]] = {
     PLAIN: plain_ddp,
+    PREPARED: prepared,
+    IDLE: idle,
     **{name: partial(ours, **options) for name, options in VARIANTS.items()},
     "torch styles + DDP": torch_styles,
     "transformers tp x dp_replicate": partial(transformers_native, replicas="dp_replicate_size"),

@@ -1,12 +1,14 @@
 """How a step of this package grows: with the layers, and with the tokens of a sequence beyond attention.
 
-Both are to be linear: each further layer, and each further token, costs what the others do.
+Both are to be linear: each further layer, and each further token, costs what the others do. Tokens with loss_parallel:
+full logits cost more a token the more there are (presumably memory that large, asked of the system anew in each step).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -39,20 +41,21 @@ def growth(setting: Setting, rounds: int, budget: float, control: dist.ProcessGr
     def long(length: int) -> Setting:
         return replace(setting, size=replace(setting.size, length=length, layers=LAYERS_FOR_TOKENS, batch=1))
 
-    times = _times({layers: (ours, layered(layers)) for layers in LAYERS}, rounds, budget / 2, control)
-    rows.append(_row("layers", LAYERS, times))
-    both = _times(
-        {("step", length): (ours, long(length)) for length in TOKENS}
+    found = _times({layers: (ours, layered(layers)) for layers in LAYERS}, rounds, budget / 2, control)
+    rows += [_row(f"layers, {clock}", LAYERS, times) for clock, times in found.items()]
+    found = _times(
+        {("step", length): (partial(ours, loss_parallel=True), long(length)) for length in TOKENS}
         | {("attention", length): (attention_alone, long(length)) for length in TOKENS},
         rounds,
         budget / 2,
         control,
     )
-    beyond = {
-        length: [step - part for step, part in zip(both["step", length], both["attention", length])]
-        for length in TOKENS
-    }
-    rows.append(_row("tokens of a sequence, beyond attention", TOKENS, beyond))
+    for clock, both in found.items():
+        beyond = {
+            length: [step - part for step, part in zip(both["step", length], both["attention", length])]
+            for length in TOKENS
+        }
+        rows.append(_row(f"tokens of a sequence, beyond attention, {clock}", TOKENS, beyond))
     return rows
 
 
@@ -82,15 +85,16 @@ def _times(
     rounds: int,
     budget: float,
     control: dist.ProcessGroup,
-) -> dict[Any, list[float]]:
-    """Seconds by round, under the keys of `builds`."""
+) -> dict[str, dict[Any, list[float]]]:
+    """Seconds by round, under the keys of `builds`: on the clock, and on the processors of all ranks."""
     entrants: list[Entrant] = []
     for key, (build, setting) in builds.items():
         entrants.append(enter(str(key), build, setting, control))
         if entrants[-1].error:
             raise RuntimeError(f"{key}: {entrants[-1].error}")
-    times = interleave(entrants, rounds, budget, control).steps
-    return {key: times[str(key)] for key in builds}
+    times = interleave(entrants, rounds, budget, control)
+    kinds = {"time": times.steps, "CPU time": times.steps_cpu}
+    return {clock: {key: own[str(key)] for key in builds} for clock, own in kinds.items()}
 
 
 def _row(what: str, sizes: Sequence[int], times: dict[int, list[float]]) -> str:

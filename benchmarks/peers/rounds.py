@@ -55,8 +55,10 @@ def enter(name: str, build: Callable[[Setting], Step], setting: Setting, control
         error = _in_a_line(problem)
     agree(entrant, error, control)
     if entrant.step is not None:
-        entrant.losses = _mean(entrant.losses, control)
-        entrant.memory = Memory(*_largest([entrant.memory.held, entrant.memory.peak], control))
+        world = dist.get_world_size()
+        entrant.losses = [total / world for total in _over_ranks(entrant.losses, dist.ReduceOp.SUM, control)]
+        most = _over_ranks([entrant.memory.held, entrant.memory.peak], dist.ReduceOp.MAX, control)
+        entrant.memory = Memory(*map(int, most))
     entrant.seconds_to_build = time.perf_counter() - started
     gc.collect()
     return entrant
@@ -73,10 +75,16 @@ def agree(entrant: Entrant, error: str, control: dist.ProcessGroup) -> None:
 
 @dataclass
 class Times:
-    """Seconds by round of the slowest rank: steps, and the bare collectives of the same entrant."""
+    """Seconds by round: steps, and the bare collectives of the same entrant.
+
+    Those on the clock are of the slowest rank. Those of the processors are of all ranks together, with gloo's threads:
+    they hardly change with what else runs on the machine, and where ranks outnumber cores they are what a step takes.
+    """
 
     steps: dict[str, list[float]]
     bare: dict[str, list[float]]
+    steps_cpu: dict[str, list[float]]
+    bare_cpu: dict[str, list[float]]
 
 
 def interleave(entrants: Sequence[Entrant], rounds: int, budget: float, control: dist.ProcessGroup) -> Times:
@@ -86,8 +94,7 @@ def interleave(entrants: Sequence[Entrant], rounds: int, budget: float, control:
         rounds: How many at most.
         budget: Seconds after which no further round is begun, as rank 0 sees it.
     """
-    steps: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
-    bare: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
+    found: dict[str, list[tuple[float, ...]]] = {entrant.name: [] for entrant in entrants}
     started = time.perf_counter()
     for index in range(-1, rounds):  # the first warms up
         if _any(index > 0 and dist.get_rank() == 0 and time.perf_counter() - started > budget, control):
@@ -95,20 +102,23 @@ def interleave(entrants: Sequence[Entrant], rounds: int, budget: float, control:
         running = [entrant for entrant in entrants if entrant.step is not None]
         shift = index % max(1, len(running))
         for entrant in running[shift:] + running[:shift]:
-            times, error = [], ""
+            times: tuple[float, ...] = ()
+            error = ""
             try:
-                times = [_seconds(entrant.step, control), _seconds(entrant.bare, control)]
+                times = _seconds(entrant.step, control) + _seconds(entrant.bare, control)
             except Exception as problem:
                 error = _in_a_line(problem)
             agree(entrant, error, control)
             if index >= 0 and not entrant.error:
-                steps[entrant.name].append(times[0])
-                bare[entrant.name].append(times[1])
+                found[entrant.name].append(times)
         gc.collect()
-    taken = [name for name in steps if all(e.name != name or e.step is not None for e in entrants)]
+    taken = [entrant.name for entrant in entrants if entrant.step is not None]
+    columns = {name: [list(column) for column in zip(*found[name])] for name in taken}
     return Times(
-        {name: _largest(steps[name], control) for name in taken},
-        {name: _largest(bare[name], control) for name in taken},
+        steps={name: _over_ranks(columns[name][0], dist.ReduceOp.MAX, control) for name in taken},
+        bare={name: _over_ranks(columns[name][2], dist.ReduceOp.MAX, control) for name in taken},
+        steps_cpu={name: _over_ranks(columns[name][1], dist.ReduceOp.SUM, control) for name in taken},
+        bare_cpu={name: _over_ranks(columns[name][3], dist.ReduceOp.SUM, control) for name in taken},
     )
 
 
@@ -120,27 +130,22 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
     return lower, median, upper
 
 
-def _seconds(run: Callable[[], Any], control: dist.ProcessGroup) -> float:
+def _seconds(run: Callable[[], Any], control: dist.ProcessGroup) -> tuple[float, float]:
+    """On the clock, and of this process on its processors."""
     dist.barrier(group=control)
     gc.disable()
     try:
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         run()
-        return time.perf_counter() - started
+        return time.perf_counter() - started, time.process_time() - used
     finally:
         gc.enable()
 
 
-def _largest(values: Sequence[float], control: dist.ProcessGroup) -> list[float]:
-    largest = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=control)
-    return largest.tolist()
-
-
-def _mean(values: Sequence[float], control: dist.ProcessGroup) -> list[float]:
-    total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total, group=control)
-    return (total / dist.get_world_size()).tolist()
+def _over_ranks(values: Sequence[float], how: dist.ReduceOp.RedOpType, control: dist.ProcessGroup) -> list[float]:
+    found = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(found, how, group=control)
+    return found.tolist()
 
 
 def _any(flag: bool, control: dist.ProcessGroup) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .contenders import LOCAL, OURS, PLAIN
+from .contenders import IDLE, LOCAL, OURS, PLAIN, PREPARED
 from .observe import Collective
 from .rounds import Entrant, Times, spread
 from .sizes import Setting
@@ -19,40 +19,51 @@ __all__ = ["as_json", "as_text"]
 MIB = 2**20
 #: What a contender's losses may differ by from the first one's; a wrong gradient shows in the second step already.
 SAME_LOSS = 1e-3
+#: Whose ranks hold whole models, so that there is no share of one to compare them with.
+WHOLE = (PLAIN, PREPARED, IDLE)
 
 
-def as_json(name: str, setting: Setting, entrants: Sequence[Entrant], times: Times) -> dict[str, Any]:
+def as_json(
+    name: str, setting: Setting, entrants: Sequence[Entrant], times: Times, against: str = OURS
+) -> dict[str, Any]:
+    """All figures; ratios are over the times of `against`."""
     return {
         "size": {"name": name, **asdict(setting.size)},
         "ranks": {"tp": setting.tp, "dp": setting.dp},
         "optimizer": "fused" if setting.fused else "loop",
         "torch": torch.__version__,
         "rounds": max(map(len, times.steps.values()), default=0),
-        "contenders": [_figures(setting, entrant, entrants, times) for entrant in entrants],
+        "against": against,
+        "contenders": [_figures(setting, entrant, entrants, times, against) for entrant in entrants],
     }
 
 
-def _figures(setting: Setting, entrant: Entrant, entrants: Sequence[Entrant], times: Times) -> dict[str, Any]:
+def _figures(
+    setting: Setting, entrant: Entrant, entrants: Sequence[Entrant], times: Times, against: str
+) -> dict[str, Any]:
     if entrant.error:
         return {"name": entrant.name, "error": entrant.error}
-    steps, bare = times.steps[entrant.name], times.bare[entrant.name]
-    seconds = spread(steps)[1]
+    name = entrant.name
+    seconds = spread(times.steps[name])[1]
     found: dict[str, Any] = {
-        "name": entrant.name,
+        "name": name,
         "milliseconds": seconds * 1000,
+        "CPU milliseconds": spread(times.steps_cpu[name])[1] * 1000,
         "tokens a second": setting.tokens / seconds,
         "peak": entrant.memory.peak,
         "held": entrant.memory.held,
         "collectives": _by_group(setting, entrant.collectives),
-        "bare milliseconds": spread(bare)[1] * 1000,
+        "bare milliseconds": spread(times.bare[name])[1] * 1000,
     }
-    if OURS in times.steps:
-        found["ratio"] = spread([own / ours for own, ours in zip(steps, times.steps[OURS])])
-    if LOCAL in times.steps and entrant.name not in (LOCAL, PLAIN):
-        local = times.steps[LOCAL]
-        found["efficiency"] = spread([(part + comm) / own for own, comm, part in zip(steps, bare, local)])
+    kinds = (("", times.steps, times.bare), ("CPU ", times.steps_cpu, times.bare_cpu))
+    for kind, steps, bare in kinds:
+        if against in steps:
+            found[f"{kind}ratio"] = spread([own / other for own, other in zip(steps[name], steps[against])])
+        if LOCAL in steps and name not in (LOCAL, *WHOLE):
+            parts = zip(steps[name], bare[name], steps[LOCAL])
+            found[f"{kind}efficiency"] = spread([(local + sent) / own for own, sent, local in parts])
     first = next((other for other in entrants if not other.error), None)
-    if first is not None and entrant.name != LOCAL:
+    if first is not None and name != LOCAL:
         found["loss off by"] = max(abs(a - b) / abs(b) for a, b in zip(entrant.losses, first.losses))
         found["same losses"] = found["loss off by"] <= SAME_LOSS
     return found
@@ -75,10 +86,10 @@ def _by_group(setting: Setting, collectives: Sequence[Collective]) -> dict[str, 
     return found
 
 
-def as_text(name: str, setting: Setting, entrants: Sequence[Entrant], times: Times) -> str:
-    run, size = as_json(name, setting, entrants, times), setting.size
-    columns = ["", "step / ours (quartiles)", "ms", "tokens/s", "peak MiB", "held MiB", "tp: number, MiB"]
-    columns += ["dp or all: number, MiB", "bare ms", "efficiency", "loss off by"]
+def as_text(name: str, setting: Setting, entrants: Sequence[Entrant], times: Times, against: str = OURS) -> str:
+    run, size = as_json(name, setting, entrants, times, against), setting.size
+    columns = ["", "step, ratio", "CPU time, ratio", "ms", "tokens/s", "peak MiB", "held MiB", "tp: number, MiB"]
+    columns += ["dp or all: number, MiB", "bare ms", "efficiency (of CPU time)", "loss off by"]
     rows, errors = [], []
     for figures in run["contenders"]:
         if "error" in figures:
@@ -88,7 +99,8 @@ def as_text(name: str, setting: Setting, entrants: Sequence[Entrant], times: Tim
         rows.append(
             [
                 figures["name"],
-                "{1:.2f} ({0:.2f} to {2:.2f})".format(*figures["ratio"]) if "ratio" in figures else "",
+                _ratio(figures.get("ratio")),
+                _ratio(figures.get("CPU ratio")),
                 f"{figures['milliseconds']:.0f}",
                 f"{figures['tokens a second']:.0f}",
                 f"{figures['peak'] / MIB:.1f}",
@@ -96,7 +108,9 @@ def as_text(name: str, setting: Setting, entrants: Sequence[Entrant], times: Tim
                 _communication(figures["collectives"], ["tp"]),
                 _communication(figures["collectives"], ["dp", "all", "other"]),
                 f"{figures['bare milliseconds']:.0f}",
-                f"{figures['efficiency'][1]:.2f}" if "efficiency" in figures else "",
+                f"{figures['efficiency'][1]:.2f} ({figures['CPU efficiency'][1]:.2f})"
+                if "efficiency" in figures
+                else "",
                 f"{figures['loss off by']:.0e}{'' if figures['same losses'] else ' WRONG'}"
                 if "loss off by" in figures
                 else "",
@@ -105,12 +119,16 @@ def as_text(name: str, setting: Setting, entrants: Sequence[Entrant], times: Tim
     title = (
         f"{name}: Llama, hidden {size.hidden}, {size.layers} layers, vocabulary {size.vocab}, float32, AdamW "
         f"({run['optimizer']}); tp {setting.tp} x dp {setting.dp}, {size.batch} x {size.length} tokens a replica; "
-        f"{run['rounds']} interleaved rounds, torch {run['torch']}"
+        f"{run['rounds']} interleaved rounds, ratios to {against}, medians and quartiles; torch {run['torch']}"
     )
     widths = [max(len(row[index]) for row in [columns, *rows]) for index in range(len(columns))]
     lines = [columns, ["-" * width for width in widths], *rows]
     table = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
     return "\n".join([title, "", *table, *(["", *errors] if errors else [])])
+
+
+def _ratio(quartiles: tuple[float, float, float] | None) -> str:
+    return "{1:.2f} ({0:.2f} to {2:.2f})".format(*quartiles) if quartiles else ""
 
 
 def _communication(collectives: dict[str, dict[str, int]], groups: Sequence[str]) -> str:

@@ -102,12 +102,23 @@ def test_an_accelerator_without_the_plugin_stays_plain_after_one_with_it():
     assert run_on_ranks(two_accelerators, 2) == [([], [0, 1])] * 2
 
 
+def hooks_of(*owners):
+    """How many hooks of any kind each has, by the names of the dicts that hold them."""
+    return [
+        {name: len(held) for name, held in vars(owner).items() if "hooks" in name and isinstance(held, dict)}
+        for owner in owners
+    ]
+
+
 def untouched_model():
     accelerator = accelerator_for(1)
     model = build_model("llama")
+    optimizer = torch.optim.AdamW(model.parameters())
+    hooks = hooks_of(optimizer, *model.modules())
     before = {name: id(module.forward.__func__) for name, module in model.named_modules()}
-    prepared = accelerator.prepare(model)
+    prepared, _ = accelerator.prepare(model, optimizer)
     assert isinstance(prepared, DistributedDataParallel)
+    assert hooks_of(optimizer, *model.modules()) == hooks
     assert {name: id(module.forward.__func__) for name, module in model.named_modules()} == before
     for module in model.modules():
         assert not module._forward_pre_hooks and not module._forward_hooks and "forward" not in vars(module)

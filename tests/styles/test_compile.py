@@ -48,6 +48,28 @@ def test_a_training_step_is_one_graph_and_is_not_compiled_again(model, watched, 
     assert run_on_ranks(graphs, 1, model, watched, **config) == [([1, 1], True)]
 
 
+def graphs_by_layer(name, config, layers):
+    """How many graphs there are after each step, where each layer is compiled by itself, as Accelerate can do it."""
+    torch._dynamo.reset()
+    with fake_tp() as mesh:
+        model = sharded(build_model(name, layers=layers, use_cache=False, **config), mesh)
+        backend, counts = CompileCounterWithBackend("eager"), []
+        for layer in model.base_model.layers:
+            layer.compile(backend=backend)
+        for step in range(2):
+            model(**batch(step)).loss.backward()
+            counts.append(backend.frame_count)
+    return counts
+
+
+@pytest.mark.parametrize(
+    "model, config", [("llama", {}), ("qwen3", {}), ("gpt_neox", {"hidden_dropout": 0.1, "attention_dropout": 0.1})]
+)
+def test_layers_that_are_compiled_by_themselves_are_one_graph(model, config):
+    """Were it one for each, dynamo would give up after eight, and run the rest as if it were not compiled."""
+    assert run_on_ranks(graphs_by_layer, 1, model, config, 3) == [[1, 1]]
+
+
 def both_ways(name, **config):
     """The largest difference that compiling makes, of the loss and of the gradients, and how many graphs there are."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))

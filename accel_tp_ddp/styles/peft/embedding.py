@@ -14,6 +14,7 @@ from torch import Tensor
 from ...core.layout import Layout
 from ...core.shard import shard_info
 from ..base import Site, Style
+from ..forward import call_behind
 from ..region import Region
 
 __all__ = ["embedding_lora_style"]
@@ -58,7 +59,8 @@ def delta_of_shard(layer: Any, adapter: str) -> Tensor:
 
 def unmerge_shard(layer: Any) -> None:
     """`unmerge`, which may come within a forward, where reading the weight of the module inside gives the full one."""
-    call = layer.get_base_layer().__dict__["forward"]
+    call = call_behind(layer.get_base_layer().forward)
+    assert call is not None, "only where the base layer is sharded"
     call.idle = True
     try:
         type(layer).unmerge(layer)

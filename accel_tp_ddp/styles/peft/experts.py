@@ -16,7 +16,7 @@ from contextlib import ExitStack
 
 from ...core.layout import Layout
 from ..base import Site, Style
-from ..forward import ParallelForward
+from ..forward import ParallelForward, call_behind
 from ..region import Region
 from .lora import CutAdapter, OfParts, PartialAdapter, parts_of
 
@@ -52,7 +52,7 @@ class ExpertsLora(OfParts):
         with ExitStack() as sums:
             for adapter in call.module.active_adapters:
                 for factors in (call.module.lora_A, call.module.lora_B):
-                    factor = factors[adapter].__dict__["forward"] if adapter in factors else None
+                    factor = call_behind(factors[adapter].forward) if adapter in factors else None
                     if factor is not None and factor.partial_gradients:
                         sums.enter_context(factor.replacing(**factor.summed_parameters()))
             return call.inner(*args, **kwargs)

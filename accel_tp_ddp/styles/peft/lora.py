@@ -30,7 +30,7 @@ from ...core.collectives import reduce_from_tp
 from ...core.layout import Layout
 from ..base import Site, Style
 from ..conv1d import output_dim
-from ..forward import ParallelForward
+from ..forward import ParallelForward, call_behind
 from ..region import Region
 from ..replicated import LocalDropout, ReplicatedDropout, ReplicatedWithGradAllReduce
 
@@ -221,8 +221,9 @@ class LayerForward(ParallelForward):
     """
 
     def __init__(self, layer: Any):
-        self.base_call: ParallelForward = layer.base_layer.__dict__["forward"]
-        base = self.base_call
+        base = call_behind(layer.base_layer.forward)
+        assert base is not None, "the style of the base layer is applied first"
+        self.base_call = base
         super().__init__(layer.base_layer, base.style, base.region, base.shards, base.facts)
         self.layer = layer
         self.wrapped = layer.__dict__.get("forward")
