@@ -41,7 +41,7 @@ def built(tmp_path_factory):
     copy.mkdir()
     for name in ("accel_tp_ddp", *SHIPPED):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in (*FILES, "noxfile.py", "ruff.toml", "setup.cfg", "setup.py"):
+    for name in (*FILES, "mkdocs.yml", "mkdocs_hooks.py", "noxfile.py", "ruff.toml", "setup.cfg", "setup.py"):
         shutil.copy(ROOT / name, copy)
     done = subprocess.run([sys.executable, "-c", BACKEND, out], cwd=copy, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -101,6 +101,7 @@ def test_what_is_declared_is_imported():
         "recipes": found["recipes"],
         "test": found["tests"] | found["recipes"] | set(COMMANDS),
         "benchmarks": found["benchmarks"],
+        "docs": {"mkdocs-material", "mkdocstrings"},  # by mkdocs.yml
     }
     requirements = declared()
     assert requirements.keys() == users.keys()
@@ -187,7 +188,17 @@ def test_the_chosen_releases_are_those_pinned():
 # --- the oldest ------------------------------------------------------------------------------------------------------
 
 #: They run or check the tests, or draw: any release that does is good enough.
-TOOLS = {"hypothesis", "matplotlib", "mypy", "packaging", "pytest", "pytest-timeout", "ruff"}
+TOOLS = {
+    "hypothesis",
+    "matplotlib",
+    "mkdocs-material",
+    "mkdocstrings",
+    "mypy",
+    "packaging",
+    "pytest",
+    "pytest-timeout",
+    "ruff",
+}
 #: Of the programs that `benchmarks.programs` runs where they are installed.
 PROGRAMS = {"lm-eval", "setfit"}
 
