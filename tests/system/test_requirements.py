@@ -25,7 +25,10 @@ COMMANDS = {"ruff": "`make test`", "mypy": "`make test`", "pytest-timeout": "`ti
 BUILD = ("pip", "setuptools", "wheel")
 LOADERS = ("importorskip", "import_module")
 #: Used where they are installed, and not to be had from PyPI as others are.
-BESIDE = {"deepspeed": "its build wants torch in the same environment"}
+BESIDE = {
+    "deepspeed": "its build wants torch in the same environment",
+    "ray": "of one recipe, in an environment of its own",
+}
 
 
 def declared() -> dict[str, list[Requirement]]:
@@ -75,7 +78,7 @@ def imported(folder: str) -> dict[str, set[str]]:
     "folder, extras",
     [
         ("accel_tp_ddp", ()),
-        ("recipes", ("recipes",)),
+        ("recipes", ("recipes", "benchmarks")),  # a picture is matplotlib's
         ("tests", ("test",)),
         ("benchmarks", ("benchmarks",)),
     ],
