@@ -16,7 +16,14 @@ from pathlib import Path
 
 __all__ = ["CAN_MAKE_HOSTS", "Hosts"]
 
-CAN_MAKE_HOSTS = os.name == "posix" and os.geteuid() == 0 and shutil.which("ip") is not None
+
+def _can_make_hosts() -> bool:
+    if shutil.which("ip") is None or shutil.which("unshare") is None:
+        return False
+    return subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode == 0
+
+
+CAN_MAKE_HOSTS = _can_make_hosts()
 ROOT = Path(__file__).parents[2]
 
 
