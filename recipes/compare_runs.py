@@ -103,8 +103,9 @@ def draw(runs, tolerance, path):
     for axis, curve in zip(axes[:, 0], curves):
         for number, (name, run) in enumerate(runs.items()):
             steps = sorted(run[curve])
-            # The first is drawn wide, so that what lies upon it can be told from what is not there.
-            style = {"linewidth": 5, "alpha": 0.35} if number == 0 else {"linewidth": 1.4, "linestyle": "--"}
+            # The first is drawn wide, and the dashes of the others take turns, so that what coincides is all seen.
+            dashes = (5 * number, (5, 5 * max(1, len(runs) - 2)))
+            style = {"linewidth": 5, "alpha": 0.35} if number == 0 else {"linewidth": 1.6, "linestyle": dashes}
             axis.plot(steps, [run[curve][step] for step in steps], label=name, color=f"C{number}", **style)
             first, _ = parting(reference[curve], run[curve], tolerance)
             if first is not None:

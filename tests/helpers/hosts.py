@@ -1,4 +1,6 @@
-"""Several hosts made of network namespaces on this machine: each has its own address, and one interface, eth0.
+"""Several hosts made of network namespaces on this machine: each has its own address, on eth0.
+
+Each has another interface too, other0, whose address no other host can reach.
 
     with Hosts(2) as hosts:
         hosts.start(0, "python", "-m", ...)     # a process there
@@ -48,7 +50,9 @@ class Hosts:
                 port = f"port{number}"
                 _ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", self.switch)
                 _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
-                for interface in ("lo", "eth0"):
+                _ip("-n", name, "link", "add", "other0", "type", "veth", "peer", "name", "other1")
+                _ip("-n", name, "addr", "add", f"10.78.{number}.1/24", "dev", "other0")
+                for interface in ("lo", "eth0", "other0", "other1"):
                     _ip("-n", name, "link", "set", interface, "up")
                 _ip("-n", self.switch, "link", "set", port, "master", "br0")
                 _ip("-n", self.switch, "link", "set", port, "up")
@@ -64,9 +68,6 @@ class Hosts:
             process.wait()
         for name in (*self.names, self.switch):
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-    def cut(self, number: int) -> None:
-        _ip("-n", self.switch, "link", "set", f"port{number}", "down")
 
     def start(self, number: int, *words: str, cwd: Path, **environment: str) -> subprocess.Popen:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "PARALLELISM_CONFIG_"))}

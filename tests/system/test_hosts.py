@@ -61,6 +61,16 @@ def test_doctor_finds_the_interface_that_other_hosts_cannot_reach(tmp_path):
     assert "-> Set GLOO_SOCKET_IFNAME to the interface between the hosts" in out
 
 
+def test_doctor_finds_an_interface_that_leads_elsewhere(tmp_path):
+    config = YAML.format(hosts=2, processes=2)
+    with Hosts(2) as hosts:
+        doctor = ("-m", "accel_tp_ddp.doctor", "--timeout", "60")
+        codes, (out, _) = on_hosts(hosts, tmp_path, config, *doctor, GLOO_SOCKET_IFNAME="other0")
+    assert codes == [1, 1]
+    assert "cannot reach rank 1 on" in out and "at 10.78.1.1: " in out
+    assert "or name the interface between them by GLOO_SOCKET_IFNAME" in out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_replicas_on_several_hosts_train_as_plain_ddp_does(count, tmp_path):
