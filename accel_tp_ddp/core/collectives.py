@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from .control import first_object
 from .layout import Shared
@@ -96,7 +97,7 @@ def reduce_from_tp(mesh: DeviceMesh, tensor: Tensor, fresh: bool = False) -> Ten
     own = fresh and not (tensor.is_leaf and tensor.requires_grad) and tensor._base is None and tensor.is_contiguous()
     if not own or is_compiling():
         return _ReduceFromTP.apply(mesh, tensor)
-    dist.all_reduce(tensor.detach(), group=mesh.get_group())  # past autograd, as the backward is the identity
+    _sum_in_place(mesh, tensor.detach())  # past autograd, as the backward is the identity
     return tensor
 
 
@@ -362,8 +363,29 @@ def with_shared(tensor: MaybeTensor, everyone: MaybeTensor, shared: Shared | Non
 def _all_reduce(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
     # A copy, because an autograd engine may hand the same tensor to several consumers.
     result = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(result, group=mesh.get_group())
+    _sum_in_place(mesh, result)
     return result
+
+
+def _sum_in_place(mesh: DeviceMesh, tensor: Tensor) -> None:
+    """`dist.all_reduce`, asked of the group itself where that can be, in half of the host's time."""
+    if is_compiling() or tensor.is_complex():  # the compiler does not know the group's method, nor that the complex
+        dist.all_reduce(tensor, group=mesh.get_group())
+        return
+    # `mesh.get_group()`, in a quarter of the time.
+    group = _resolve_process_group(mesh._dim_group_names[0])
+    work = group.allreduce([tensor], _SUM)
+    if work is not None:  # some backends have waited themselves
+        work.wait()
+
+
+def _sum_options() -> dist.AllreduceOptions:
+    options = dist.AllreduceOptions()
+    options.asyncOp = False  # so that NCCL takes the stream that computes, as for `dist.all_reduce`
+    return options
+
+
+_SUM = _sum_options()
 
 
 def _all_reduce_together(
@@ -385,7 +407,7 @@ def _all_reduce_together(
             results[index] = _all_reduce(mesh, own)
             continue
         flat = torch.cat([own.reshape(-1) for _, own in alike])
-        dist.all_reduce(flat, group=mesh.get_group())
+        _sum_in_place(mesh, flat)
         for (index, own), part in zip(alike, flat.split([own.numel() for _, own in alike])):
             kept = part if first_as_view and index == 0 else part.clone()
             results[index] = kept.view(own.shape)

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from ..core.collectives import copy_to_tp
 from ..core.layout import Shared
-from ..core.shard import ShardInfo, restore_shards, shard_info
+from ..core.shard import ShardInfo, restore_shards
 from .region import Region
 
 __all__ = ["ParallelForward"]
@@ -82,7 +82,7 @@ class ParallelForward:
         params = self.module._parameters  # without those that PEFT has put a parametrization in the place of
         for name in self._names:
             param = params.get(name)
-            if param is not None and shard_info(param) is None:
+            if param is not None and getattr(param, "tp_shard", None) is None:  # `shard_info`, without a call
                 restore_shards(self.module)
         return self._run(self, *args, **kwargs)
 

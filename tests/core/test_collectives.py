@@ -22,6 +22,7 @@ from accel_tp_ddp.core.shard import ShardInfo
 
 from ..helpers.collectives import (
     LAYOUTS,
+    CollectiveCalls,
     check_copy_to_tp,
     check_reduce_from_tp,
     error,
@@ -331,19 +332,9 @@ def test_forward_and_backward_are_those_of_the_unsharded_function(check, world, 
 
 
 def count_all_reduces(action):
-    calls = []
-    stock = dist.all_reduce
-
-    def counting(tensor, *args, **kwargs):
-        calls.append((tensor.dtype, tensor.numel()))
-        return stock(tensor, *args, **kwargs)
-
-    dist.all_reduce = counting
-    try:
+    with CollectiveCalls() as recorded:
         action()
-    finally:
-        dist.all_reduce = stock
-    return calls
+    return [(dtype, size) for name, dtype, size in recorded.calls if name == "all_reduce"]
 
 
 def copies_of_several_dtypes():

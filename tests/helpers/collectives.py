@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel_tp_ddp.core.collectives import copy_to_tp, reduce_from_tp
+from accel_tp_ddp.tools.simulate import collective_name
 
 EXAMPLES = 25
 TOLERANCE = 1e-12  # double precision; a sum, slice or factor that is wrong is off by far more
@@ -26,24 +26,45 @@ same_on_all_ranks = settings(
 LAYOUTS = ("contiguous", "transposed", "strided", "expanded")
 
 
-@contextmanager
-def as_strict_as_nccl():
+class CollectiveCalls(TorchDispatchMode):
+    """Each collective within, as (name of torch.distributed's function, data type and number of elements sent)."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[str, torch.dtype, int]] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.namespace == "c10d":
+            name = collective_name(operation.overloadpacket.__name__)
+            sent = self.tensors(args)
+            self.look_at(name, sent)
+            self.calls.append((name, sent[-1].dtype, sum(tensor.numel() for tensor in sent[self.received(name) :])))
+        return operation(*args, **kwargs or {})
+
+    @staticmethod
+    def tensors(args) -> list[torch.Tensor]:
+        flat = [each for arg in args for each in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+        return [each for each in flat if isinstance(each, torch.Tensor)]
+
+    @staticmethod
+    def received(name: str) -> int:
+        """How many tensors stand before those that are sent."""
+        return 1 if name in ("all_gather_into_tensor", "reduce_scatter_tensor") else 0
+
+    def look_at(self, name: str, tensors: list[torch.Tensor]) -> None:
+        """What a collective is about to be given."""
+
+    @property
+    def sizes(self) -> list[tuple[str, int]]:
+        return [(name, size) for name, _, size in self.calls]
+
+
+class AsStrictAsNCCL(CollectiveCalls):
     """gloo takes tensors that are not contiguous, NCCL refuses them; and a result in a copy of one is lost."""
-    stock = dist.all_reduce, dist.all_gather_single
 
-    def all_reduce(tensor, *args, **kwargs):
-        assert tensor.is_contiguous(), f"all-reduce of strides {tensor.stride()}"
-        return stock[0](tensor, *args, **kwargs)
-
-    def all_gather_single(joined, tensor, *args, **kwargs):
-        assert joined.is_contiguous() and tensor.is_contiguous(), f"all-gather of strides {tensor.stride()}"
-        return stock[1](joined, tensor, *args, **kwargs)
-
-    dist.all_reduce, dist.all_gather_single = all_reduce, all_gather_single
-    try:
-        yield
-    finally:
-        dist.all_reduce, dist.all_gather_single = stock
+    def look_at(self, name, tensors):
+        for tensor in tensors:
+            assert tensor.is_contiguous(), f"{name} of strides {tensor.stride()}"
 
 
 def tp_mesh(tp):
@@ -149,5 +170,5 @@ def check_reduce_from_tp(tp):
 
 
 def run_check(check, tp):
-    with as_strict_as_nccl():
+    with AsStrictAsNCCL():
         check(tp)

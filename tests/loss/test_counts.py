@@ -16,6 +16,7 @@ from accel_tp_ddp.loss.heads import defer_logits, losses_only
 from accel_tp_ddp.model.check import check_model
 from accel_tp_ddp.model.parallelize import shard
 
+from ..helpers.collectives import CollectiveCalls
 from ..helpers.models import build_model
 
 VOCABULARY, LENGTH, SAMPLES, HIDDEN, ROWS = 4096, 64, 4, 64, 32
@@ -55,32 +56,24 @@ def step(tp, on, mode, lora=False):
         shard(model, mesh, check_model(model, mesh, "auto"))
         defer_logits(model, "auto")
         ids = torch.randint(0, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
-        calls, gather = [], "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-        stock = dist.all_reduce, getattr(dist, gather)
-
-        def all_reduce(tensor, *args, **kwargs):
-            calls.append(("all_reduce", tensor.numel()))
-            return stock[0](tensor, *args, **kwargs)
-
-        def all_gather(joined, tensor, *args, **kwargs):
-            calls.append(("all_gather", tensor.numel()))
-            return stock[1](joined, tensor, *args, **kwargs)
-
-        with mock.patch.multiple(dist, **{"all_reduce": all_reduce, gather: all_gather}), mode:
+        with CollectiveCalls() as recorded, mode:
             with losses_only() if on else nullcontext():
                 loss = model(input_ids=ids, labels=ids).loss
-            forward = list(calls)
+            forward = recorded.sizes
             loss.backward()
-    return forward, calls[len(forward) :]
+    return forward, recorded.sizes[len(forward) :]
 
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_a_chunk_takes_one_small_all_gather_and_the_backward_no_more_than_before(tp):
     before, backward_before = step(tp, False, nullcontext())
     forward, backward = step(tp, True, nullcontext())
-    assert before[-1] == ("all_gather", TOKENS * VOCABULARY // tp) and before[:-1] == forward[: len(before) - 1]
+    assert (
+        before[-1] == ("all_gather_into_tensor", TOKENS * VOCABULARY // tp)
+        and before[:-1] == forward[: len(before) - 1]
+    )
     gathered = forward[len(before) - 1 :]
-    assert {name for name, _ in gathered} == {"all_gather"}
+    assert {name for name, _ in gathered} == {"all_gather_into_tensor"}
     chunk = max(ROWS, TOKENS * HIDDEN // (VOCABULARY // tp))
     assert [size for _, size in gathered] == [3 * chunk] * (TOKENS // chunk)
     assert backward == backward_before

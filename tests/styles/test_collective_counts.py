@@ -1,8 +1,6 @@
 """Two all-reduces forward and two backward per decoder layer, one for the embedding, one and a gather for the head."""
 
 from collections import Counter
-from contextlib import ExitStack, contextmanager
-from unittest import mock
 
 import pytest
 import torch
@@ -12,22 +10,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from accel_tp_ddp import parallelize
 
+from ..helpers.collectives import CollectiveCalls
 from ..helpers.models import ARCHITECTURES, VOCABULARY, build_model
 from ..helpers.ranks import run_on_ranks
 
 BATCH, LENGTH, HIDDEN = 2, 10, 64
-COLLECTIVES = (
-    *(
-        "all_reduce",
-        "all_reduce_coalesced",
-        "all_gather",
-        "all_gather_into_tensor",
-        "all_gather_single",
-        "all_gather_object",
-    ),
-    *("reduce_scatter", "reduce_scatter_tensor", "reduce", "gather", "scatter", "broadcast", "barrier"),
-    *("all_to_all", "all_to_all_single", "send", "recv", "isend", "irecv", "batch_isend_irecv"),
-)
 MODEL = pytest.mark.parametrize("model", ARCHITECTURES)
 TP = pytest.mark.parametrize("tp", [2, 4])
 
@@ -53,32 +40,14 @@ def counted_by_torch(model, layers, tied=False):
     return forward, both - forward
 
 
-@contextmanager
-def recorded_calls():
-    """Each call of `torch.distributed`, as (its name, the number of elements it was given)."""
-    calls = []
-
-    def recording(name, call):
-        def recorded(*args, **kwargs):
-            calls.append((name, [a for a in args if isinstance(a, torch.Tensor)][-1].numel()))
-            return call(*args, **kwargs)
-
-        return recorded
-
-    with ExitStack() as stack:
-        for name in COLLECTIVES:
-            stack.enter_context(mock.patch.object(dist, name, recording(name, getattr(dist, name))))
-        yield calls
-
-
 def counted_by_calls(model, layers, training=True):
     built, batch = build(model, layers), inputs()
-    with torch.set_grad_enabled(training), recorded_calls() as calls:
+    with torch.set_grad_enabled(training), CollectiveCalls() as recorded:
         loss = built(**batch).loss
-        forward = list(calls)
+        forward = recorded.sizes
         if training:
             loss.backward()
-    return forward, calls[len(forward) :]
+    return forward, recorded.sizes[len(forward) :]
 
 
 @TP
@@ -105,7 +74,7 @@ def test_each_all_reduce_carries_the_hidden_states_and_no_more(model, tp):
     summed = 1 + 2 * 2  # the embedding, and attention and MLP of each layer
     head_norms = 2 * 16 if model == "qwen3" else 0  # ride along with the gradient of their attention's input
     for forward, backward in run_on_ranks(counted_by_calls, tp, model, 2):
-        assert forward == [("all_reduce", hidden)] * summed + [("all_gather_single", logits)]
+        assert forward == [("all_reduce", hidden)] * summed + [("all_gather_into_tensor", logits)]
         mlp, attention = ("all_reduce", hidden), ("all_reduce", hidden + head_norms)
         assert backward == [("all_reduce", hidden), mlp, attention, mlp, attention]
 
@@ -131,7 +100,7 @@ def test_experts_latent_attention_and_shared_heads_add_only_their_own_collective
         last = [HIDDEN_STATES, routed]  # the shared experts, which run after the routed ones
     for forward, backward in run_on_ranks(counted_by_calls, 2, model, 2):
         reductions = 1 + 4 + (model == "deepseek_v2")  # whose second layer has shared experts too
-        assert [name for name, _ in forward] == ["all_reduce"] * reductions + ["all_gather_single"]
+        assert [name for name, _ in forward] == ["all_reduce"] * reductions + ["all_gather_into_tensor"]
         assert {size for name, size in forward if name == "all_reduce"} == {HIDDEN_STATES}
         sizes = [size for name, size in backward if name == "all_reduce"]
         assert len(sizes) == len(backward)

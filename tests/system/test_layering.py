@@ -56,6 +56,7 @@ COLLECTIVES = {
     *("reduce_scatter", "reduce_scatter_tensor", "scatter", "scatter_object_list", "send"),
     *("all_gather_tensor", "reduce_scatter_tensor_coalesced", "all_gather_tensor_autograd", "wait_tensor"),
 }
+METHODS = {"allgather", "allreduce", "alltoall", "alltoall_base", "reduce_scatter", "_allgather_base"}  # of a group
 
 
 @cache  # each file is asked about once for every other
@@ -102,6 +103,8 @@ def called_collectives(source: str) -> set[str]:
             owner = ast.unparse(node.value)
             if owner in modules or owner.startswith(("torch.distributed", "torch.ops")):
                 found.add(node.attr)
+        elif isinstance(node, ast.Attribute) and node.attr in METHODS:
+            found.add(node.attr)
     return found
 
 
