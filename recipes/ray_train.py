@@ -66,7 +66,12 @@ def main():
         train,
         train_loop_config=options,
         torch_config=TorchConfig(backend="nccl" if args.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=args.num_workers, use_gpu=args.use_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=args.num_workers,
+            use_gpu=args.use_gpu,
+            # Ray waits for as many cores as its workers ask for; on the CPU they share what there is.
+            resources_per_worker=None if args.use_gpu else {"CPU": 1 / args.num_workers},
+        ),
     )
     trainer.fit()
 
