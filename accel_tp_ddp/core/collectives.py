@@ -6,12 +6,16 @@
 | `reduce_from_tp`  | all-reduce (sum)             | identity                             |
 | `gather_from_tp`  | all-gather along a dimension | keep this rank's slice               |
 | `scatter_to_tp`   | keep this rank's slice       | all-gather along a dimension         |
+| `gather_to_tp`    | all-gather along a dimension | reduce-scatter (sum) along it        |
+| `split_from_tp`   | reduce-scatter (sum)         | all-gather along a dimension         |
 | `add_share`       | divide by the ranks          | identity                             |
 | `gather_replicas` | all-gather of tensors        | all-reduce (sum), keep the own one   |
 
 The pairs are Megatron-LM's f/g functions (arXiv:1909.08053, section 3): `copy_to_tp` opens a tensor-parallel region,
-`reduce_from_tp` closes one. All take a one-dimensional mesh, the tensor-parallel one but for `gather_replicas`, and
-change their input in place only where they are told that it is `fresh`. `send_rank` and `send_first_rank`, of set-up
+`reduce_from_tp` closes one. With the sequence sharded outside of regions `gather_to_tp` and `split_from_tp` do that
+instead, the functions g-bar and g of arXiv:2205.05198, section 4.2.2. All take a one-dimensional mesh, the
+tensor-parallel one but for `gather_replicas`, and change their input in place only where they are told that it is
+`fresh`. `send_rank` and `send_first_rank`, of set-up
 and between steps, do that too, and have no backward. Nor have `gather_parts` and `gather_whole` (full tensors),
 `object_of_first_rank` (generated tokens), `on_any_rank` and `differ_over_ranks` (questions between steps).
 """
@@ -42,6 +46,7 @@ __all__ = [
     "gather_into",
     "gather_parts",
     "gather_replicas",
+    "gather_to_tp",
     "gather_whole",
     "object_of_first_rank",
     "on_any_rank",
@@ -49,6 +54,7 @@ __all__ = [
     "scatter_to_tp",
     "send_first_rank",
     "send_rank",
+    "split_from_tp",
 ]
 
 #: Stands for a number that a rank does not have; below every checksum and its negative. See `differ_over_ranks`.
@@ -118,6 +124,25 @@ def gather_from_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[i
 def scatter_to_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     """Forward keeps this rank's slice of a replicated `tensor` along `dim`, backward joins the ranks' slices."""
     return _ScatterToTP.apply(mesh, tensor, dim, tuple(sizes))
+
+
+def gather_to_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """Open a region on a tensor of which each rank has a slice: forward joins the slices, backward reduce-scatter.
+
+    Right where what follows gives each rank a term of the gradient, and the gradient is their sum.
+
+    Args:
+        mesh: One-dimensional tensor-parallel mesh.
+        tensor: This rank's slice; every other dimension is equal on all ranks.
+        dim: Dimension that is sharded.
+        sizes: Length of each rank's slice along `dim`, in rank order; they may differ.
+    """
+    return _GatherToTP.apply(mesh, tensor, dim, tuple(sizes))
+
+
+def split_from_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """Close a region: forward keeps this rank's slice of the sum of the ranks' tensors, backward joins the slices."""
+    return _SplitFromTP.apply(mesh, tensor, dim, tuple(sizes))
 
 
 def add_share(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
@@ -333,6 +358,28 @@ class _ScatterToTP(torch.autograd.Function):
         return None, gather_whole(ctx.mesh, grad, ctx.dim, ctx.sizes), None, None
 
 
+class _GatherToTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]):
+        ctx.mesh, ctx.dim, ctx.sizes = mesh, dim, sizes
+        return gather_whole(mesh, tensor, dim, sizes)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, _reduce_scatter(ctx.mesh, grad, ctx.dim, ctx.sizes), None, None
+
+
+class _SplitFromTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]):
+        ctx.mesh, ctx.dim, ctx.sizes = mesh, dim, sizes
+        return _reduce_scatter(mesh, tensor, dim, sizes)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, gather_whole(ctx.mesh, grad, ctx.dim, ctx.sizes), None, None
+
+
 def laid_out(tensor: MaybeTensor, shared: Shared | None) -> MaybeTensor:
     """The pieces of `tensor` that other ranks hold too, among all such pieces.
 
@@ -429,16 +476,39 @@ def gather_parts(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int
 
 def gather_whole(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     """The slices of all ranks joined along `dim`, by one all-gather and at most one copy."""
-    if dim % tensor.dim() == 0 and len(set(sizes)) == 1:
-        return _one_after_another(mesh, tensor)
+    if prod(tensor.shape[: dim % tensor.dim()]) == 1 and len(set(sizes)) == 1:
+        return _one_after_another(mesh, tensor, dim)
     return torch.cat(gather_parts(mesh, tensor, dim, sizes), dim)
 
 
-def _one_after_another(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
-    """Equal slices of all ranks, joined along the first dimension, without a list of them or a copy."""
-    joined = tensor.new_empty((mesh.size() * tensor.size(0), *tensor.shape[1:]))
-    gather_into(joined, tensor.contiguous(), mesh.get_group())
+def _one_after_another(mesh: DeviceMesh, tensor: Tensor, dim: int = 0) -> Tensor:
+    """Equal slices of all ranks, joined along the first dimension (of more than one element), without a copy."""
+    shape = list(tensor.shape)
+    shape[dim] *= mesh.size()
+    joined = tensor.new_empty(shape)  # no view, which could not be changed in place
+    gather_into(joined.view(-1), tensor.contiguous().view(-1), mesh.get_group())
     return joined
+
+
+def _reduce_scatter(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    """This rank's slice along `dim` of the sum over the ranks, by one reduce-scatter."""
+    longest, shape = max(sizes), list(tensor.shape)
+    shape[dim] = longest
+    if len(set(sizes)) > 1:  # equal shapes are wanted: pad to the longest slice
+        parts = tensor.new_zeros((len(sizes), *shape))
+        for part, own in zip(parts, tensor.split(sizes, dim)):
+            part.narrow(dim, 0, own.size(dim)).copy_(own)
+    elif prod(tensor.shape[: dim % tensor.dim()]) == 1:
+        parts = tensor.contiguous()  # one after another as they are
+    else:
+        parts = torch.stack(tensor.split(sizes, dim))
+    result = tensor.new_empty(shape)
+    # Which is the name since torch 2.13.
+    scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+    scatter(result.view(-1), parts.view(-1), group=mesh.get_group())
+    own_size = sizes[mesh.get_local_rank()]
+    # No view of what is padded, which could not be changed in place.
+    return result if own_size == longest else result.narrow(dim, 0, own_size).clone()
 
 
 def gather_into(joined: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:

@@ -12,6 +12,7 @@ from ..plans.peft import adapted_model
 from ..plans.plan import Plan
 from ..styles.region import Region
 from .output_attentions import return_all_heads
+from .sequence import spread_sequence
 
 __all__ = ["apply_plan"]
 
@@ -29,5 +30,7 @@ def apply_plan(model: nn.Module, mesh: DeviceMesh, plan: Plan) -> None:
                 send_first_rank(mesh, tensor)  # as DDP does it over its ranks: seeds may differ, shards must fit
         for entry in plan.entries:
             entry.style.apply(entry.site, region)
+    if plan.sequence_parallel:
+        spread_sequence(model, plan, region)
     for called in forwards:
         return_all_heads(called, plan, region)

@@ -92,6 +92,8 @@ def _in_order(attention: Tensor, ranges: tuple[Ranges, ...] | None) -> Tensor:
 class _Note:
     """Forward hook of an attention module. An object, so that it is copied and pickled with its module."""
 
+    reads_input = False
+
     def __init__(self, asked: _Asked, ranges: tuple[Ranges, ...] | None):
         self.asked = asked
         self.ranges = ranges

@@ -86,6 +86,7 @@ class Plan:
     dtypes: tuple[torch.dtype, ...] = ()
     rules: Mapping[str, Rule] = field(default_factory=dict)
     unused: tuple[UnusedRule, ...] = ()
+    sequence_parallel: bool = False
 
     @property
     def unmatched(self) -> tuple[str, ...]:
@@ -111,7 +112,8 @@ class Plan:
         """Equal on two ranks only if both would shard the same parameters in the same way."""
         styles = [f"{entry.site.name}: {entry.label}, {entry.layouts}" for entry in self.entries]
         sizes = [f"{name} {tuple(size)} {dtype}" for (name, size), dtype in zip(self.parameters, self.dtypes)]
-        return "\n".join([f"tp_size={self.tp_size}", *sizes, *styles])
+        spread = ["sequence_parallel"] if self.sequence_parallel else []
+        return "\n".join([f"tp_size={self.tp_size}", *spread, *sizes, *styles])
 
     @property
     def headline(self) -> str:

@@ -10,6 +10,7 @@ import logging
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +37,7 @@ from ..core.wrappers import unwrap
 from ..loss.heads import check_head, defer_logits
 from ..model.check import Running, check_model
 from ..model.parallelize import parallelize_with_map
+from ..model.sequence import check_sequence
 from ..plans.peft import check_adapters
 from ..plans.plan import Plan
 from ..plans.rules import InferredPlan, PlanLike
@@ -75,6 +77,7 @@ class Settings(Protocol):
     tp_plan: PlanLike
     prove: str
     loss_parallel: Any
+    sequence_parallel: bool
     zero1: bool
     replica_check_steps: int
     replica_drift: str
@@ -220,6 +223,8 @@ class _Hooks(_SavesStates):
                     check_head(unwrap(model), {entry.site.module: entry.style for entry in entries})
                 if plan is not None:
                     check_fp8_sizes(unwrap(model), plan)
+                if self.plugin.sequence_parallel and not any(model is known for known in self._guard.models()):
+                    plan = self._spread(model, plan)
                 plans.append(plan)
             except NoPlanError as error:
                 if self.plugin.prove == "never":
@@ -229,6 +234,16 @@ class _Hooks(_SavesStates):
         for optimizer in optimizers if known else []:
             check_optimizer(optimizer, known)
         return plans
+
+    @staticmethod
+    def _spread(model: nn.Module, plan: Plan | None) -> Plan:
+        if plan is None:
+            raise ValueError(
+                f"sequence_parallel=True: this {type(model).__name__} was sharded before `prepare`. Leave that to "
+                "`prepare`, or set sequence_parallel=False."
+            )
+        check_sequence(unwrap(model), plan)
+        return replace(plan, sequence_parallel=True)
 
     def _agree(
         self, models: list[nn.Module], check: Callable[[], list[Plan | NoPlanError | None]]

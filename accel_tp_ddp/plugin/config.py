@@ -57,8 +57,9 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             inside and without logits. True: in training, if the model is given labels; `outputs.logits` are then not
             computed, and say so when they are read. `"auto"`: where nobody reads them, which is known of Trainer's
             own loss. False: never. Env `ACCEL_TP_DDP_LOSS_PARALLEL`, default `"auto"`.
-        sequence_parallel: Norms and residuals sharded over the sequence. Env `ACCEL_TP_DDP_SEQUENCE_PARALLEL`. Not
-            available yet.
+        sequence_parallel: Whether residuals, norms and dropout between the blocks of a decoder layer are spread over
+            the sequence in training: 1/tp of their activations, in as many bytes of communication. Env
+            `ACCEL_TP_DDP_SEQUENCE_PARALLEL`, default False.
         zero1: Whether each replica keeps the optimizer state of its part of every parameter only; see `Zero1`. Env
             `ACCEL_TP_DDP_ZERO1`, default False.
         replica_check_steps: How often replicated parameters and the batch are compared over the ranks of a replica;
@@ -111,10 +112,6 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             raise ValueError(f'prove is {self.prove!r}; it has to be "auto", "always" or "never".')
         self.loss_parallel = _flag_or_auto("loss_parallel", self.loss_parallel, "ACCEL_TP_DDP_LOSS_PARALLEL")
         self.sequence_parallel = _flag("sequence_parallel", self.sequence_parallel, "ACCEL_TP_DDP_SEQUENCE_PARALLEL")
-        if self.sequence_parallel:
-            raise ValueError(
-                "sequence_parallel=True is not available yet: it comes with the speed work. Leave it False."
-            )
         self.zero1 = _flag("zero1", self.zero1, "ACCEL_TP_DDP_ZERO1")
         self.replica_check_steps = _whole(
             "replica_check_steps", self.replica_check_steps, "ACCEL_TP_DDP_REPLICA_CHECK_STEPS", 100, least=0

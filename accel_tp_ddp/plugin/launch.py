@@ -48,6 +48,10 @@ _OPTIONS = {
         "ACCEL_TP_DDP_LOSS_PARALLEL",
         "auto, true or false: whether losses are taken without full logits",
     ),
+    "sequence_parallel": (
+        "ACCEL_TP_DDP_SEQUENCE_PARALLEL",
+        "true or false: whether activations between a layer's blocks are spread over the sequence",
+    ),
     "zero1": ("ACCEL_TP_DDP_ZERO1", "true or false: whether optimizer state is divided over the replicas"),
     "replica_check_steps": ("ACCEL_TP_DDP_REPLICA_CHECK_STEPS", "how often replicas are compared; 0: never"),
     "replica_drift": ("ACCEL_TP_DDP_REPLICA_DRIFT", "heal or raise"),

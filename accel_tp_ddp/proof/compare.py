@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -126,7 +126,9 @@ class CpuRanks:
             gc.collect()
 
 
-def compare(model: nn.Module, inputs: Mapping[str, Any], cpus: CpuRanks, rules: PlanLike) -> Compared:
+def compare(
+    model: nn.Module, inputs: Mapping[str, Any], cpus: CpuRanks, rules: PlanLike, sequence_parallel: bool = False
+) -> Compared:
     """Whether `model` computes the same when sharded by `rules`. Collective over all ranks, each mesh by itself.
 
     Args:
@@ -134,6 +136,7 @@ def compare(model: nn.Module, inputs: Mapping[str, Any], cpus: CpuRanks, rules: 
         inputs: Forward's keyword arguments, the same on every rank.
         cpus: The ranks; closed, if the sharded model raises on any.
         rules: As `resolve_plan` takes them.
+        sequence_parallel: Whether the sequence is spread, too.
 
     Raises:
         Raised: If the model does not run unsharded; on every rank.
@@ -143,7 +146,7 @@ def compare(model: nn.Module, inputs: Mapping[str, Any], cpus: CpuRanks, rules: 
         state = torch.get_rng_state()
         expected = observe(copy.deepcopy(model), inputs)
         torch.set_rng_state(state)
-        outcome = _sharded_run(copy.deepcopy(model), inputs, cpus, rules, expected)
+        outcome = _sharded_run(copy.deepcopy(model), inputs, cpus, rules, expected, sequence_parallel)
     if isinstance(outcome, _Problem):
         cpus.close()
     problems = [problem for problem in ranks.all(outcome if isinstance(outcome, _Problem) else None) if problem]
@@ -167,10 +170,16 @@ class _Problem(NamedTuple):
 
 
 def _sharded_run(
-    model: nn.Module, inputs: Mapping[str, Any], cpus: CpuRanks, rules: PlanLike, expected: Observed
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    cpus: CpuRanks,
+    rules: PlanLike,
+    expected: Observed,
+    sequence_parallel: bool,
 ) -> tuple[nn.Module, Observed] | _Problem:
     assert cpus.mesh is not None
-    shard(model, cpus.mesh, resolve_plan(model, cpus.mesh.size(), rules))
+    plan = resolve_plan(model, cpus.mesh.size(), rules)
+    shard(model, cpus.mesh, replace(plan, sequence_parallel=sequence_parallel))
     try:
         return model, observe(model, inputs, expected)
     except Raised as error:

@@ -29,7 +29,7 @@ def fingerprint(model: nn.Module, plan: Plan) -> str | None:
     None if that cannot be said: code without a source file, such as a notebook's cell, or a style whose state cannot
     be read. Such a model is proved each time. Compare `describe` of two to see whether one can stand for the other.
     """
-    rows = describe(model, plan)
+    rows = [*describe(model, plan), *(["sequence_parallel"] if plan.sequence_parallel else [])]
     return None if any(row.startswith(UNKNOWN) for row in rows) else digest("\n".join(rows))
 
 

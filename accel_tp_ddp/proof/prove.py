@@ -101,10 +101,10 @@ def _prove(parts: Iterator[Small], mesh: DeviceMesh, plan: Plan, ranks: Ranks) -
     with CpuRanks(mesh) as cpus:
         while (small := _next(parts, ranks)) is not None:
             ranks.same([_bits(small)], "rank {rank} has built another small model than rank {own}", "a proof")
-            compared = compare(small.model, small.inputs, cpus, small.rules)
+            compared = compare(small.model, small.inputs, cpus, small.rules, plan.sequence_parallel)
             if compared.findings and not compared.broken:  # a near tie may have gone the other way by rounding
                 _move(small.model)
-                again = compare(small.model, small.inputs, cpus, small.rules)
+                again = compare(small.model, small.inputs, cpus, small.rules, plan.sequence_parallel)
                 compared = compared if again.findings else again
             if compared.findings:
                 raise _wrong(plan, small, compared)
@@ -191,7 +191,7 @@ def _ways_on(plan: Plan, module: str) -> str:
             library = found
             break
     version = getattr(sys.modules.get(library), "__version__", None)
-    ways = []
+    ways = ["set sequence_parallel=False"] if plan.sequence_parallel else []
     if "user" in sources:
         ways.append("correct your rules")
     if version is not None and library not in ("__main__", "accel_tp_ddp"):

@@ -151,11 +151,15 @@ class Rowwise(Style):
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
         call.region.leave()
-        bias = call.module._parameters["bias"]
+        bias: Tensor | None = call.module._parameters["bias"]
         output = call.product(input, with_bias=False)
         if output is None:
             output = call.inner(input) if bias is None else call.inner_with({"bias": no_bias(call)}, input)
-        output = reduce_from_tp(call.region.mesh, output, call.fresh)
+        if call.region.spread is not None:
+            output = call.region.spread.split(output)
+            bias = call.offered.pop("bias", bias)  # of which each rank sees the gradient of its slice
+        else:
+            output = reduce_from_tp(call.region.mesh, output, call.fresh)
         return output if bias is None else output + bias.to(output.dtype)  # as autocast would have cast it
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..core.collectives import copy_to_tp
+from ..core.collectives import copy_to_tp, split_from_tp
 from ..core.layout import Shared
 from ..core.randomness import RandomStream
 
-__all__ = ["Region", "running_region"]
+__all__ = ["Region", "Spread", "running_region"]
 
 
 class Partner(Protocol):
@@ -27,6 +28,34 @@ class Partner(Protocol):
     def held(self, name: str) -> Tensor: ...
 
     def shared(self, name: str) -> Shared | None: ...
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Hidden states `[batch, length, width]`, of which each rank has a slice of the sequence."""
+
+    mesh: DeviceMesh
+    batch: int
+    sizes: tuple[int, ...]
+    width: int
+
+    @property
+    def own(self) -> tuple[int, int, int]:
+        """The shape of this rank's slice."""
+        return self.batch, self.sizes[self.mesh.get_local_rank()], self.width
+
+    @property
+    def whole(self) -> tuple[int, int, int]:
+        return self.batch, sum(self.sizes), self.width
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """This rank's slice of the sum over the ranks, where a region is closed."""
+        if tensor.shape != self.whole:
+            raise ValueError(
+                f"sequence_parallel=True: a row-parallel layer gives {tuple(tensor.shape)} inside its block, and not "
+                f"[batch, sequence, hidden], here {self.whole}. Set sequence_parallel=False for this model."
+            )
+        return split_from_tp(self.mesh, tensor, 1, self.sizes)
 
 
 #: Those whose whole model is in a forward, the innermost last: more than one where a teacher runs in a student's.
@@ -53,6 +82,12 @@ class Region:
         self._version = -1
         self._cast = False
         self.full: dict[tuple, Tensor] = {}  # what `direct_reads` has gathered in this forward
+        #: How the sequence is spread around the block that runs, which closes the region; see `sequence`.
+        self.spread: Spread | None = None
+        #: Whether that block has entered it too, so that the layers in it need not.
+        self.entered = False
+        #: Whether a layer is under way in which tensors are slices of the sequence, outside of its blocks.
+        self.between_blocks = False
 
     def enter(
         self,
@@ -73,6 +108,13 @@ class Region:
             casts: Says whether all that the module does with its input is what autocast does in bf16. The cast is
                 then made before the copy, once for all modules, and the gradients are summed in bf16, half the bytes.
         """
+        if self.entered:  # gathered by the block, whose backward sums up the gradients
+            return tensor
+        if self.between_blocks:
+            raise ValueError(
+                f"sequence_parallel=True: a column-parallel layer gets {tuple(tensor.shape)}, a slice of the "
+                "sequence, as it is not called from a block of its layer. Set sequence_parallel=False for this model."
+            )
         if self.stream is not None and keep and training:
             self.stream.enter()
         if not torch.is_grad_enabled():
@@ -109,6 +151,10 @@ class Region:
     def leave(self) -> None:
         """Close the region: forget its input, so that it is freed as early as without tensor parallelism."""
         self._source, self._copy = None, None
+        if self.spread is not None:  # what follows drops out a rank's part, too
+            if self.stream is not None:
+                self.stream.enter()
+            return
         if self.stream is not None:
             self.stream.leave()
 
@@ -126,6 +172,7 @@ class Region:
         _running.append(self)
 
     def _end_hook(self, model: nn.Module, args: Any, output: Any) -> None:
+        self.spread, self.entered, self.between_blocks = None, False, False
         if self in _running:
             del _running[len(_running) - 1 - _running[::-1].index(self) :]
         self.full.clear()
@@ -133,6 +180,7 @@ class Region:
 
     def __getstate__(self) -> dict[str, Any]:
         idle: dict[str, Any] = {"_source": None, "_version": -1, "_copy": None, "_cast": False, "full": {}}
+        idle |= {"spread": None, "entered": False, "between_blocks": False}
         return {"mesh": self.mesh, "stream": self.stream, **idle}
 
 

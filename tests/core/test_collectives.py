@@ -16,7 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from accel_tp_ddp.core.collectives import add_share, copy_to_tp, gather_from_tp, reduce_from_tp, scatter_to_tp
+from accel_tp_ddp.core.collectives import (
+    add_share,
+    copy_to_tp,
+    gather_from_tp,
+    gather_to_tp,
+    reduce_from_tp,
+    scatter_to_tp,
+    split_from_tp,
+)
 from accel_tp_ddp.core.layout import Layout, Piece, Shared
 from accel_tp_ddp.core.shard import ShardInfo
 
@@ -89,6 +97,52 @@ def check_scatter_to_tp(tp):
         plain = x.detach().clone().requires_grad_()
         (plain.sin() * weight).sum().backward()
         expected = x.detach().split(sizes, dim)[rank]
+        verdict({"forward": error(part.detach(), expected), "gradient": error(x.grad, plain.grad)})
+
+    holds()
+
+
+def check_gather_to_tp(tp):
+    mesh = tp_mesh(tp)
+    rank = mesh.get_local_rank()
+
+    @same_on_all_ranks
+    @given(shapes(tp), st.sampled_from(LAYOUTS))
+    def holds(example, grad_layout):
+        shape, dim, sizes, layout, seed = example
+        full = normal(shape, seeded(seed))
+        weights = [normal(shape, seeded(seed + 1 + each)) for each in range(tp)]  # each rank computes another term
+        own = laid_out(full.split(sizes, dim)[rank], layout if layout != "expanded" else "contiguous")
+        x = own.requires_grad_()
+        gathered = gather_to_tp(mesh, x, dim, sizes)
+        weight = laid_out(weights[rank], grad_layout) if grad_layout != "expanded" else weights[rank]
+        (gathered.sin() * weight).sum().backward()
+        plain = full.clone().requires_grad_()
+        (plain.sin() * sum(weights)).sum().backward()
+        verdict(
+            {"forward": error(gathered.detach(), full), "gradient": error(x.grad, plain.grad.split(sizes, dim)[rank])}
+        )
+
+    holds()
+
+
+def check_split_from_tp(tp):
+    mesh = tp_mesh(tp)
+    rank = mesh.get_local_rank()
+
+    @same_on_all_ranks
+    @given(shapes(tp), st.sampled_from(LAYOUTS))
+    def holds(example, grad_layout):
+        shape, dim, sizes, layout, seed = example
+        terms = [normal(shape, seeded(seed + each)) for each in range(tp)]
+        x = laid_out(terms[rank], layout if layout != "expanded" else "contiguous").requires_grad_()
+        weight = normal(shape, seeded(seed + tp))
+        part = split_from_tp(mesh, x, dim, sizes)
+        own = weight.split(sizes, dim)[rank]
+        (part.sin() * (laid_out(own, grad_layout) if grad_layout != "expanded" else own)).sum().backward()
+        plain = sum(terms).requires_grad_()
+        (plain.sin() * weight).sum().backward()
+        expected = plain.detach().split(sizes, dim)[rank]
         verdict({"forward": error(part.detach(), expected), "gradient": error(x.grad, plain.grad)})
 
     holds()
@@ -313,6 +367,8 @@ CHECKS = (
     check_reduce_from_tp,
     check_gather_from_tp,
     check_scatter_to_tp,
+    check_gather_to_tp,
+    check_split_from_tp,
     check_a_whole_layer,
     check_every_dtype,
     check_which_gradients_are_wanted,
@@ -450,6 +506,7 @@ def outputs_changed_in_place():
     for name, mapping in {
         "reduce": lambda x: reduce_from_tp(mesh, x),
         "gather": lambda x: gather_from_tp(mesh, x, 0, [2] * world),
+        "reduce, and a slice": lambda x: split_from_tp(mesh, x, 0, [1] * 2 + [0] * (world - 2)),
     }.items():
         x = torch.ones(2, requires_grad=True)
         inner = x * 1

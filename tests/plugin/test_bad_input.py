@@ -103,7 +103,7 @@ construct("dp_true", "dp_replicate_size is True", WHOLE, tp_size=4, dp_replicate
 construct("dp_shard", "dp_shard_size=2", "Set dp_shard_size=1", tp_size=2, dp_shard_size=2)
 construct("cp", "cp_size=2", "Set cp_size=1", tp_size=2, cp_size=2)
 construct("sp", "sp_size=2", "Set sp_size=1", tp_size=2, sp_size=2)
-construct("sequence_parallel", "sequence_parallel=True", "Leave it False", tp_size=2, sequence_parallel=True)
+construct("sequence_parallel", "sequence_parallel is 'auto'", "true or false", tp_size=2, sequence_parallel="auto")
 construct("loss_parallel_perhaps", "loss_parallel is 'perhaps'", "true or false", tp_size=2, loss_parallel="perhaps")
 construct("check_steps_negative", "replica_check_steps is -1", "at least 0", tp_size=2, replica_check_steps=-1)
 construct("tp_in_words_in_the_environment", TP, "'two'", WHOLE, environment={TP: "two"})
@@ -121,13 +121,6 @@ construct(
     '"auto", true or false',
     tp_size=2,
     environment={"ACCEL_TP_DDP_LOSS_PARALLEL": "maybe"},
-)
-construct(
-    "sequence_parallel_in_the_environment",
-    "sequence_parallel=True",
-    "Leave it False",
-    tp_size=2,
-    environment={"ACCEL_TP_DDP_SEQUENCE_PARALLEL": "1"},
 )
 construct(
     "sequence_parallel_perhaps_in_the_environment",

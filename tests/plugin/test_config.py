@@ -31,7 +31,9 @@ def test_plugin_reads_what_the_launcher_sets(environment):
     environment.setenv("ACCEL_TP_DDP_PLAN", "plan.yaml")
     environment.setenv("ACCEL_TP_DDP_REPLICA_CHECK_STEPS", "7")
     environment.setenv("ACCEL_TP_DDP_ZERO1", "true")
+    environment.setenv("ACCEL_TP_DDP_SEQUENCE_PARALLEL", "true")
     plugin = TensorParallelDDPPlugin()
+    assert plugin.sequence_parallel and not TensorParallelDDPPlugin(sequence_parallel=False).sequence_parallel
     assert plugin.zero1 and not TensorParallelDDPPlugin(zero1=False).zero1
     assert (plugin.tp_size, plugin.dp_replicate_size, plugin.tp_plan) == (2, 3, "plan.yaml")
     assert plugin.replica_check_steps == 7

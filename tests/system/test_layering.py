@@ -53,7 +53,7 @@ COLLECTIVES = {
     ),
     *("all_reduce_coalesced", "all_to_all", "all_to_all_single", "barrier", "batch_isend_irecv", "broadcast"),
     *("broadcast_object_list", "gather", "gather_object", "irecv", "isend", "monitored_barrier", "recv", "reduce"),
-    *("reduce_scatter", "reduce_scatter_tensor", "scatter", "scatter_object_list", "send"),
+    *("reduce_scatter", "reduce_scatter_single", "reduce_scatter_tensor", "scatter", "scatter_object_list", "send"),
     *("all_gather_tensor", "reduce_scatter_tensor_coalesced", "all_gather_tensor_autograd", "wait_tensor"),
 }
 METHODS = {"allgather", "allreduce", "alltoall", "alltoall_base", "reduce_scatter", "_allgather_base"}  # of a group
