@@ -1,6 +1,7 @@
 # make train   fine-tune a small causal LM at tp 2 x dp 2, on 4 CPU ranks: about five minutes on two cores, no network
 #              other than pip's. CONFIG=recipes/configs/node8_tp2_dp4.yaml picks another layout, ARGS="..." goes to the script.
 # make test    ruff, mypy and pytest; PYTEST_ARGS="tests/system/test_recipe.py -k name" narrows it.
+# make docs    the documentation as a site, in site/, with an environment of its own.
 # make clean   remove the virtual environments and outputs.
 # make constraints   make constraints.txt again, with the newest releases of what constraints/chosen.txt does not hold.
 #
@@ -27,7 +28,7 @@ cpu_env = $(if $(findstring /cpu_,$(CONFIG)),ACCELERATE_USE_CPU=true)
 constrained = $(patsubst %,-c %,$(CONSTRAINTS))
 build_constrained = $(patsubst %,--build-constraint %,$(CONSTRAINTS))
 
-.PHONY: train test clean constraints
+.PHONY: train test docs clean constraints
 
 train: $(INSTALLED)
 	$(cpu_env) $(BIN)/accelerate launch --config_file $(CONFIG) recipes/finetune_causal_lm.py $(ARGS)
@@ -37,6 +38,16 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+# What the extra `docs` names, and no more: the reference is read off the sources, nothing is imported.
+.venv-docs/.installed: setup.cfg
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -c "from configparser import ConfigParser as C; c = C(); c.read('setup.cfg'); \
+		print(c['options.extras_require']['docs'])" | xargs .venv-docs/bin/python -m pip install --quiet
+	touch $@
 
 # Installed again only when what there is to install changes. pip first: older ones cannot constrain a build.
 $(INSTALLED): setup.py setup.cfg $(CONSTRAINTS)
@@ -53,4 +64,4 @@ constraints:
 	mv constraints.part constraints.txt
 
 clean:
-	rm -rf $(VENV) .venv .venv-* outputs
+	rm -rf $(VENV) .venv .venv-* outputs site

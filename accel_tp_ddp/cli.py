@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from .checkpoint.merge import merge
 from .core.errors import BadInputError, CheckpointError, PlanError
 from .plugin.overrides import as_markdown, as_rows
+from .tools.doctor import TIMEOUT, as_lines, doctor
 from .tools.plan import as_text, show_plan, show_sizes
 from .tools.verify import as_table, verify
 
@@ -87,6 +88,19 @@ def _verify(args: argparse.Namespace) -> dict[str, Any]:
     return verify(args.model, args.tp, args.plan, full=args.full, trust_remote_code=args.trust_remote_code)
 
 
+def _add_doctor(commands: Any) -> None:
+    text = "check what is installed, what the launcher's YAML says, and whether the ranks see each other"
+    parser = commands.add_parser("doctor", help=text, description=text)
+    parser.add_argument("--config_file", metavar="YAML", help="of accelerate launch; else the default one")
+    parser.add_argument("--launch", metavar="LINE", help='launch line without a script: "accelerate launch ..."')
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds that a step may take (%(default)s)")
+    parser.set_defaults(run=_doctor, text=as_lines, failed=lambda result: not result["ok"])
+
+
+def _doctor(args: argparse.Namespace) -> dict[str, Any]:
+    return doctor(args.config_file, args.launch, args.timeout)
+
+
 def _add_overrides(commands: Any) -> None:
     text = "list what this package replaces in Accelerate, transformers, TRL and PEFT, and why"
     parser = commands.add_parser("overrides", help=text, description=text)
@@ -102,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(prog="accel-tp-ddp", description="Tools for tensor parallelism inside plain DDP.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_doctor(commands)
     _add_merge(commands)
     _add_overrides(commands)
     _add_plan(commands)

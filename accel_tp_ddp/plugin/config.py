@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ["TensorParallelDDPPlugin"]
+
+logger = logging.getLogger(__name__)
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 _OTHER_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
@@ -249,6 +252,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             outlive(group)
         if self.tp_size > 1:
             assert self.device_mesh is not None, "several processes have a mesh"
+            _warn_of_hosts(self.tp_size, launched)
             check_upstream()
             _adopt_timeout(accelerator, self.device_mesh)
             present_replicas(self.device_mesh).held_by(accelerator, self, _Shown(self))
@@ -261,6 +265,17 @@ class TensorParallelDDPPlugin(ParallelismConfig):
                 check_upstream()
                 hook_zero1(accelerator, dist.group.WORLD, bool(self.async_save))
                 override_trainers(TensorParallelDDPPlugin)
+
+
+def _warn_of_hosts(tp_size: int, launched: int) -> None:
+    """Say so where a replica lies on several hosts, as the launcher tells how many ranks one has."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or launched)
+    if local < launched and local % tp_size and dist.get_rank() == 0:
+        logger.warning(
+            "tp_size=%d, and each host has %d ranks: replicas lie on several hosts, and each layer waits for the "
+            "network between them. Set tp_size to a divisor of %d, if the model allows it.",
+            *(tp_size, local, local),
+        )
 
 
 class _Shown(TensorParallelDDPPlugin):

@@ -3,7 +3,9 @@
     accelerate launch --config_file tp2_dp2.yaml -m accel_tp_ddp.launch script.py ARGS
     accelerate launch --config_file tp2_dp2.yaml -m accel_tp_ddp.launch -m package.module ARGS
     accelerate launch --num_processes 4 --multi_gpu -m accel_tp_ddp.launch --tp_size 2 script.py ARGS
+    python -m accel_tp_ddp.launch --num_processes 4 --tp_size 2 script.py ARGS
 
+In the last, options of `accelerate launch` stand among those here, and the ranks are started as it starts them.
 Every `Accelerator` that the script makes, also inside `Trainer`, then has a `TensorParallelDDPPlugin`. The sizes come
 from the launcher's YAML (its `parallelism_config` keys), or from the options here, which beat it.
 """
@@ -11,11 +13,14 @@ from the launcher's YAML (its `parallelism_config` keys), or from the options he
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import accelerate.accelerator
@@ -28,6 +33,7 @@ from ..core.errors import UpstreamError
 from ..core.override import Override, install_for_all
 from .config import TensorParallelDDPPlugin
 from .replica_view import current_view
+from .start import asks_for_ranks, start_ranks
 from .trainer import override_trainers
 
 __all__ = ["OVERRIDES", "activate", "main"]
@@ -52,6 +58,8 @@ _OPTIONS = {
     "async_save": ("ACCEL_TP_DDP_ASYNC_SAVE", "true or false: whether save_state writes in the background"),
     "control_timeout": ("ACCEL_TP_DDP_CONTROL_TIMEOUT", "seconds that ranks wait for one another between steps"),
 }
+#: Frames above a script's own.
+_NOT_THE_SCRIPT = (__file__, runpy.__file__, "<frozen runpy>", str(Path(__file__).parents[1] / "launch.py"))
 _SWITCH = "ACCELERATE_USE_PARALLELISM_CONFIG"
 
 
@@ -98,8 +106,14 @@ OVERRIDES = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a script or module as `__main__`, with its own arguments, after `activate`."""
-    options, module, script, args = _parse(sys.argv[1:] if argv is None else argv)
+    """Run a script or module as `__main__`, with its own arguments, after `activate`; or start ranks that do.
+
+    What the script raises goes on as it is, and is printed from the script's first line on.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if asks_for_ranks(argv):
+        return start_ranks(argv, list(_OPTIONS))
+    options, module, script, args = _parse(argv)
     for name, value in options.items():
         os.environ[_OPTIONS[name][0]] = value
     if "tp_size" in options or "zero1" in options:
@@ -112,9 +126,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"accel_tp_ddp.launch: {plugin or 'no tensor parallelism asked for; the script runs as it is'}", flush=True
         )
+    sys.excepthook = _print_from_the_script_on
     if module:
         sys.argv = [script, *args]
         sys.path[0:1] = [os.getcwd()]
+        _check_module(script)
         runpy.run_module(script, run_name="__main__", alter_sys=True)
     else:
         sys.argv = [script, *args]
@@ -126,11 +142,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         dist.destroy_process_group()
 
 
+def _print_from_the_script_on(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python prints an error, without the frames that run the script; in one piece, as other ranks print too."""
+    first = trace
+    while first is not None and first.tb_frame.f_code.co_filename in _NOT_THE_SCRIPT:
+        first = first.tb_next
+    sys.stderr.write("".join(traceback.format_exception(kind, error, first if first is not None else trace)))
+    sys.stderr.flush()
+
+
+def _check_module(name: str) -> None:
+    try:
+        found = importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):  # what its package imports
+            raise
+        found = False
+    if not found:
+        raise SystemExit(
+            f"accel_tp_ddp.launch: there is no module {name!r} (from {os.getcwd()}). Install it, or correct its name."
+        )
+
+
 def _parse(argv: Sequence[str]) -> tuple[dict[str, str], bool, str, list[str]]:
     """Own options, whether a module is meant, its or the script's name, and the script's arguments, untouched."""
     parser = argparse.ArgumentParser(
         "python -m accel_tp_ddp.launch",
-        description="Run a script under tensor parallelism inside DDP. Start it with accelerate launch or torchrun.",
+        description="Run a script under tensor parallelism inside DDP. Start it with accelerate launch or "
+        "torchrun, or give accelerate launch's options here (--config_file, --num_processes, --cpu, ...).",
         allow_abbrev=False,
     )
     for name, (variable, text) in _OPTIONS.items():

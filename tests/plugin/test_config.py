@@ -1,5 +1,6 @@
 """The fields of the plugin: defaults, environment, what is refused, and the sizes that follow from the world."""
 
+import logging
 import os
 
 import pytest
@@ -109,3 +110,23 @@ def test_replicas_follow_from_the_world_size(variables, options, sizes):
 def test_sizes_that_do_not_fit_the_world_are_refused(options):
     for raised in run_on_ranks(sizes_in_accelerator, 4, {}, options, expect_raise=True):
         assert raised.type_name == "ValueError" and "tp_size" in raised.message and "4" in raised.message
+
+
+def _warned(local):
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("accel_tp_ddp.plugin.config")
+    logger.addHandler(handler)
+    os.environ["LOCAL_WORLD_SIZE"] = str(local)
+    try:
+        Accelerator(parallelism_config=TensorParallelDDPPlugin(tp_size=2))
+    finally:
+        logger.removeHandler(handler)
+    return [record.getMessage() for record in records]
+
+
+def test_a_replica_on_several_hosts_is_told_once():
+    first, second = run_on_ranks(_warned, 2, 1)
+    assert len(first) == 1 and "replicas lie on several hosts" in first[0] and second == []
+    assert run_on_ranks(_warned, 2, 2) == [[], []]

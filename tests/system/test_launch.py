@@ -34,9 +34,13 @@ def launch(folder, config, *args, check=True):
     """`accelerate launch` with this YAML, from a folder that is not the repository's."""
     file = Path(folder) / "config.yaml"
     file.write_text(config)
+    return run(folder, "accelerate.commands.launch", "--config_file", file, *args, check=check)
+
+
+def run(folder, module, *args, check=True):
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "PARALLELISM_CONFIG_"))}
     environment = {**inherited, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), *map(str, args)]
+    command = [sys.executable, "-m", module, *map(str, args)]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=250)
     assert not check or done.returncode == 0, done.stdout + done.stderr[-8000:]
     return done
@@ -81,6 +85,34 @@ def test_the_launcher_without_tensor_parallelism_says_so_and_runs_the_script_unc
     assert_tensors_close(weights, expected_weights, 0.0)
 
 
+OPTIONS = ("--num_processes=4", "--tp_size", "2", "--main_process_port", "0")
+
+
+def test_the_launcher_takes_the_options_of_accelerate_launch_and_starts_the_ranks(tmp_path, plain):
+    module = ("-m", "tests.scripts.ordinary")
+    done = run(tmp_path, "accel_tp_ddp.launch", "--cpu", *OPTIONS, *module, *ARGUMENTS)
+    assert done.stdout.count("accel_tp_ddp.launch: TensorParallelDDPPlugin(tp_size=2") == 1
+    assert_same_run(tmp_path, plain)
+
+
+def test_the_launcher_takes_a_config_file_and_a_script(tmp_path, plain):
+    Path(tmp_path, "config.yaml").write_text(TP2_DP2)
+    run(tmp_path, "accel_tp_ddp.launch", "--config_file", "config.yaml", SCRIPTS / "ordinary.py", *ARGUMENTS)
+    assert_same_run(tmp_path, plain)
+
+
+def test_a_scripts_own_traceback_comes_first_and_is_not_that_of_the_launcher(tmp_path):
+    Path(tmp_path, "broken.py").write_text("def deep():\n    raise KeyError('mine')\n\n\ndeep()\n")
+    options = ("--cpu", "--num_processes", "2", "--main_process_port", "0")
+    done = run(tmp_path, "accel_tp_ddp.launch", *options, "broken.py", "--tp_size", "x", check=False)
+    lines = done.stderr.splitlines()
+    first = lines.index("Traceback (most recent call last):")
+    assert lines[first + 1].strip() == 'File "broken.py", line 5, in <module>'
+    assert "KeyError: 'mine'" in lines[first + 1 : first + 7]
+    assert "runpy" not in done.stderr and "accel_tp_ddp/plugin" not in done.stderr
+    assert done.returncode == 1 and "accel_tp_ddp.launch: rank" in lines[-1] and "failed first" in lines[-1]
+
+
 @cache
 def usage(*args):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PARALLELISM_CONFIG_")}
@@ -94,6 +126,12 @@ def usage(*args):
     [
         (("missing.py",), "there is no file 'missing.py'. Give the path of a script, or `-m` and a module."),
         (("--tp_size", "two", "README.md"), "tp_size (from the environment variable PARALLELISM_CONFIG_TP_SIZE) is"),
+        (("--num_processes", "2", "--no_python", "x.py"), "a program that is no Python"),
+        (("--config_file", "no.yaml", "x.py"), "--config_file no.yaml cannot be read: FileNotFoundError"),
+        (("--config_file", "README.md", "x.py"), "--config_file README.md cannot be read"),
+        (("--num_processes", "2", "--cpu", "--tpu", "x.py"), "You can only use one of"),
+        (("--num_processes", "2", "--nonsense", "x.py"), "unrecognized arguments: --nonsense"),
+        (("-m", "no.such.module"), "there is no module 'no.such.module'"),
         (("--replica_drift", "hide", "--tp_size", "2", "README.md"), 'it has to be "heal" or "raise"'),
     ],
 )

@@ -15,7 +15,7 @@ SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8"
 
 # The wings, from the lowest: a module imports from its own wing and from those below.
 WINGS = ("core", "training", "styles", "loss", "plans", "checkpoint", "model", "proof", "plugin", "tools")
-ENTRANCES = {"__init__.py", "cli.py", "launch.py"}
+ENTRANCES = {"__init__.py", "cli.py", "doctor.py", "launch.py"}
 
 KNOW_ACCELERATE = {
     *ENTRANCES,
@@ -36,6 +36,7 @@ CALL_COLLECTIVES = {
     "training/gradients.py": "the norm of the full gradient",
     "plugin/replica_view.py": "what a script gathers, reduces and broadcasts, over the replicas",
     "proof/compare.py": "set-up: the ranks of the proof, and what each has found",
+    "tools/links.py": "doctor: whether a group works, and how fast it is",
     "tools/ranks.py": "the end of a rank of the command",
     "training/drift.py": "between steps: what is replicated stays equal",
     "training/zero1.py": "after a step, and where a full state is asked for: what each replica has",

@@ -25,7 +25,10 @@ COMMANDS = {"ruff": "`make test`", "mypy": "`make test`", "pytest-timeout": "`ti
 BUILD = ("pip", "setuptools", "wheel")
 LOADERS = ("importorskip", "import_module")
 #: Used where they are installed, and not to be had from PyPI as others are.
-BESIDE = {"deepspeed": "its build wants torch in the same environment"}
+BESIDE = {
+    "deepspeed": "its build wants torch in the same environment",
+    "ray": "of one recipe, in an environment of its own",
+}
 
 
 def declared() -> dict[str, list[Requirement]]:
@@ -75,7 +78,7 @@ def imported(folder: str) -> dict[str, set[str]]:
     "folder, extras",
     [
         ("accel_tp_ddp", ()),
-        ("recipes", ("recipes",)),
+        ("recipes", ("recipes", "benchmarks")),  # a picture is matplotlib's
         ("tests", ("test",)),
         ("benchmarks", ("benchmarks",)),
     ],
@@ -101,6 +104,7 @@ def test_what_is_declared_is_imported():
         "recipes": found["recipes"],
         "test": found["tests"] | found["recipes"] | set(COMMANDS),
         "benchmarks": found["benchmarks"],
+        "docs": {"mkdocs-material", "mkdocstrings"},  # by mkdocs.yml
     }
     requirements = declared()
     assert requirements.keys() == users.keys()
@@ -187,7 +191,17 @@ def test_the_chosen_releases_are_those_pinned():
 # --- the oldest ------------------------------------------------------------------------------------------------------
 
 #: They run or check the tests, or draw: any release that does is good enough.
-TOOLS = {"hypothesis", "matplotlib", "mypy", "packaging", "pytest", "pytest-timeout", "ruff"}
+TOOLS = {
+    "hypothesis",
+    "matplotlib",
+    "mkdocs-material",
+    "mkdocstrings",
+    "mypy",
+    "packaging",
+    "pytest",
+    "pytest-timeout",
+    "ruff",
+}
 #: Of the programs that `benchmarks.programs` runs where they are installed.
 PROGRAMS = {"lm-eval", "setfit"}
 
