@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -33,12 +33,13 @@ from transformers import PreTrainedModel, masking_utils
 from ..core.agreement import Ranks
 from ..core.errors import BadInputError
 from ..core.override import attributes
+from ..core.randomness import RandomStream
 from ..plugin.config import TensorParallelDDPPlugin
 from ..training import zero1
 
 __all__ = [
-    *("Collective", "Copy", "Held", "Memory", "Point", "Setting", "Simulation", "Trace", "Work", "collective_name"),
-    *("one_of", "simulate", "trace"),
+    *("Collective", "Copy", "Held", "Memory", "Point", "Setting", "Simulation", "Trace", "Work"),
+    *("collective_bytes", "collective_name", "one_of", "simulate", "trace"),
 ]
 
 PHASES = ("forward", "backward", "clip", "step")
@@ -333,6 +334,7 @@ def one_of(ranks: int, cpu: bool = True) -> Iterator[None]:
             stack.enter_context(attributes(dist, **nobody))
             # DDP would send the order in which gradients came, by address; the buckets stay those it has made first.
             stack.enter_context(attributes(dist.Reducer, _rebuild_buckets=lambda reducer: False))
+            stack.enter_context(attributes(RandomStream, enter=lambda stream: None))  # by numbers that are drawn
             # Nobody else can differ, and what an optimizer does by element is tried on real numbers.
             stack.enter_context(attributes(Ranks, same=lambda *args, **kwargs: None))
             stack.enter_context(attributes(zero1, steps_by_element=_on_real_numbers(zero1.steps_by_element)))
@@ -391,7 +393,8 @@ class _Run:
             # Values that nobody has need not be drawn, and some ways of drawing them look at them.
             with _default_type(torch.bfloat16 if setting.precision == "bf16-weights" else torch.float32):
                 with attributes(PreTrainedModel, initialize_weights=lambda model: None):
-                    model = build()
+                    with attributes(nn.Module, _apply=_converted):
+                        model = build()
             model.train()
             if setting.checkpointing:
                 model.gradient_checkpointing_enable()
@@ -502,6 +505,19 @@ def _default_type(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def _converted(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`Module._apply`, where parameters cannot be converted in place."""
+    for child in module.children() if recurse else ():
+        _converted(child, convert)
+    for name, param in module._parameters.items():
+        if param is not None and (new := convert(param)) is not param:
+            module._parameters[name] = nn.Parameter(new.detach(), param.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = convert(buffer)
+    return module
 
 
 def _tokens(setting: Setting) -> dict[str, Tensor]:
@@ -768,6 +784,11 @@ def _attention_of_gpus() -> Iterator[None]:
 
     with attributes(nn.functional, scaled_dot_product_attention=attention):
         yield
+
+
+def collective_bytes(rows: Iterable[Collective], group: str) -> int:
+    """What the collectives of a group carry, all of them: see `Collective.bytes`."""
+    return sum(row.bytes * row.count for row in rows if row.group == group)
 
 
 def collective_name(operation: str) -> str:

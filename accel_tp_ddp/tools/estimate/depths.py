@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +115,10 @@ class Model:
         if all(self._is_as_expected(depth) for depth in made):
             return made
         return [Depth({count: tuple(range(count)) for count in self._places})]
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Leave these parameters, by their names in a shallow model, as they are."""
+        self.frozen = frozenset(map(wildcards, names))
 
     def builder(self, depth: Depth, dtype: torch.dtype) -> Callable[[], nn.Module]:
         """What builds this depth of the model; `rules_for` gives its plan."""
