@@ -12,7 +12,16 @@ from dataclasses import dataclass, field, replace
 from math import gcd, isqrt, lcm
 from typing import Any
 
-__all__ = ["Choice", "changes_between", "cut_layers", "kinds_in_lists", "layer_counts", "named_layers", "parts_of", "shrunk"]
+__all__ = [
+    "Choice",
+    "changes_between",
+    "cut_layers",
+    "kinds_in_lists",
+    "layer_counts",
+    "named_layers",
+    "parts_of",
+    "shrunk",
+]
 
 _HEADS = re.compile(r"(^|_)(n_|num_)?(\w+_)?heads?(_kv|_per_layer|_per_stage)?$|^(mamba_)?n_?groups$|^o_groups$")
 _HEAD_WIDTH = re.compile(r"(^|_)(head_dim|head_size|headdim|d_head|d_kv|dim_head|kv_channels)$")

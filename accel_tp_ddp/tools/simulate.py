@@ -409,7 +409,8 @@ class _Run:
             self.model.register_comm_hook(self, _reduce_bucket)
         self._name()
         for param in self.model.parameters():
-            param.register_post_accumulate_grad_hook(lambda p: self.memory.name(p.grad, "gradients"))
+            if param.requires_grad:
+                param.register_post_accumulate_grad_hook(lambda p: self.memory.name(p.grad, "gradients"))
 
     def _groups(self) -> dict[str, dist.ProcessGroup]:
         mesh = self.accelerator.torch_device_mesh
@@ -681,7 +682,9 @@ class _Tally(TorchDispatchMode):
             made = func._schema.name.split("::")[1]
             lists = any(isinstance(arg, list) and arg and isinstance(arg[0], Tensor) for arg in args)
             # A list is of all parameters, as many as there are layers.
-            shapes = () if lists else tuple(tuple(t.shape) for t in tree_leaves((args, result)) if isinstance(t, Tensor))
+            shapes = (
+                () if lists else tuple(tuple(t.shape) for t in tree_leaves((args, result)) if isinstance(t, Tensor))
+            )
             alike = hash((self.phase, made, shapes))
             self.points.append(Point(self.phase, made, alike, tuple(self.memory.bytes.values())))
         self._number += 1
@@ -771,7 +774,9 @@ def _attention_of_gpus() -> Iterator[None]:
     """Attention whose values are as wide as its keys stays; other is that of the kernel that a GPU has for it."""
     stock = nn.functional.scaled_dot_product_attention
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, **named: Any):
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, **named: Any
+    ):
         if query.size(-1) == value.size(-1):
             return stock(query, key, value, attn_mask, dropout_p, **named)
         if attn_mask is not None:

@@ -72,9 +72,7 @@ class Model:
                 "`accel-tp-ddp plan MODEL --tp 2 --infer` prints."
             ) from error
         self._kinds = {n: layer_kinds(self.full, unsharded, n, at) for n, at in self._places.items()}
-        self._lists = {
-            name: module for name, module in self.full.named_modules() if isinstance(module, nn.ModuleList)
-        }
+        self._lists = {name: module for name, module in self.full.named_modules() if isinstance(module, nn.ModuleList)}
 
     @property
     def vocabulary(self) -> int:
@@ -192,5 +190,3 @@ def adapted(model: nn.Module, rank: int) -> nn.Module:
         return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
     except ValueError as error:
         raise BadInputError(f"--lora: PEFT refuses this model: {said(error)}. Leave it out.") from error
-
-

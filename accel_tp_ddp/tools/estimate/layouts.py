@@ -31,6 +31,7 @@ SWITCHES = {
 CONTEXT = GIB  # what the driver, the libraries and NCCL's buffers take
 FRAGMENTS = 0.05  # of the peak, which the allocator cannot give again
 LORA = 16
+REPLICAS = 64  # simulated at most; with more, a replica's part of the optimizer's state is counted as of so many
 
 
 @dataclass(frozen=True)
@@ -192,16 +193,15 @@ class _Estimate:
 
     def _step(self, request: Request, tp: int, dp: int) -> Extended:
         setting = Setting(
-            **{"tp": tp, "dp": dp, "micro_batch": request.micro_batch, "seq_len": request.seq_len},
+            **{"tp": tp, "dp": min(dp, REPLICAS), "micro_batch": request.micro_batch, "seq_len": request.seq_len},
             **{"precision": request.precision, "checkpointing": request.checkpointing, "gpu": True},
             vocabulary=self.model.vocabulary,
         )
         model = self.model
         model.lora = request.lora
         traces = [self._trace(model, depth, setting, request) for depth in model.depths()]
-        unreached = {name for name in traces[0].without_gradient}
-        if unreached and not model.frozen:
-            model.freeze(unreached)
+        if traces[0].without_gradient and not model.frozen:
+            model.freeze(traces[0].without_gradient)
             traces = [self._trace(model, depth, setting, request) for depth in model.depths()]
         times = [depth.times for depth in model.depths()]
         return extended(traces[0], list(zip(traces[1:], times[1:])))
@@ -212,9 +212,7 @@ class _Estimate:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of addresses of fake tensors, and of what transformers deprecates
             try:
-                return trace(
-                    model.builder(depth, dtype), replace(setting, plugin=plugin), _inputs(model, setting)
-                )
+                return trace(model.builder(depth, dtype), replace(setting, plugin=plugin), _inputs(model, setting))
             except (BadInputError, PlanError):
                 raise
             except Exception as error:  # of an operation without a fake kernel, or of the model's own code

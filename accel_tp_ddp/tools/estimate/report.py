@@ -69,5 +69,7 @@ def _verdict(answer: Mapping[str, Any]) -> list[str]:
         fits = "which fits" if row["fits"] else "which does not fit"
         lines.append(f"  {row['change']}: {row['needed'] / GIB:.1f} GiB with {row['tp']} x {row['dp']}, {fits}")
     if not any(row["fits"] for row in answer["switches"]):
-        lines.append("more memory a GPU, fewer tokens (--seq-len, --micro-batch), or an engine that divides weights over all ranks is needed")
+        lines.append(
+            "more memory a GPU, fewer tokens (--seq-len, --micro-batch), or an engine that divides weights over all ranks is needed"
+        )
     return lines
