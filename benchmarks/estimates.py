@@ -9,9 +9,9 @@ it (VmHWM, set back before the step), above what the process had before it built
 freed memory counts as freed, glibc maps every block of 64 KiB or more by itself. Collectives: the bytes that go over
 each group, counted on the ranks. Exit code 1 where memory is off by more than 5 %, or bytes differ at all.
 
-`limits` runs the command, in a process of its own, for each config of `benchmarks/configs`. Exit code 1 where one takes
-more than 60 s or 4 GiB. Seconds are those of the processor, which others on the machine do not change; those of the
-clock are printed besides.
+`limits` runs the command, in a process of its own, for each config of `benchmarks/configs`. Exit code 1 where one
+takes more than 60 s or 4 GiB. Seconds are those of the processor, which others on the machine do not change; those of
+the clock are printed besides.
 """
 
 from __future__ import annotations

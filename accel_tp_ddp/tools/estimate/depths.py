@@ -16,7 +16,7 @@ from ...plans.plan import Plan, resolve_plan
 from ...plans.rules import PlanLike
 from ...proof.sizes import Choice, cut_layers, layer_counts, parts_of
 from ...proof.small import first_of_each, layer_kinds, layer_structure, renumbered
-from ..target import build_target, model_of_config, read_config, said
+from ..target import build_target, read_config, said
 
 __all__ = ["Depth", "Model", "adapted"]
 

@@ -8,13 +8,13 @@
   doc/PERFORMANCE.md): an all-reduce 2 (n - 1) / n of its bytes at the reached bandwidth of the slowest link, gathering
   and scattering (n - 1) / n of the joined bytes, a broadcast all of them. Each costs a start besides.
 * Tensor-parallel collectives are waited for: none overlaps. The tensor-parallel ranks are within a node.
-* The replicas' all-reduces of gradients overlap with the backward (Li et al., PVLDB 13(12), 2020): what is longer than
-  the backward shows, and the last bucket always does. All-gathers of zero1 come after the step and show.
+* The replicas' all-reduces of gradients overlap with the backward (Li et al., PVLDB 13(12), 2020): what is longer
+  than the backward shows, and the last bucket always does. All-gathers of zero1 come after the step and show.
 * Each rank has an adapter of its own to the network, and a group over nodes uses those of all its ranks in a node, as
   NCCL does with a ring for each.
 
-What is not told: kernels that are slow for their shapes (few tokens, narrow parts), the skew of ranks, data loading, the
-gaps between collectives and kernels. Compare layouts by it rather than budgets.
+What is not told: kernels that are slow for their shapes (few tokens, narrow parts), the skew of ranks, data loading,
+the gaps between collectives and kernels. Compare layouts by it rather than budgets.
 """
 
 from __future__ import annotations

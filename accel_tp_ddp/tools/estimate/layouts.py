@@ -1,4 +1,4 @@
-"""`accel-tp-ddp estimate`: what each `tp x dp` of so many GPUs takes, which to take, and what to change if none fits."""
+"""What each `tp x dp` of so many GPUs takes, which to take, and what to change if none fits."""
 
 from __future__ import annotations
 
@@ -219,8 +219,8 @@ class _Estimate:
                 if isinstance(error, ValueError) and any(field in str(error) for field in request.plugin):
                     raise BadInputError(str(error)) from error
                 raise BadInputError(
-                    f"{model.kind} cannot be run on fake tensors with token ids and labels: {said(error)}. Try another "
-                    "--precision, or estimate its language model alone."
+                    f"{model.kind} cannot be run on fake tensors with token ids and labels: {said(error)}. Try "
+                    "another --precision, or estimate its language model alone."
                 ) from error
 
     # -------------------------------------------------------------------------------------------------------- the rows
@@ -340,8 +340,8 @@ class _Estimate:
         found = list(self.notes)
         if self.model.frozen:
             found.append(
-                f"{len(self.model.frozen)} kinds of parameters get no gradient from text alone and are counted as frozen: "
-                f"{', '.join(sorted(self.model.frozen)[:2])}, ..."
+                f"{len(self.model.frozen)} kinds of parameters get no gradient from text alone and are counted as "
+                f"frozen: {', '.join(sorted(self.model.frozen)[:2])}, ..."
             )
         return found
 
@@ -383,8 +383,8 @@ def _inputs(model: Model, setting: Setting) -> Callable[[], Mapping[str, Tensor]
     for name in ("input_ids", "labels"):
         if name not in taken:
             raise BadInputError(
-                f"the forward of {model.kind} takes no `{name}`; a step is estimated of models that take token ids and "
-                "labels, and give a loss. Name the class with a language model's head in the config's `architectures`."
+                f"the forward of {model.kind} takes no `{name}`; a step is estimated of models that take token ids "
+                "and labels, and give a loss. Name the class with a language model's head in the config's `architectures`."
             )
 
     def inputs() -> Mapping[str, Tensor]:

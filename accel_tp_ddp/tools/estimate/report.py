@@ -46,8 +46,8 @@ def _headline(answer: Mapping[str, Any]) -> str:
     what = request["card"] or f"{request['memory'] / GIB:g} GiB"
     layers = f", {answer['layers']} layers" if answer["layers"] else ""
     return (
-        f"{answer['model']}{layers}, on {request['gpus']} x {what}: {request['micro_batch']} x {request['seq_len']} tokens a "
-        f"replica, {', '.join([request['precision'], 'AdamW', *features])}"
+        f"{answer['model']}{layers}, on {request['gpus']} x {what}: {request['micro_batch']} x {request['seq_len']} "
+        f"tokens a replica, {', '.join([request['precision'], 'AdamW', *features])}"
     )
 
 
@@ -70,6 +70,7 @@ def _verdict(answer: Mapping[str, Any]) -> list[str]:
         lines.append(f"  {row['change']}: {row['needed'] / GIB:.1f} GiB with {row['tp']} x {row['dp']}, {fits}")
     if not any(row["fits"] for row in answer["switches"]):
         lines.append(
-            "more memory a GPU, fewer tokens (--seq-len, --micro-batch), or an engine that divides weights over all ranks is needed"
+            "needed: more memory a GPU, fewer tokens (--seq-len, --micro-batch), or an engine that divides weights "
+            "over all ranks"
         )
     return lines
