@@ -218,6 +218,15 @@ def test_a_size_that_the_model_does_not_allow_is_refused_with_why(tmp_path):
     assert [row["tp"] for row in found["refused"]] == [4] and "not divisible" in found["refused"][0]["why"]
 
 
+def test_what_the_documentation_shows_is_what_is_printed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    block = (ROOT / "docs" / "estimate.md").read_text(encoding="utf-8").split("```\n$ accel-tp-ddp estimate ")[1]
+    command, *shown = block.partition("\n```")[0].splitlines()
+    ((code, out, err),) = run_on_ranks(answered, 1, *command.split())
+    assert code == 0, err
+    assert out.splitlines() == shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -233,6 +242,7 @@ def test_a_size_that_the_model_does_not_allow_is_refused_with_why(tmp_path):
         (["--gpus", "8", "--gpu", "h100-80", "--seq-len", "1"], "--seq-len is 1; give 2 or more"),
         (["--gpus", "8", "--gpu", "h100-80", "--micro-batch", "0"], "--micro-batch is 0; give 1 or more"),
         (["--gpus", "8", "--gpu", "h100-80", "--gpus-per-node", "0"], "--gpus-per-node is 0; give 1 or more"),
+        (["--gpus", "8", "--gpu-memory", "24", "--tp", "2", "--plan", "none.yaml"], "there is no file"),
         (["--gpus", "16", "--gpu", "h100-80", "--tp", "16"], "allows none of the tensor-parallel sizes 16"),
         (["--gpu", "h100-80"], "--gpus"),
     ],

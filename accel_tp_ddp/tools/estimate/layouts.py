@@ -216,7 +216,7 @@ class _Estimate:
             except (BadInputError, PlanError):
                 raise
             except Exception as error:  # of an operation without a fake kernel, or of the model's own code
-                if isinstance(error, ValueError) and any(field in str(error) for field in request.plugin):
+                if isinstance(error, ValueError) and any(name in str(error) for name in request.plugin):
                     raise BadInputError(str(error)) from error
                 raise BadInputError(
                     f"{model.kind} cannot be run on fake tensors with token ids and labels: {said(error)}. Try "
@@ -384,7 +384,7 @@ def _inputs(model: Model, setting: Setting) -> Callable[[], Mapping[str, Tensor]
         if name not in taken:
             raise BadInputError(
                 f"the forward of {model.kind} takes no `{name}`; a step is estimated of models that take token ids "
-                "and labels, and give a loss. Name the class with a language model's head in the config's `architectures`."
+                "and labels, and give a loss. Name a class with a head in the config's `architectures`."
             )
 
     def inputs() -> Mapping[str, Tensor]:
