@@ -146,7 +146,8 @@ class Model:
                 if name in own:
                     own[name] = value
         config.dtype = dtype
-        made = type(self.full)._from_config(config)  # type: ignore[operator]
+        kind: Any = type(self.full)
+        made: nn.Module = kind._from_config(config)
         return made
 
     def _is_as_expected(self, depth: Depth) -> bool:

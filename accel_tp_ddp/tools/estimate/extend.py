@@ -60,13 +60,14 @@ def _sizes(memory: Memory) -> tuple[int, ...]:
 def _along(least: Sequence[int], deeper: Iterable[tuple[Sequence[int], int]]) -> list[int]:
     result = list(least)
     for values, times in deeper:
-        for index, (few, more) in enumerate(zip(least, values)):
-            result[index] += times * (more - few)
+        for index, before in enumerate(least):
+            result[index] += times * (values[index] - before)
     return result
 
 
 def _rows(least: Iterable[_Row], deeper: Iterable[tuple[Iterable[_Row], int]]) -> tuple[_Row, ...]:
-    few, total = _counted(least), Counter(_counted(least))
+    few = _counted(least)
+    total = Counter(few)
     for rows, times in deeper:
         many = _counted(rows)
         for row in {*few, *many}:

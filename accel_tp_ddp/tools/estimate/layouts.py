@@ -193,8 +193,13 @@ class _Estimate:
 
     def _step(self, request: Request, tp: int, dp: int) -> Extended:
         setting = Setting(
-            **{"tp": tp, "dp": min(dp, REPLICAS), "micro_batch": request.micro_batch, "seq_len": request.seq_len},
-            **{"precision": request.precision, "checkpointing": request.checkpointing, "gpu": True},
+            tp=tp,
+            dp=min(dp, REPLICAS),
+            micro_batch=request.micro_batch,
+            seq_len=request.seq_len,
+            precision=request.precision,
+            checkpointing=request.checkpointing,
+            gpu=True,
             vocabulary=self.model.vocabulary,
         )
         model = self.model
