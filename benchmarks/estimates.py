@@ -17,6 +17,8 @@ the clock are printed besides.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -129,6 +131,8 @@ def measured(rank: int, pair: Pair, folder: Path, results: Any) -> None:
     accelerator = Accelerator(cpu=True, mixed_precision=mixed, parallelism_config=plugin)
     weight = torch.randn(64, 64, requires_grad=True)
     (weight @ weight).sum().backward()  # what the libraries make once
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or what is free in the heap would be used again, and not seen
     before = resident_memory()[0]
     torch.manual_seed(0)
     built = model.builder(full, dtype)()

@@ -66,10 +66,10 @@ def _along(least: Sequence[int], deeper: Iterable[tuple[Sequence[int], int]]) ->
 
 
 def _rows(least: Iterable[_Row], deeper: Iterable[tuple[Iterable[_Row], int]]) -> tuple[_Row, ...]:
-    few = _counted(least)
-    total = Counter(few)
+    few: Counter[Any] = _counted(least)
+    total: Counter[Any] = Counter(few)
     for rows, times in deeper:
-        many = _counted(rows)
+        many: Counter[Any] = _counted(rows)
         for row in {*few, *many}:
             total[row] += times * (many[row] - few[row])
     return tuple(replace(row, count=count) for row, count in total.items() if count)
