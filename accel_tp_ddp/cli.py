@@ -17,7 +17,10 @@ from .checkpoint.merge import merge
 from .core.errors import BadInputError, CheckpointError, PlanError
 from .plugin.overrides import as_markdown, as_rows
 from .tools.doctor import TIMEOUT, as_lines, doctor
+from .tools.estimate import SWITCHES, card_names, estimate
+from .tools.estimate import as_text as estimate_as_text
 from .tools.plan import as_text, show_plan, show_sizes
+from .tools.simulate import PRECISIONS
 from .tools.verify import as_table, verify
 
 __all__ = ["BAD_INPUT", "CHECK_FAILED", "main"]
@@ -64,7 +67,7 @@ def _add_verify(commands: Any) -> None:
 def _add_plan(commands: Any) -> None:
     text = "print the plan as a tree: which module gets which style, and what a rank holds"
     parser = commands.add_parser("plan", help=text, description=f"{text}; without --tp, which sizes there are")
-    _add_model(parser, tp_required=False)
+    _add_model(parser, tp="optional")
     parser.add_argument("--infer", action="store_true", help="infer a plan, whatever others there are, as a YAML file")
     parser.set_defaults(run=_plan, text=as_text)
 
@@ -77,9 +80,44 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
     return show_plan(args.model, args.tp, args.plan, infer=args.infer, trust_remote_code=args.trust_remote_code)
 
 
-def _add_model(parser: argparse.ArgumentParser, tp_required: bool = True) -> None:
+def _add_estimate(commands: Any) -> None:
+    text = "tell memory by part and step time of every tp x dp of so many GPUs, which to take, what to change"
+    parser = commands.add_parser("estimate", help=text, description=text)
+    _add_model(parser, tp=None)
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="all GPUs: tp x dp")
+    parser.add_argument("--gpu", metavar="NAME", help=", ".join(card_names()))
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU, if it is another")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="%(default)s; tp stays within")
+    parser.add_argument("--links", metavar="GBS,GBS", help="of a GPU, one direction: in its node, to other nodes")
+    parser.add_argument("--tp", type=int, nargs="+", metavar="N", help="sizes to try; else all that are allowed")
+    parser.add_argument("--seq-len", type=int, default=4096, metavar="N", help="tokens of a sample (%(default)s)")
+    parser.add_argument("--micro-batch", type=int, default=1, metavar="N", help="samples of a replica (%(default)s)")
+    parser.add_argument("--precision", default="bf16", metavar="P", help=f"{', '.join(PRECISIONS)} (%(default)s)")
+    parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters of all linear layers")
+    for name, what in SWITCHES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=what)
+    parser.set_defaults(run=_estimate, text=estimate_as_text)
+
+
+def _estimate(args: argparse.Namespace) -> dict[str, Any]:
+    named = ("tp", "seq_len", "micro_batch", "precision", "checkpointing", "lora", "plan", "trust_remote_code")
+    return estimate(
+        args.model,
+        args.gpus,
+        args.gpu,
+        args.gpu_memory,
+        args.links,
+        per_node=args.gpus_per_node,
+        plugin={name: True for name in SWITCHES if getattr(args, name)},
+        **{name: getattr(args, name) for name in named},
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser, tp: str | None = "required") -> None:
     parser.add_argument("model", metavar="MODEL", help="folder, config.json, hub name, or module:function")
-    parser.add_argument("--tp", type=int, required=tp_required, metavar="N", help="tensor-parallel ranks")
+    if tp is not None:
+        parser.add_argument("--tp", type=int, required=tp == "required", metavar="N", help="tensor-parallel ranks")
     parser.add_argument("--plan", default="auto", metavar="FILE", help="YAML or JSON; else the model's own")
     parser.add_argument("--trust-remote-code", action="store_true", help="let code that comes with MODEL run")
 
@@ -117,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="accel-tp-ddp", description="Tools for tensor parallelism inside plain DDP.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_doctor(commands)
+    _add_estimate(commands)
     _add_merge(commands)
     _add_overrides(commands)
     _add_plan(commands)

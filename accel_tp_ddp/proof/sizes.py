@@ -12,7 +12,16 @@ from dataclasses import dataclass, field, replace
 from math import gcd, isqrt, lcm
 from typing import Any
 
-__all__ = ["Choice", "changes_between", "kinds_in_lists", "layer_counts", "named_layers", "parts_of", "shrunk"]
+__all__ = [
+    "Choice",
+    "changes_between",
+    "cut_layers",
+    "kinds_in_lists",
+    "layer_counts",
+    "named_layers",
+    "parts_of",
+    "shrunk",
+]
 
 _HEADS = re.compile(r"(^|_)(n_|num_)?(\w+_)?heads?(_kv|_per_layer|_per_stage)?$|^(mamba_)?n_?groups$|^o_groups$")
 _HEAD_WIDTH = re.compile(r"(^|_)(head_dim|head_size|headdim|d_head|d_kv|dim_head|kv_channels)$")
@@ -105,6 +114,14 @@ def shrunk(config: Any, tp_size: int, choice: Choice) -> Any:
         attention = part.fields.get("_attn_implementation_internal")
         if isinstance(attention, str) and attention not in ("eager", "sdpa"):  # what needs a GPU
             part.fields["_attn_implementation_internal"] = "sdpa"
+    return result
+
+
+def cut_layers(config: Any, layers: Mapping[tuple[str, str], tuple[int, ...]]) -> Any:
+    """A copy of `config` with some of its layers, see `Choice.layers`, and everything else as it is."""
+    result = copy.deepcopy(config)
+    for part in [_Part(path, own) for path, own in parts_of(result)]:
+        part.fields.update(_cut_layers(part, Choice(layers))[0])
     return result
 
 

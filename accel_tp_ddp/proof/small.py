@@ -35,7 +35,10 @@ from .inputs import example_inputs, plain_inputs
 from .sizes import Choice, changes_between, kinds_in_lists, layer_counts, named_layers, parts_of, shrunk
 from .switches import left_out
 
-__all__ = ["CannotShrink", "Small", "as_it_is", "small_models", "small_unplanned"]
+__all__ = [
+    *("CannotShrink", "Small", "as_it_is", "first_of_each", "layer_kinds", "layer_structure", "renumbered"),
+    *("small_models", "small_unplanned"),
+]
 
 SEED = 20
 MOST_PARAMETERS = 300_000_000  # of a model that is run here: a few seconds
@@ -320,7 +323,7 @@ class _Shrinking:
         stage = 0
         try:
             quiet = shrunk(self.base.config, self.tp_size, replace(choice, quiet=True))
-            rules = _renumbered(self.rules, choice, self.base)
+            rules = renumbered(self.rules, choice, self.base)
             if (key := repr((sorted(changes_between(self.base.config, quiet)), rules))) in self.tried:
                 return None
             self.tried.add(key)
@@ -414,15 +417,15 @@ def layer_choices(model: nn.Module, plan: Plan) -> Iterator[dict[tuple[str, str]
     places: dict[int, list[tuple[str, str]]] = {}
     for place, count in layer_counts(config):
         places.setdefault(count, []).append(place)
-    kinds = {count: _kinds(model, plan, count, at) for count, at in places.items()}
+    kinds = {count: layer_kinds(model, plan, count, at) for count, at in places.items()}
     named = {count: set().union(*(named_layers(config, place, count) for place in at)) for count, at in places.items()}
     seen: list[dict[int, tuple[int, ...]]] = []
     for number in (0, 2, 3, 4, 6, 8, 12):
-        for select in (_one_of_each, _up_to_each):
+        for select in (first_of_each, _up_to_each):
             kept = {count: select(kinds[count], number) for count in places}
             if kept not in seen:
                 seen.append(kept)
-        every = {count: tuple(sorted({*_one_of_each(kinds[count], 0), *named[count]})) for count in places}
+        every = {count: tuple(sorted({*first_of_each(kinds[count], 0), *named[count]})) for count in places}
         if every not in seen:
             seen.append(every)
     every = {count: tuple(range(count)) for count in places}
@@ -430,7 +433,7 @@ def layer_choices(model: nn.Module, plan: Plan) -> Iterator[dict[tuple[str, str]
         yield {place: kept[count] for count, at in places.items() for place in at}
 
 
-def _one_of_each(kinds: list[Any], least: int) -> tuple[int, ...]:
+def first_of_each(kinds: list[Any], least: int) -> tuple[int, ...]:
     """The first layers of each kind, and more of the first ones up to a number."""
     first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
     chosen = sorted(first.values())
@@ -444,7 +447,7 @@ def _up_to_each(kinds: list[Any], least: int) -> tuple[int, ...]:
     return tuple(range(min(max(last + 1, least, 2), len(kinds))))
 
 
-def _kinds(model: nn.Module, plan: Plan, count: int, places: Iterable[tuple[str, str]]) -> list[Any]:
+def layer_kinds(model: nn.Module, plan: Plan, count: int, places: Iterable[tuple[str, str]]) -> list[Any]:
     """What tells each of so many layers apart: in the config, in their modules, in the plan."""
     columns = [kinds_in_lists(model.config, place, count) for place in places]
     labels = {id(entry.site.module): entry.label for entry in plan.entries}
@@ -452,11 +455,11 @@ def _kinds(model: nn.Module, plan: Plan, count: int, places: Iterable[tuple[str,
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and id(module) not in inside:
             inside |= set(map(id, module.modules()))
-            columns.append([_structure(layer, labels) for layer in module])
+            columns.append([layer_structure(layer, labels) for layer in module])
     return list(zip(*columns)) if columns else [()] * count
 
 
-def _structure(layer: nn.Module, labels: Mapping[int, str]) -> Any:
+def layer_structure(layer: nn.Module, labels: Mapping[int, str]) -> Any:
     return frozenset(
         (
             wildcards(name),
@@ -508,7 +511,7 @@ def _set_alike(model: nn.Module, marks: Mapping[str, Mapping[str, Any]]) -> None
             own[key] = value
 
 
-def _renumbered(rules: PlanLike, choice: Choice, model: nn.Module) -> PlanLike:
+def renumbered(rules: PlanLike, choice: Choice, model: nn.Module) -> PlanLike:
     """The user's rules with the numbers that the layers kept have in the small model."""
     own = load_plan(rules)
     if not own or not any(part.isdigit() for rule in own for part in rule.split(".")):

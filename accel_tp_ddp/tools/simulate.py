@@ -14,8 +14,8 @@ from __future__ import annotations
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -25,15 +25,22 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import patch_environment
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
+from ..core.agreement import Ranks
 from ..core.errors import BadInputError
 from ..core.override import attributes
+from ..core.randomness import RandomStream
 from ..plugin.config import TensorParallelDDPPlugin
+from ..training import zero1
 
-__all__ = ["Collective", "Copy", "Held", "Memory", "Setting", "Simulation", "collective_name", "one_of", "simulate"]
+__all__ = [
+    *("Collective", "Copy", "Held", "Memory", "Point", "Setting", "Simulation", "Trace", "Work"),
+    *("collective_bytes", "collective_name", "one_of", "simulate", "trace"),
+]
 
 PHASES = ("forward", "backward", "clip", "step")
 PRECISIONS = ("fp32", "bf16", "bf16-weights")
@@ -52,6 +59,9 @@ class Setting:
         checkpointing: Whether the layers' activations are computed again in the backward.
         max_norm: To which gradients are clipped; None: they are not.
         plugin: Further fields of the plugin.
+        vocabulary: Tokens that logits are of, by which `Memory.logits` are told; 0: they are counted as activations.
+        gpu: Whether attention whose values are narrower than its keys runs in one kernel, as on a GPU; on the CPU it
+            is several, which keep the scores.
     """
 
     tp: int = 1
@@ -62,6 +72,8 @@ class Setting:
     checkpointing: bool = False
     max_norm: float | None = 1.0
     plugin: Mapping[str, Any] = field(default_factory=dict)
+    vocabulary: int = 0
+    gpu: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tp", "dp", "micro_batch", "seq_len"):
@@ -81,6 +93,7 @@ class Memory:
         activations: Made in the forward: kept for the backward, held by whoever has the outputs, or temporary there.
         temporaries: Made in the backward, by clipping or in the optimizer's step, and no gradient of a parameter.
         buckets: What DDP reduces gradients in.
+        logits: Of activations and temporaries, those as wide as the vocabulary or this rank's part of it.
     """
 
     parameters: int = 0
@@ -90,6 +103,7 @@ class Memory:
     activations: int = 0
     temporaries: int = 0
     buckets: int = 0
+    logits: int = 0
 
     @property
     def total(self) -> int:
@@ -133,6 +147,38 @@ class Held:
     shape: tuple[int, ...]
     bytes: int
     count: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """Kernels of a step that are alike. `flops`: of a matrix product or attention; `bytes`: read and written."""
+
+    phase: str
+    dtype: str
+    flops: int
+    bytes: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is alive after an operation, by the fields of `Memory`, and what tells this operation from others."""
+
+    phase: str
+    made: str
+    alike: int
+    bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One training step of one rank, operation by operation, with the optimizer's state made before."""
+
+    points: tuple[Point, ...]
+    work: tuple[Work, ...]
+    collectives: tuple[Collective, ...]
+    resting: Memory
+    without_gradient: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -228,6 +274,32 @@ def simulate(
     )
 
 
+def trace(
+    build: Callable[[], nn.Module],
+    setting: Setting,
+    inputs: Callable[[], Mapping[str, Tensor]] | None = None,
+) -> Trace:
+    """The step that `simulate` runs, operation by operation, in a third of the time.
+
+    The optimizer's state is made by a step on gradients that no backward has computed.
+
+    Raises:
+        BadInputError: If the process has a process group or an accelerator.
+        PlanError: If the model cannot be sharded.
+    """
+    with one_of(setting.tp * setting.dp):
+        run = _Run(build, setting, inputs, None)
+        run.make_state()
+        tally = run.step(points=True)
+        return Trace(
+            points=tuple(tally.points),
+            work=tuple(_rows(Work, tally.work)),
+            collectives=tuple(_rows(Collective, tally.collectives)),
+            resting=Memory(**run.memory.bytes),
+            without_gradient=run.without_gradient,
+        )
+
+
 def _rows(kind: Callable[..., Any], counted: Counter[tuple]) -> list[Any]:
     return [kind(*key, count) for key, count in sorted(counted.items())]
 
@@ -262,9 +334,21 @@ def one_of(ranks: int, cpu: bool = True) -> Iterator[None]:
             stack.enter_context(attributes(dist, **nobody))
             # DDP would send the order in which gradients came, by address; the buckets stay those it has made first.
             stack.enter_context(attributes(dist.Reducer, _rebuild_buckets=lambda reducer: False))
+            stack.enter_context(attributes(RandomStream, enter=lambda stream: None))  # by numbers that are drawn
+            # Nobody else can differ, and what an optimizer does by element is tried on real numbers.
+            stack.enter_context(attributes(Ranks, same=lambda *args, **kwargs: None))
+            stack.enter_context(attributes(zero1, steps_by_element=_on_real_numbers(zero1.steps_by_element)))
             dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=ranks)
             stack.callback(dist.destroy_process_group)
         yield
+
+
+def _on_real_numbers(stock: Callable) -> Callable:
+    def steps_by_element(optimizer: Any, group: dict[str, Any]) -> bool:
+        with _disable_current_modes():
+            return stock(optimizer, {**group, "params": []})
+
+    return steps_by_element
 
 
 def _fake_group(stock: Callable) -> Callable:
@@ -291,7 +375,9 @@ class _Run:
 
         self.setting = setting
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.memory = _Live()
+        self.memory = _Live(_widths(setting))
+        self.without_gradient: tuple[str, ...] = ()
+        self.tally: _Tally | None = None
         several = setting.tp * setting.dp > 1
         # The periodic comparisons read checksums, of which fake tensors have none.
         fixed: dict[str, Any] = {"prove": "never", "replica_check_steps": 0}
@@ -304,8 +390,11 @@ class _Run:
             parallelism_config=plugin,
         )
         with self.fake:
+            # Values that nobody has need not be drawn, and some ways of drawing them look at them.
             with _default_type(torch.bfloat16 if setting.precision == "bf16-weights" else torch.float32):
-                model = build()
+                with attributes(PreTrainedModel, initialize_weights=lambda model: None):
+                    with attributes(nn.Module, _apply=_converted):
+                        model = build()
             model.train()
             if setting.checkpointing:
                 model.gradient_checkpointing_enable()
@@ -313,13 +402,15 @@ class _Run:
             self.batch = dict(inputs() if inputs else _tokens(setting))
             for tensor in self.batch.values():
                 self.memory.name(tensor, "buffers")
-        with _wrapped_in(self.fake, _Tally(self.memory, "buckets", self._groups())):
+        self.groups = self._groups()
+        with _wrapped_in(self.fake, _Tally(self.memory, "buckets", self.groups)):
             self.model, self.optimizer = self.accelerator.prepare(model, made)
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
-            self.model.register_comm_hook(self._groups()["dp"], _reduce_bucket)
+            self.model.register_comm_hook(self, _reduce_bucket)
         self._name()
         for param in self.model.parameters():
-            param.register_post_accumulate_grad_hook(lambda p: self.memory.name(p.grad, "gradients"))
+            if param.requires_grad:
+                param.register_post_accumulate_grad_hook(lambda p: self.memory.name(p.grad, "gradients"))
 
     def _groups(self) -> dict[str, dist.ProcessGroup]:
         mesh = self.accelerator.torch_device_mesh
@@ -334,29 +425,42 @@ class _Run:
         for buffer in self.model.buffers():
             self.memory.name(buffer, "buffers")
 
-    def step(self, listed_at: int | None = None) -> _Tally:
-        """A step, tallied; see `_Tally.listed_at`."""
-        tally = _Tally(self.memory, "activations", self._groups())
-        tally.listed_at = listed_at
-        with self.fake, tally:
+    def make_state(self) -> None:
+        """The optimizer's state, as a step makes it."""
+        with self.fake:
+            for param in self.model.parameters():
+                if param.requires_grad:
+                    param.grad = torch.empty_like(param)
+            self._optimize()
+
+    def _optimize(self) -> None:
+        self.optimizer.step()
+        for state in self.optimizer.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    self.memory.name(value, "optimizer")
+        self.optimizer.zero_grad()
+
+    def step(self, listed_at: int | None = None, points: bool = False) -> _Tally:
+        """A step, tallied; see `_Tally.listed_at` and `_Tally.points`."""
+        self.tally = tally = _Tally(self.memory, "activations", self.groups)
+        tally.listed_at, tally.pointed = listed_at, points
+        with self.fake, tally, _attention_of_gpus() if self.setting.gpu else nullcontext():
             tally.phase = "forward"
             outputs = self.model(**self.batch)
             loss = outputs.loss if hasattr(outputs, "loss") else outputs[0]
-            tally.kept = self.memory.bytes["activations"]
+            tally.kept = self.memory.bytes["activations"] + self.memory.bytes["logits"]
             tally.enter("backward", "temporaries")
             self.accelerator.backward(loss)
             params = list(self.model.parameters())
             tally.see_gradients(params)
+            named = self.accelerator.unwrap_model(self.model).named_parameters()
+            self.without_gradient = tuple(name for name, p in named if p.requires_grad and p.grad is None)
             tally.enter("clip", "temporaries")
             if self.setting.max_norm is not None:
                 self.accelerator.clip_grad_norm_(params, self.setting.max_norm)
             tally.enter("step", "temporaries")
-            self.optimizer.step()
-            for state in self.optimizer.optimizer.state.values():
-                for value in state.values():
-                    if isinstance(value, Tensor):
-                        self.memory.name(value, "optimizer")
-            self.optimizer.zero_grad()
+            self._optimize()
             del outputs, loss
         return tally
 
@@ -369,7 +473,7 @@ class _Run:
             found[storage._cdata] = storage.nbytes()
             return tensor.detach()
 
-        tally = _Tally(self.memory, "activations", self._groups())
+        tally = _Tally(self.memory, "activations", self.groups)
         with self.fake, tally, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             outputs = self.model(**self.batch)
             size = sum(size for key, size in found.items() if key not in before)
@@ -404,6 +508,19 @@ def _default_type(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def _converted(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`Module._apply`, where parameters cannot be converted in place."""
+    for child in module.children() if recurse else ():
+        _converted(child, convert)
+    for name, param in module._parameters.items():
+        if param is not None and (new := convert(param)) is not param:
+            module._parameters[name] = nn.Parameter(new.detach(), param.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = convert(buffer)
+    return module
+
+
 def _tokens(setting: Setting) -> dict[str, Tensor]:
     ids = torch.zeros(setting.micro_batch, setting.seq_len, dtype=torch.long)
     return {"input_ids": ids, "labels": ids}
@@ -433,11 +550,13 @@ def _wrapped_in(*modes: Any) -> Iterator[None]:
         yield
 
 
-def _reduce_bucket(group, bucket):  # DDP wants no annotations but classes, which this file has none of
-    """What DDP does by itself, where it can be seen."""
-    buffer = bucket.buffer()
+def _reduce_bucket(run, bucket):  # DDP wants no annotations but classes, which this file has none of
+    """What DDP does by itself, where it can be seen. How many layers share a bucket depends on how many there are."""
+    buffer, group = bucket.buffer(), run.groups["dp"]
+    run.tally.pointed, pointed = False, run.tally.pointed
     buffer.div_(group.size())
     dist.all_reduce(buffer, group=group)
+    run.tally.pointed = pointed
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(buffer)
     return done
@@ -449,7 +568,8 @@ def _reduce_bucket(group, bucket):  # DDP wants no annotations but classes, whic
 class _Live:
     """The storages that are alive, and how many bytes they are by part."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: frozenset[int] = frozenset()) -> None:
+        self.widths = widths
         self.bytes: dict[str, int] = {each.name: 0 for each in fields(Memory)}
         self._parts: dict[int, tuple[str, int, str, str, tuple[int, ...]]] = {}
         self._references: dict[int, weakref.ref] = {}
@@ -461,6 +581,8 @@ class _Live:
         if key in self._parts:
             return
         size = storage.nbytes()
+        if part in ("activations", "temporaries") and tensor.ndim > 1 and tensor.size(-1) in self.widths:
+            part = "logits"
         self._parts[key] = (part, size, made, _short(tensor.dtype), tuple(tensor.shape))
         self.bytes[part] += size
         self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
@@ -502,6 +624,8 @@ class _Tally(TorchDispatchMode):
 
     Attributes:
         listed_at: Number of the operation after which what is alive is listed.
+        pointed: Whether what is alive is noted after each operation that does not depend on how DDP makes its buckets.
+        points: Those.
     """
 
     def __init__(self, memory: _Live, part: str, groups: Mapping[str, dist.ProcessGroup]):
@@ -511,6 +635,9 @@ class _Tally(TorchDispatchMode):
         self.copies: Counter[tuple] = Counter()
         self.kernels: Counter[str] = Counter()
         self.peak, self.peak_at, self.peak_number, self._highest = dict(memory.bytes), "", -1, memory.total
+        self.work: Counter[tuple] = Counter()
+        self.points: list[Point] = []
+        self.pointed = False
         self.listed_at: int | None = None
         self.held: tuple[Held, ...] = ()
         self.kept = self.excess = self.with_excess = 0
@@ -534,12 +661,14 @@ class _Tally(TorchDispatchMode):
         self.with_excess = sum(len(own[key]) for key in larger)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.namespace in ("c10d", "_c10d_functional"):
+        result = _run_fake(func, args, kwargs or {})
+        sends = func.namespace in ("c10d", "_c10d_functional")
+        if sends:
             self._collective(func, args)
         elif _runs(func):
             self.kernels[self.phase] += 1
             self._copy(func, args, result)
+            self._work(func, args, kwargs or {}, result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.memory.see(tensor, self.part, f"{self.phase} {func._schema.name.split('::')[1]}")
@@ -549,8 +678,25 @@ class _Tally(TorchDispatchMode):
             self.peak_at = f"{self.phase}: {func._schema.name.split('::')[1]}"
         if self._number == self.listed_at:
             self.held = self.memory.listed()
+        if self.pointed and not sends:
+            made = func._schema.name.split("::")[1]
+            lists = any(isinstance(arg, list) and arg and isinstance(arg[0], Tensor) for arg in args)
+            # A list is of all parameters, as many as there are layers.
+            shapes = (
+                () if lists else tuple(tuple(t.shape) for t in tree_leaves((args, result)) if isinstance(t, Tensor))
+            )
+            alike = hash((self.phase, made, shapes))
+            self.points.append(Point(self.phase, made, alike, tuple(self.memory.bytes.values())))
         self._number += 1
         return result
+
+    def _work(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
+        moved, dtype = 0, None
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, Tensor):
+                moved += leaf.nbytes
+                dtype = dtype or leaf.dtype
+        self.work[self.phase, _short(dtype) if dtype else "", flops(func, args, kwargs, result), moved] += 1
 
     def _collective(self, func: Any, args: tuple) -> None:
         name = func._schema.name.split("::")[1]
@@ -583,6 +729,71 @@ class _Tally(TorchDispatchMode):
         else:
             return
         self.copies[kind, _short(result.dtype), tuple(result.shape), self.phase] += 1
+
+
+def _widths(setting: Setting) -> frozenset[int]:
+    """The last dimension of logits, all of them or one rank's part."""
+    if not setting.vocabulary:
+        return frozenset()
+    parts = {setting.vocabulary // setting.tp, -(-setting.vocabulary // setting.tp)}
+    return frozenset({setting.vocabulary, -(-setting.vocabulary // setting.tp) * setting.tp, *parts})
+
+
+def _run_fake(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    if func._schema.name == "aten::_grouped_mm" and args[0].dtype != torch.bfloat16:
+        # The kernels take float32; torch's shapes of them are for bfloat16 only.
+        low = [arg.to(torch.bfloat16) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
+        return func(*low, **kwargs).to(args[0].dtype)
+    return func(*args, **kwargs)
+
+
+def flops(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> int:
+    """Floating-point operations of a kernel as `torch.utils.flop_counter` counts them; 0 if it is no matrix product.
+
+    Attention that is causal is half of that: its kernels leave out the tiles beyond the diagonal.
+    """
+    name = func._schema.name
+    if name == "aten::_grouped_mm":  # each row of one meets one matrix of the other
+        rows, inner = args[0].shape[-2:]
+        groups = args[0].size(0) if args[0].ndim == 3 else 1
+        return 2 * groups * rows * inner * args[1].size(-1)
+    if "_scaled_dot_product" in name:
+        backward = name.endswith("backward")
+        query, key, value = (tensor.shape for tensor in args[backward : backward + 3])
+        whole = flop_counter.sdpa_flop_count(query, key, value)
+        if backward:
+            whole = flop_counter.sdpa_backward_flop_count(args[0].shape, query, key, value)
+        given = {arg.name: value for arg, value in zip(func._schema.arguments, args)} | dict(kwargs)
+        return whole // 2 if given.get("is_causal") else whole
+    formula = flop_counter.flop_registry.get(func._overloadpacket)
+    return formula(*args, **kwargs, out_val=result) if formula else 0
+
+
+@contextmanager
+def _attention_of_gpus() -> Iterator[None]:
+    """Attention whose values are as wide as its keys stays; other is that of the kernel that a GPU has for it."""
+    stock = nn.functional.scaled_dot_product_attention
+
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, **named: Any
+    ):
+        if query.size(-1) == value.size(-1):
+            return stock(query, key, value, attn_mask, dropout_p, **named)
+        if attn_mask is not None:
+            attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.size(-2))
+        repeats = query.size(1) // key.size(1)
+        key, value = (tensor.repeat_interleave(repeats, 1) if repeats > 1 else tensor for tensor in (key, value))
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        causal = bool(named.get("is_causal"))
+        return efficient(query, key, value, attn_mask, True, dropout_p, causal, scale=named.get("scale"))[0]
+
+    with attributes(nn.functional, scaled_dot_product_attention=attention):
+        yield
+
+
+def collective_bytes(rows: Iterable[Collective], group: str) -> int:
+    """What the collectives of a group carry, all of them: see `Collective.bytes`."""
+    return sum(row.bytes * row.count for row in rows if row.group == group)
 
 
 def collective_name(operation: str) -> str:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Pretrained
 
 from ..core.errors import BadInputError
 
-__all__ = ["build_target"]
+__all__ = ["build_target", "model_of_config", "read_config", "said"]
 
 _HINT = "Give a folder with a config.json, such a file, the name of a model of the hub, or `module:function`."
 
@@ -37,7 +37,7 @@ def build_target(spec: str, device: str = "meta", trust_remote_code: bool = Fals
     with torch.device(device):
         if colon and function.isidentifier() and not os.path.exists(spec):
             return _called(module, function)
-        return _of_config(_config(spec, trust_remote_code), trust_remote_code)
+        return model_of_config(read_config(spec, trust_remote_code), trust_remote_code)
 
 
 def _called(module: str, function: str) -> nn.Module:
@@ -47,7 +47,7 @@ def _called(module: str, function: str) -> nn.Module:
         made = build()
     except Exception as error:  # of the user's own code
         failed = isinstance(error, (ImportError, AttributeError))
-        what = f"names no function: {error}" if failed else f"raised {_told(error)}"
+        what = f"names no function: {error}" if failed else f"raised {said(error)}"
         raise BadInputError(f"`{module}:{function}` {what}. {_HINT}") from error
     finally:
         with contextlib.suppress(ValueError):
@@ -57,7 +57,8 @@ def _called(module: str, function: str) -> nn.Module:
     return made
 
 
-def _config(spec: str, trust_remote_code: bool) -> PretrainedConfig:
+def read_config(spec: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config that `spec` names, as in `build_target`."""
     path = Path(spec)
     if path.is_dir() and not (path / "config.json").is_file():
         raise BadInputError(f"the folder {spec} has no config.json. {_HINT}")
@@ -66,10 +67,10 @@ def _config(spec: str, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(spec, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and the hub raise whatever a value in the file leads to
-        raise BadInputError(f"`{spec}` has no config that can be read: {_told(error)}. {_HINT}") from error
+        raise BadInputError(f"`{spec}` has no config that can be read: {said(error)}. {_HINT}") from error
 
 
-def _of_config(config: Any, trust_remote_code: bool) -> nn.Module:
+def model_of_config(config: Any, trust_remote_code: bool = False) -> nn.Module:
     """Of the class that the config names, else a causal language model, else the bare model."""
     try:
         return _built(config, trust_remote_code)
@@ -77,7 +78,7 @@ def _of_config(config: Any, trust_remote_code: bool) -> nn.Module:
         raise
     except Exception as error:  # sizes that do not go together surface anywhere
         raise BadInputError(
-            f"no model can be built from this {type(config).__name__}: {_told(error)}. Correct its sizes."
+            f"no model can be built from this {type(config).__name__}: {said(error)}. Correct its sizes."
         ) from error
 
 
@@ -91,11 +92,11 @@ def _built(config: Any, trust_remote_code: bool) -> nn.Module:
         try:
             return auto.from_config(config, trust_remote_code=trust_remote_code)
         except (ValueError, KeyError, ImportError) as error:
-            problems.append(_told(error))
+            problems.append(said(error))
     raise BadInputError(f"there is no model for a {type(config).__name__}: {problems[0]}")
 
 
-def _told(error: Exception) -> str:
+def said(error: Exception) -> str:
     """The first line of an error, with its type."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}".rstrip(".") if lines else type(error).__name__
