@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
@@ -434,7 +435,7 @@ def of_layers(tp, on, checkpointing=False, precision="fp32"):
     }
 
 
-@pytest.mark.parametrize("tp, precision, width", [(2, "fp32", 4), (4, "bf16", 2)])
+@pytest.mark.parametrize("tp, precision, width", [(2, "fp32", 4), pytest.param(4, "bf16", 2, marks=pytest.mark.slow)])
 def test_eight_checkpointed_layers_keep_a_share_and_a_layer_sends_as_many_bytes(tp, precision, width):
     hidden = SAMPLES * LENGTH * 128 * width
     without, sent_without = of_layers(tp, False, precision=precision)
