@@ -435,6 +435,13 @@ def of_layers(tp, on, checkpointing=False, precision="fp32"):
     }
 
 
+@pytest.fixture
+def no_accelerator():
+    """Where a simulation may run; a test before may have made one in this process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("no_accelerator")
 @pytest.mark.parametrize("tp, precision, width", [(2, "fp32", 4), pytest.param(4, "bf16", 2, marks=pytest.mark.slow)])
 def test_eight_checkpointed_layers_keep_a_share_and_a_layer_sends_as_many_bytes(tp, precision, width):
     hidden = SAMPLES * LENGTH * 128 * width
