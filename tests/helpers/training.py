@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import TorchDynamoPlugin, set_seed
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
@@ -49,6 +50,8 @@ class Spec:
     samples: int = TRAIN_SAMPLES
     vocabulary: int = VOCABULARY  # the ids drawn stay below the default
     noise: float = 0.0  # relative, on every initial weight: to see what rounding alone does
+    lora: bool = False  # whether adapters are trained
+    compiled: str | None = None  # "whole" or "by layer", by Accelerate
     folder: str | None = None  # of a checkpoint: the model is loaded from there, in slices where there are any
 
     @property
@@ -133,8 +136,12 @@ def make_optimizer(model: torch.nn.Module, kind: str = "adamw", mask: str = "ndi
 
 def train(spec: Spec) -> Record:
     set_seed(7)
+    dynamo = TorchDynamoPlugin(backend="aot_eager", use_regional_compilation=spec.compiled == "by layer")
     accelerator = make_accelerator(
-        spec.tp, gradient_accumulation_steps=spec.accumulation, mixed_precision=spec.mixed_precision
+        spec.tp,
+        gradient_accumulation_steps=spec.accumulation,
+        mixed_precision=spec.mixed_precision,
+        dynamo_plugin=dynamo if spec.compiled else None,
     )
     model = make_model(spec, accelerator)
     if spec.checkpointing:
@@ -183,6 +190,8 @@ def make_model(spec: Spec, accelerator: Accelerator) -> torch.nn.Module:
     model = build_model(
         spec.model, tied=spec.tied, attention=spec.attention, noise=spec.noise, vocab_size=spec.vocabulary
     )
+    if spec.lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     return model.to(getattr(torch, spec.dtype))
 
 
