@@ -83,7 +83,9 @@ def test_features_together_train_as_plain_ddp(run):
     spec, (tp, dp) = Spec(**script), LAYOUTS[run["layout"]]
     features = {name: run[name] for name in OF_THE_PLUGIN}
     actual = run_on_ranks(train_with, tp * dp, replace(spec, tp=tp), features)
-    plain = replace(spec, compiled=None, checkpointing=None)
+    # Not compiled, as Accelerate's checkpoints of compiled layers have other names. Reentrant checkpointing is part of
+    # the script: it takes the routers' loss from Mixtral, in transformers.
+    plain = replace(spec, compiled=None)
     if plain == plain.exact:
         assert_same_run(actual, plain_ddp(plain, dp))
     else:
