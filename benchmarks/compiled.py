@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -27,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from accel_tp_ddp import TensorParallelDDPPlugin
 
+from .launch import start_ranks
 from .peers.contenders import accelerated
 from .peers.rounds import Entrant, interleave, spread
 from .peers.sizes import SIZES, Setting, Step
@@ -53,11 +52,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     given = options(argv)
     if "RANK" not in os.environ:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(given.ranks)]
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "benchmarks.compiled"]
-        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
-        return subprocess.run([*command, *(sys.argv[1:] if argv is None else argv)], env=environment).returncode
+        return start_ranks("benchmarks.compiled", given.ranks, sys.argv[1:] if argv is None else argv)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     dist.init_process_group("gloo", timeout=timedelta(minutes=30))  # ranks compile at their own pace
     mesh = init_device_mesh("cpu", (given.ranks // given.tp, given.tp), mesh_dim_names=("dp_replicate", "tp"))

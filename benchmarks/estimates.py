@@ -21,10 +21,8 @@ import ctypes
 import gc
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,9 +39,9 @@ from accel_tp_ddp.tools import simulate as simulation
 from accel_tp_ddp.tools.estimate.depths import Model
 from accel_tp_ddp.tools.estimate.extend import extended
 from accel_tp_ddp.tools.simulate import Setting, collective_bytes, trace
+from benchmarks.launch import CONFIGS, run_command
 from benchmarks.memory import give_back_what_is_freed, resident_memory, run
 
-CONFIGS = Path(__file__).parent / "configs"
 MOST_SECONDS, MOST_GIB = 60.0, 4.0
 MOST_OFF = 0.05
 MIB = 2**20
@@ -214,23 +212,12 @@ def measure_limits(only: str | None) -> bool:
     for name in sorted(path.stem for path in CONFIGS.glob("*.json")):
         if only not in (None, name):
             continue
-        command = [sys.executable, "-m", "accel_tp_ddp.cli", "estimate", str(CONFIGS / f"{name}.json"), "--json"]
-        command += ["--gpus", "1024", "--gpu", "h100-80", "--checkpointing", "--zero1"]
-        begin = time.monotonic()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-            assert process.stdout is not None
-            printed = process.stdout.read()
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise SystemExit(f"{name}: exit code {process.returncode}")
-        seconds, clock = usage.ru_utime + usage.ru_stime, time.monotonic() - begin
-        peak = usage.ru_maxrss / 2**20
-        found = json.loads(printed)
+        ran = run_command("estimate", name, "--gpus", "1024", "--gpu", "h100-80", "--checkpointing", "--zero1")
+        found = ran.found
         take = f"{found['take']['tp']} x {found['take']['dp']}" if found["take"] else "none"
-        row = f"{len(found['layouts']):>9}{take:>10}{seconds:>10.1f} s{clock:>8.1f} s{peak:>7.2f} GiB"
+        row = f"{len(found['layouts']):>9}{take:>10}{ran.processor:>10.1f} s{ran.clock:>8.1f} s{ran.peak:>7.2f} GiB"
         print(f"{name:<18}{row}", flush=True)
-        passed = passed and seconds <= MOST_SECONDS and peak <= MOST_GIB
+        passed = passed and ran.processor <= MOST_SECONDS and ran.peak <= MOST_GIB
     return passed
 
 

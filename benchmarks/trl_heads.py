@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from transformers.utils import logging
 
 from accel_tp_ddp import TensorParallelDDPPlugin
 
+from .launch import start_ranks
 from .peers.rounds import spread
 
 WAYS: dict[str, Any] = {"from its parts": "auto", "gathered": False}
@@ -53,11 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=4)
     given = parser.parse_args(argv)
     if "RANK" not in os.environ:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(given.ranks)]
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "benchmarks.trl_heads"]
-        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
-        return subprocess.run([*command, *(sys.argv[1:] if argv is None else argv)], env=environment).returncode
+        return start_ranks("benchmarks.trl_heads", given.ranks, sys.argv[1:] if argv is None else argv)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -10,13 +10,15 @@ import argparse
 import os
 import subprocess
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-__all__ = ["asks_for_ranks", "start_ranks"]
+from ..core.errors import BadInputError
+
+__all__ = ["asks_for_ranks", "read_config", "start_ranks"]
 
 _NAME = "accel_tp_ddp.launch"
 #: What Accelerate takes as flags for FSDP alone, and from a YAML for all: these two are this package's options.
@@ -61,7 +63,11 @@ def start_ranks(argv: Sequence[str], own: Sequence[str]) -> None:
         parser.add_argument(f"--{name}", dest=f"own_{name}", help=argparse.SUPPRESS)
     args = parser.parse_args(list(argv))
     given = {name: getattr(args, f"own_{name}") for name in own}
-    _check_file(args.config_file)
+    try:
+        if args.config_file is not None:
+            read_config(args.config_file)
+    except BadInputError as error:
+        _refuse(f"--config_file {error}. `accelerate config` writes one.")
     if args.no_python:
         _refuse("--no_python starts a program that is no Python, which cannot be given the plugin. Leave it out.")
     for name, theirs in _SIZES.items():
@@ -94,15 +100,17 @@ def start_ranks(argv: Sequence[str], own: Sequence[str]) -> None:
         _refuse(" ".join(str(error).split()))
 
 
-def _check_file(path: str | None) -> None:
+def read_config(path: str) -> Any:
+    """A launcher's YAML, as Accelerate reads it.
+
+    Raises:
+        BadInputError: If it cannot be read, and why.
+    """
     try:
-        if path is not None:
-            load_config_from_file(path)
+        return load_config_from_file(path)
     except Exception as error:  # YAML's own errors, and whatever a value in it leads to
         told = " ".join(str(error).split())
-        _refuse(
-            f"--config_file {path} cannot be read: {type(error).__name__}: {told}. `accelerate config` writes one."
-        )
+        raise BadInputError(f"{path} cannot be read: {type(error).__name__}: {told}") from None
 
 
 def _refuse(message: str) -> NoReturn:

@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.commands.config.config_args import default_config_file
 
 from ..core.errors import BadInputError
 from ..core.upstream import release
 from ..plugin.config import TensorParallelDDPPlugin
+from ..plugin.start import read_config
 from .links import Finding, check_ranks, interfaces
 
 __all__ = ["as_lines", "doctor", "main"]
@@ -139,11 +140,7 @@ def _layout(path: str | None) -> list[Finding]:
         if not os.path.isfile(default_config_file):
             return [Finding("layout", "no launcher's YAML was given, and there is no default one (--config_file)")]
         path = default_config_file
-    try:
-        config = load_config_from_file(path)
-    except Exception as error:  # YAML's own errors, and whatever a value in it leads to
-        told = " ".join(str(error).split())
-        raise BadInputError(f"{path} cannot be read: {type(error).__name__}: {told}") from None
+    config = read_config(path)
     kind = str(getattr(config.distributed_type, "value", config.distributed_type))
     processes, machines = int(config.num_processes or 1), int(getattr(config, "num_machines", 1) or 1)
     sizes = dict(getattr(config, "parallelism_config", None) or {})

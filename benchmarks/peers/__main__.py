@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.utils import logging
 
+from ..launch import start_ranks
 from . import __doc__ as about
 from .contenders import CONTENDERS, OURS
 from .growth import growth
@@ -24,7 +24,6 @@ from .rounds import enter, interleave
 from .sizes import SIZES, Setting
 from .table import as_json, as_text
 
-ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = timedelta(seconds=120)  # of a collective: ranks that wait for one that has failed are to say so
 
 
@@ -51,13 +50,6 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def start_ranks(count: int) -> int:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "benchmarks.peers", *sys.argv[1:]]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}).returncode
-
-
 def quietly() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -68,7 +60,7 @@ def quietly() -> None:
 def main() -> int:
     given = options()
     if "RANK" not in os.environ:
-        return start_ranks(given.ranks)
+        return start_ranks("benchmarks.peers", given.ranks, sys.argv[1:])
     os.environ["ACCELERATE_USE_CPU"] = "true"
     quietly()
     dist.init_process_group("gloo", timeout=TIMEOUT)

@@ -11,9 +11,9 @@ from unittest import mock
 
 import pytest
 
+from ..helpers.plain import LAYOUTS, assert_as_close_as_rounding, plain_ddp
 from ..helpers.ranks import run_on_ranks
-from ..helpers.training import Spec, train
-from .test_invisible import LAYOUTS, assert_as_close_as_rounding, assert_same_run, plain_ddp
+from ..helpers.training import Spec, assert_same_run, train
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "model": ("llama", "qwen3", "gpt2", "mixtral"),

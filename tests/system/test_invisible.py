@@ -5,13 +5,12 @@ evaluation and the full weights at the end.
 """
 
 from dataclasses import asdict, replace
-from functools import cache
 
 import pytest
-import torch
 
 from ..helpers.faults import FAULTS, train_with
 from ..helpers.models import ARCHITECTURES, FURTHER
+from ..helpers.plain import BF16_SEEN, FP16_SEEN, LAYOUTS, assert_as_close_as_rounding, plain_ddp
 from ..helpers.ranks import run_on_ranks
 from ..helpers.training import (
     OPTIMIZERS,
@@ -24,7 +23,6 @@ from ..helpers.training import (
     train,
 )
 
-LAYOUTS = {"tp2xdp2": (2, 2), "tp4xdp1": (4, 1), "tp1xdp2": (1, 2), "tp2xdp1": (2, 1)}
 OPTIONS = {
     "accumulation": {"accumulation": 2},
     "no clipping": {"max_norm": None},
@@ -35,13 +33,6 @@ OPTIONS = {
     "a replica short of its last batch": {"samples": 18},
     "bf16": {"mixed_precision": "bf16"},
 }
-
-
-@cache
-def plain_ddp(spec, dp):
-    """What every run is held against. Computed once a session."""
-    assert spec.tp is None
-    return run_on_ranks(train, dp, spec)
 
 
 def assert_invisible(spec, tp, dp):
@@ -57,39 +48,6 @@ def assert_invisible(spec, tp, dp):
     for rank, record in enumerate(actual):  # peers do not only come close to each other
         first = asdict(replace(actual[rank - rank % tp], weights=None))
         assert asdict(replace(record, weights=None)) == first, f"rank {rank} is not bit-equal to its first peer"
-
-
-# What half precision does to plain DDP at least, or it was not on. Single precision moves a run by 1e-6.
-BF16_SEEN = {"series": 10 * TOLERANCE, "weights": WEIGHT_TOLERANCE}
-FP16_SEEN = {"series": 1e-5, "weights": 1e-5}
-
-
-def assert_as_close_as_rounding(actual, reference, exact, seen=BF16_SEEN):
-    """Within what half precision itself does to plain DDP; see `drift` for the limits."""
-    off, own = drift(actual, reference), drift(reference, exact)
-    assert all(own[name] > seen[name] for name in seen), f"no half precision to be seen: {own}"
-    ratios = {name: off[name] / own[name] for name in off}
-    assert all(ratios[name] <= LIMITS[name] for name in LIMITS), f"against plain DDP's own drift of {own}: {ratios}"
-
-
-# Two bf16 runs that differ by rounding alone are about as far from each other as each is from fp32: a ratio of 1. Over
-# 144 runs (six models, tied or not, AdamW and SGD, two starts, three layouts) it was at most 1.92 for the series and
-# 1.19 for the weights, while the ratio of the *largest* differences, which a few values decide, went up to 5.5.
-LIMITS = {"series": 3.0, "weights": 1.5}
-
-
-def drift(actual, reference):
-    """Root mean squares: of the relative differences of all losses and norms, and over all weights as one vector."""
-    assert differences(actual, reference)["learning_rates"] == 0  # and the same samples, steps and shapes
-    squares = []
-    for rank, record in enumerate(actual):
-        expected = reference[rank * len(reference) // len(actual)]
-        for name in set(SERIES) - {"learning_rates"}:
-            got, wanted = (torch.tensor(getattr(r, name), dtype=torch.float64).flatten() for r in (record, expected))
-            squares.append(((got - wanted) / wanted).square())
-    got, wanted = (torch.cat([w.flatten().double() for w in r[0].weights.values()]) for r in (actual, reference))
-    weights = (got - wanted).norm() / wanted.norm()
-    return {"series": torch.cat(squares).mean().sqrt().item(), "weights": weights.item()}
 
 
 # --- every model in every layout -------------------------------------------------------------------------------------

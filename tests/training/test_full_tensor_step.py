@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from unittest import mock
 
 import pytest
@@ -19,6 +18,7 @@ from accel_tp_ddp.training.optimizer import full_optimizer_state as trainers_opt
 from ..helpers.compare import assert_tensors_close, relative_errors
 from ..helpers.faults import STEP_FAULTS, train_with
 from ..helpers.models import build_model
+from ..helpers.plain import plain_ddp
 from ..helpers.ranks import run_on_ranks
 from ..helpers.training import TOLERANCE, Spec, assert_same_run, differences, make_accelerator, train
 
@@ -27,11 +27,6 @@ RUNS = {
     "adafactor, packed": (Spec("phi3", optimizer="adafactor"), 4, 1),
     "with momentum, shared heads": (Spec("llama_one_key", optimizer="adafactor_of_transformers"), 2, 2),
 }
-
-
-@cache
-def plain_ddp(spec, dp):
-    return run_on_ranks(train, dp, spec)
 
 
 @pytest.mark.parametrize("which", RUNS)

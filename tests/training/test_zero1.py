@@ -6,7 +6,6 @@ import copy
 import os
 import shutil
 from dataclasses import replace
-from functools import cache
 from unittest import mock
 
 import pytest
@@ -21,6 +20,7 @@ from ..helpers.compare import assert_tensors_close
 from ..helpers.faults import injected
 from ..helpers.models import VOCABULARY, build_model
 from ..helpers.optimizers import Lamb, Quantized
+from ..helpers.plain import plain_ddp
 from ..helpers.ranks import run_on_ranks
 from ..helpers.resuming import MORE, SAVED_AFTER, Prepared, Run, Saved
 from ..helpers.trainer import Case, assert_same, assert_same_checkpoint, make_trainer, train_and_save
@@ -45,11 +45,6 @@ RUNS = {
     "checkpointed": (Spec("llama", checkpointing="reentrant"), 2, 2),
     "gpt2": (Spec("gpt2"), 2, 2),
 }
-
-
-@cache
-def plain_ddp(spec, dp):
-    return run_on_ranks(train, dp, spec)
 
 
 @pytest.mark.parametrize("which", RUNS)

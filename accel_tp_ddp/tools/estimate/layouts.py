@@ -140,7 +140,6 @@ class _Estimate:
     def __init__(self, request: Request):
         self.request = request
         self.model = Model(request.model, request.plan, request.trust_remote_code, request.lora)
-        self.notes: list[str] = []
         self.refused: dict[int, str] = {}
 
     def answer(self) -> dict[str, Any]:
@@ -156,7 +155,7 @@ class _Estimate:
             "refused": [{"tp": tp, "why": why} for tp, why in sorted(self.refused.items())],
             **{"take": self._take(ranked, fits), "switches": [] if fits else self._switches(layouts)},
         }
-        return {**result, "notes": self._all_notes()}
+        return {**result, "notes": self._notes()}
 
     # ---------------------------------------------------------------------------------------------------- the layouts
 
@@ -291,21 +290,19 @@ class _Estimate:
         named: list[str] = []
         rows: list[dict[str, Any]] = []
         for name, changes in self._changes(closest):
-            row = self._tried(name, closest.tp, changes)
-            if row is not None:
+            for row in self._tried(name, closest.tp, changes):
                 rows.append(row)
                 if row["needed"] < closest.needed and "lora" not in changes:
                     named.append(name)
                     plugin = {**together.get("plugin", self.request.plugin), **changes.get("plugin", {})}
                     together = {**together, **changes, "plugin": plugin}
         if not any(row["fits"] for row in rows) and len(named) > 1:
-            rows.append(self._tried(" ".join(named), closest.tp, together))  # type: ignore[arg-type]
-            if not self.request.lora and not rows[-1]["fits"]:
-                rows.append(self._tried(f"{' '.join(named)} --lora {LORA}", closest.tp, {**together, "lora": LORA}))  # type: ignore[arg-type]
+            rows += self._tried(" ".join(named), closest.tp, together)
+            if not self.request.lora and not any(row["fits"] for row in rows):
+                rows += self._tried(f"{' '.join(named)} --lora {LORA}", closest.tp, {**together, "lora": LORA})
         for tp in self._larger(closest.tp):
-            row = self._tried(f"--tp {tp}", tp, {})
-            rows += [row] if row is not None else []
-        return sorted((row for row in rows if row), key=lambda row: (not row["fits"], row["needed"]))
+            rows += self._tried(f"--tp {tp}", tp, {})
+        return sorted(rows, key=lambda row: (not row["fits"], row["needed"]))
 
     def _changes(self, layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
         request = self.request
@@ -321,7 +318,7 @@ class _Estimate:
             yield f"--lora {LORA}", {"lora": LORA}
 
     def _larger(self, tp: int) -> Iterator[int]:
-        """The next size that the model allows, which is over nodes."""
+        """Larger sizes within a node that the model allows and that were not asked for."""
         request = self.request
         if request.tp is None:
             return
@@ -333,22 +330,22 @@ class _Estimate:
                     continue
                 yield size
 
-    def _tried(self, name: str, tp: int, changes: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _tried(self, name: str, tp: int, changes: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """One row; none of a change which this release, or this model, does not have."""
         try:
             made = self.layout(tp, **changes)
-        except (BadInputError, ValueError):  # which this release, or this model, does not have
-            return None
+        except (BadInputError, ValueError):
+            return []
         fits = made.needed <= self.request.memory
-        return {"change": name, "tp": made.tp, "dp": made.dp, "needed": made.needed, "fits": fits}
+        return [{"change": name, "tp": made.tp, "dp": made.dp, "needed": made.needed, "fits": fits}]
 
-    def _all_notes(self) -> list[str]:
-        found = list(self.notes)
-        if self.model.frozen:
-            found.append(
-                f"{len(self.model.frozen)} kinds of parameters get no gradient from text alone and are counted as "
-                f"frozen: {', '.join(sorted(self.model.frozen)[:2])}, ..."
-            )
-        return found
+    def _notes(self) -> list[str]:
+        if not self.model.frozen:
+            return []
+        return [
+            f"{len(self.model.frozen)} kinds of parameters get no gradient from text alone and are counted as "
+            f"frozen: {', '.join(sorted(self.model.frozen)[:2])}, ..."
+        ]
 
 
 def _tp(layout: Layout) -> int:
