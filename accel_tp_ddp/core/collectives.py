@@ -8,6 +8,7 @@
 | `scatter_to_tp`   | keep this rank's slice       | all-gather along a dimension         |
 | `gather_to_tp`    | all-gather along a dimension | reduce-scatter (sum) along it        |
 | `split_from_tp`   | reduce-scatter (sum)         | all-gather along a dimension         |
+| `..._meanwhile`   | as without                   | as without, beside other work        |
 | `add_share`       | divide by the ranks          | identity                             |
 | `gather_replicas` | all-gather of tensors        | all-reduce (sum), keep the own one   |
 
@@ -22,7 +23,7 @@ and between steps, do that too, and have no backward. Nor have `gather_parts` an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, TypeVar
 
@@ -40,6 +41,7 @@ __all__ = [
     "ABSENT",
     "add_share",
     "copy_to_tp",
+    "copy_to_tp_meanwhile",
     "differ_over_ranks",
     "exchange",
     "gather_from_tp",
@@ -47,6 +49,7 @@ __all__ = [
     "gather_parts",
     "gather_replicas",
     "gather_to_tp",
+    "gather_to_tp_meanwhile",
     "gather_whole",
     "object_of_first_rank",
     "on_any_rank",
@@ -88,6 +91,30 @@ def copy_to_tp(mesh: DeviceMesh, *tensors: Tensor, shared: Sequence[Shared | Non
     shared = tuple(pieces for pieces, want in zip(shared, wanted) if want)
     copies = iter(_CopyToTP.apply(mesh, shared, *(tensor for tensor, want in zip(tensors, wanted) if want)))
     return tuple(next(copies) if want else tensor for tensor, want in zip(tensors, wanted))
+
+
+def copy_to_tp_meanwhile(
+    mesh: DeviceMesh,
+    tensors: Sequence[Tensor],
+    shared: Sequence[Shared | None],
+    others: Sequence[Tensor],
+    meanwhile: Callable[[], Sequence[Tensor | None]],
+) -> tuple[Tensor, ...]:
+    """`copy_to_tp`, whose all-reduce is under way while gradients of other tensors are computed.
+
+    It is waited for in the same node of the graph, so every rank starts what follows, such as DDP's buckets, after it.
+
+    Args:
+        mesh: One-dimensional tensor-parallel mesh.
+        tensors: See `copy_to_tp`; all of them require a gradient.
+        shared: See `copy_to_tp`, one for each of `tensors`.
+        others: Tensors that pass, and whose gradients nobody else gives.
+        meanwhile: Computes the gradients of `others`.
+
+    Returns:
+        Copies of `tensors`, then of `others`.
+    """
+    return _CopyMeanwhile.apply(mesh, tuple(shared), meanwhile, *tensors, *others)
 
 
 def reduce_from_tp(mesh: DeviceMesh, tensor: Tensor, fresh: bool = False) -> Tensor:
@@ -138,6 +165,21 @@ def gather_to_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int
         sizes: Length of each rank's slice along `dim`, in rank order; they may differ.
     """
     return _GatherToTP.apply(mesh, tensor, dim, tuple(sizes))
+
+
+def gather_to_tp_meanwhile(
+    mesh: DeviceMesh,
+    tensor: Tensor,
+    dim: int,
+    sizes: Sequence[int],
+    others: Sequence[Tensor],
+    meanwhile: Callable[[], Sequence[Tensor | None]],
+) -> tuple[Tensor, ...]:
+    """`gather_to_tp`, whose reduce-scatter is under way while gradients of `others` are computed.
+
+    See `copy_to_tp_meanwhile`.
+    """
+    return _GatherMeanwhile.apply(mesh, dim, tuple(sizes), meanwhile, tensor, *others)
 
 
 def split_from_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
@@ -316,6 +358,25 @@ _sum_gradient_once = torch.autograd.function.once_differentiable(_sum_gradient)
 _sum_gradients_once = torch.autograd.function.once_differentiable(_sum_gradients)
 
 
+class _CopyMeanwhile(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, mesh: DeviceMesh, shared: tuple[Shared | None, ...], meanwhile: Callable[[], Any], *tensors: Tensor
+    ):
+        ctx.mesh, ctx.shared, ctx.meanwhile, ctx.leaf = mesh, shared, meanwhile, tensors[0].is_leaf
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor | None):
+        grads = grads[: len(ctx.shared)]
+        sent = [laid_out(grad, shared) for grad, shared in zip(grads, ctx.shared)]
+        finish = _start_together(ctx.mesh, sent, not ctx.leaf, _start_sum)
+        others = ctx.meanwhile()
+        return None, None, None, *(with_shared(*each) for each in zip(grads, finish(), ctx.shared)), *others
+
+
 class _ReduceFromTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mesh: DeviceMesh, tensor: Tensor):
@@ -367,6 +428,29 @@ class _GatherToTP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return None, _reduce_scatter(ctx.mesh, grad, ctx.dim, ctx.sizes), None, None
+
+
+class _GatherMeanwhile(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        mesh: DeviceMesh,
+        dim: int,
+        sizes: tuple[int, ...],
+        meanwhile: Callable[[], Any],
+        tensor: Tensor,
+        *others: Tensor,
+    ):
+        ctx.mesh, ctx.dim, ctx.sizes, ctx.meanwhile = mesh, dim, sizes, meanwhile
+        ctx.set_materialize_grads(False)
+        return gather_whole(mesh, tensor, dim, sizes), *(other.view_as(other) for other in others)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor | None, *_: Tensor | None):
+        finish = _start_reduce_scatter(ctx.mesh, grad, ctx.dim, ctx.sizes, True) if grad is not None else lambda: None
+        others = ctx.meanwhile()
+        return None, None, None, None, finish(), *others
 
 
 class _SplitFromTP(torch.autograd.Function):
@@ -426,13 +510,20 @@ def _sum_in_place(mesh: DeviceMesh, tensor: Tensor) -> None:
         work.wait()
 
 
-def _sum_options() -> dist.AllreduceOptions:
+def _start_sum(mesh: DeviceMesh, tensor: Tensor) -> dist.Work | None:
+    """Start to sum `tensor` over the ranks in place, beside what is computed until the result is waited for."""
+    if tensor.is_complex():
+        return dist.all_reduce(tensor, group=mesh.get_group(), async_op=True)
+    return _resolve_process_group(mesh._dim_group_names[0]).allreduce([tensor], _SUM_MEANWHILE)
+
+
+def _sum_options(meanwhile: bool) -> dist.AllreduceOptions:
     options = dist.AllreduceOptions()
-    options.asyncOp = False  # so that NCCL takes the stream that computes, as for `dist.all_reduce`
+    options.asyncOp = meanwhile  # if not, NCCL takes the stream that computes, as for `dist.all_reduce`
     return options
 
 
-_SUM = _sum_options()
+_SUM, _SUM_MEANWHILE = _sum_options(False), _sum_options(True)
 
 
 def _all_reduce_together(
@@ -443,22 +534,41 @@ def _all_reduce_together(
     A part of the common buffer would keep all of it in memory until `zero_grad`, as a parameter's gradient. So results
     are copies, but for the first where `first_as_view` says that it is activations' gradient, which is soon gone.
     """
+    return _start_together(mesh, tensors, first_as_view, _sum_in_place)()
+
+
+def _start_together(
+    mesh: DeviceMesh,
+    tensors: Sequence[Tensor | None],
+    first_as_view: bool,
+    start: Callable[[DeviceMesh, Tensor], dist.Work | None],
+) -> Callable[[], list[Tensor | None]]:
+    """`_all_reduce_together`, begun by `start`; what is returned waits for it and gives the results."""
     results: list[Tensor | None] = list(tensors)
     by_dtype: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
     for index, tensor in enumerate(tensors):
         if tensor is not None:
             by_dtype.setdefault(tensor.dtype, []).append((index, tensor))
+    started: list[tuple[list[tuple[int, Tensor]], Tensor, dist.Work | None]] = []
     for alike in by_dtype.values():
-        if len(alike) == 1:
-            ((index, own),) = alike
-            results[index] = _all_reduce(mesh, own)
-            continue
-        flat = torch.cat([own.reshape(-1) for _, own in alike])
-        _sum_in_place(mesh, flat)
-        for (index, own), part in zip(alike, flat.split([own.numel() for _, own in alike])):
-            kept = part if first_as_view and index == 0 else part.clone()
-            results[index] = kept.view(own.shape)
-    return results
+        # A copy, because an autograd engine may hand the same tensor to several consumers.
+        single = alike[0][1].clone(memory_format=torch.contiguous_format) if len(alike) == 1 else None
+        flat = torch.cat([own.reshape(-1) for _, own in alike]) if single is None else single
+        started.append((alike, flat, start(mesh, flat)))
+
+    def finish() -> list[Tensor | None]:
+        for alike, flat, work in started:
+            if work is not None:
+                work.wait()
+            if len(alike) == 1:
+                results[alike[0][0]] = flat
+                continue
+            for (index, own), part in zip(alike, flat.split([own.numel() for _, own in alike])):
+                kept = part if first_as_view and index == 0 else part.clone()
+                results[index] = kept.view(own.shape)
+        return results
+
+    return finish
 
 
 def gather_parts(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> list[Tensor]:
@@ -492,6 +602,13 @@ def _one_after_another(mesh: DeviceMesh, tensor: Tensor, dim: int = 0) -> Tensor
 
 def _reduce_scatter(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
     """This rank's slice along `dim` of the sum over the ranks, by one reduce-scatter."""
+    return _start_reduce_scatter(mesh, tensor, dim, sizes, False)()
+
+
+def _start_reduce_scatter(
+    mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...], meanwhile: bool
+) -> Callable[[], Tensor]:
+    """`_reduce_scatter`, begun; what is returned waits for it, if `meanwhile` more is done, and gives the slice."""
     longest, shape = max(sizes), list(tensor.shape)
     shape[dim] = longest
     if len(set(sizes)) > 1:  # equal shapes are wanted: pad to the longest slice
@@ -505,10 +622,16 @@ def _reduce_scatter(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int
     result = tensor.new_empty(shape)
     # Which is the name since torch 2.13.
     scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
-    scatter(result.view(-1), parts.view(-1), group=mesh.get_group())
+    work = scatter(result.view(-1), parts.view(-1), group=mesh.get_group(), async_op=meanwhile)
     own_size = sizes[mesh.get_local_rank()]
-    # No view of what is padded, which could not be changed in place.
-    return result if own_size == longest else result.narrow(dim, 0, own_size).clone()
+
+    def finish() -> Tensor:
+        if work is not None:
+            work.wait()
+        # No view of what is padded, which could not be changed in place.
+        return result if own_size == longest else result.narrow(dim, 0, own_size).clone()
+
+    return finish
 
 
 def gather_into(joined: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:

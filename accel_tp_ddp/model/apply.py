@@ -20,7 +20,7 @@ __all__ = ["apply_plan"]
 def apply_plan(model: nn.Module, mesh: DeviceMesh, plan: Plan) -> None:
     """Shard the parameters of `model` in place, and let its modules run on their parts. Collective over the mesh."""
     dropout = draws_dropout(model)
-    region = Region(mesh, dropout)
+    region = Region(mesh, dropout, plan.overlap)
     forwards = {model, adapted_model(model)}  # either may be called, and the second is what unloading adapters leaves
     for called in forwards:
         region.attach(called)

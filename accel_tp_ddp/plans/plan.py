@@ -77,6 +77,8 @@ class Plan:
         dtypes: Their dtypes.
         rules: The rules that were followed, by the modules and bare parameters that they were followed for.
         unused: The others.
+        sequence_parallel: Whether the sequence is spread between the blocks of layers.
+        overlap: Whether weight gradients are computed while input gradients are summed.
     """
 
     model: str
@@ -87,6 +89,7 @@ class Plan:
     rules: Mapping[str, Rule] = field(default_factory=dict)
     unused: tuple[UnusedRule, ...] = ()
     sequence_parallel: bool = False
+    overlap: bool = False
 
     @property
     def unmatched(self) -> tuple[str, ...]:
@@ -112,8 +115,8 @@ class Plan:
         """Equal on two ranks only if both would shard the same parameters in the same way."""
         styles = [f"{entry.site.name}: {entry.label}, {entry.layouts}" for entry in self.entries]
         sizes = [f"{name} {tuple(size)} {dtype}" for (name, size), dtype in zip(self.parameters, self.dtypes)]
-        spread = ["sequence_parallel"] if self.sequence_parallel else []
-        return "\n".join([f"tp_size={self.tp_size}", *spread, *sizes, *styles])
+        switches = [name for name in ("sequence_parallel", "overlap") if getattr(self, name)]
+        return "\n".join([f"tp_size={self.tp_size}", *switches, *sizes, *styles])
 
     @property
     def headline(self) -> str:

@@ -78,6 +78,7 @@ class Settings(Protocol):
     prove: str
     loss_parallel: Any
     sequence_parallel: bool
+    overlap: Any
     zero1: bool
     replica_check_steps: int
     replica_drift: str
@@ -225,7 +226,7 @@ class _Hooks(_SavesStates):
                     check_fp8_sizes(unwrap(model), plan)
                 if self.plugin.sequence_parallel and not any(model is known for known in self._guard.models()):
                     plan = self._spread(model, plan)
-                plans.append(plan)
+                plans.append(self._overlapping(plan))
             except NoPlanError as error:
                 if self.plugin.prove == "never":
                     raise NoPlanError(f'{error} With prove="auto", `prepare` infers a plan and proves it.') from None
@@ -234,6 +235,14 @@ class _Hooks(_SavesStates):
         for optimizer in optimizers if known else []:
             check_optimizer(optimizer, known)
         return plans
+
+    def _overlapping(self, plan: Plan | None) -> Plan | None:
+        asked = self.plugin.overlap
+        return (
+            plan
+            if plan is None
+            else replace(plan, overlap=self.tp_mesh.device_type != "cpu" if asked == "auto" else asked)
+        )
 
     @staticmethod
     def _spread(model: nn.Module, plan: Plan | None) -> Plan:

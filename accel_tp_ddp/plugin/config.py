@@ -60,6 +60,9 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         sequence_parallel: Whether residuals, norms and dropout between the blocks of a decoder layer are spread over
             the sequence in training: 1/tp of their activations, in as many bytes of communication. Env
             `ACCEL_TP_DDP_SEQUENCE_PARALLEL`, default False.
+        overlap: Whether the sum of a column-parallel layer's input gradient over the ranks is under way while its
+            weight gradient is computed. `"auto"`: on GPUs, unless `torch.use_deterministic_algorithms` is on. Values
+            are the same. Env `ACCEL_TP_DDP_OVERLAP`, default `"auto"`.
         zero1: Whether each replica keeps the optimizer state of its part of every parameter only; see `Zero1`. Env
             `ACCEL_TP_DDP_ZERO1`, default False.
         replica_check_steps: How often replicated parameters and the batch are compared over the ranks of a replica;
@@ -80,6 +83,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
     prove: str | None = field(default=None, kw_only=True)
     loss_parallel: bool | str | None = field(default=None, kw_only=True)
     sequence_parallel: bool | None = field(default=None, kw_only=True)
+    overlap: bool | str | None = field(default=None, kw_only=True)
     zero1: bool | None = field(default=None, kw_only=True)
     replica_check_steps: int | None = field(default=None, kw_only=True)
     replica_drift: str | None = field(default=None, kw_only=True)
@@ -112,6 +116,7 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             raise ValueError(f'prove is {self.prove!r}; it has to be "auto", "always" or "never".')
         self.loss_parallel = _flag_or_auto("loss_parallel", self.loss_parallel, "ACCEL_TP_DDP_LOSS_PARALLEL")
         self.sequence_parallel = _flag("sequence_parallel", self.sequence_parallel, "ACCEL_TP_DDP_SEQUENCE_PARALLEL")
+        self.overlap = _flag_or_auto("overlap", self.overlap, "ACCEL_TP_DDP_OVERLAP")
         self.zero1 = _flag("zero1", self.zero1, "ACCEL_TP_DDP_ZERO1")
         self.replica_check_steps = _whole(
             "replica_check_steps", self.replica_check_steps, "ACCEL_TP_DDP_REPLICA_CHECK_STEPS", 100, least=0

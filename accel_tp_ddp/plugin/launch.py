@@ -52,6 +52,10 @@ _OPTIONS = {
         "ACCEL_TP_DDP_SEQUENCE_PARALLEL",
         "true or false: whether activations between a layer's blocks are spread over the sequence",
     ),
+    "overlap": (
+        "ACCEL_TP_DDP_OVERLAP",
+        "auto, true or false: whether weight gradients are computed while input gradients are summed",
+    ),
     "zero1": ("ACCEL_TP_DDP_ZERO1", "true or false: whether optimizer state is divided over the replicas"),
     "replica_check_steps": ("ACCEL_TP_DDP_REPLICA_CHECK_STEPS", "how often replicas are compared; 0: never"),
     "replica_drift": ("ACCEL_TP_DDP_REPLICA_DRIFT", "heal or raise"),

@@ -8,12 +8,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import linear
 
 from ..core.collectives import copy_to_tp
 from ..core.layout import Shared
 from ..core.shard import ShardInfo, restore_shards
+from .overlap import linear_with
 from .region import Region
 
 __all__ = ["ParallelForward", "call_behind"]
@@ -59,6 +61,7 @@ class ParallelForward:
         self.partial_gradients = style.partial_gradients or any(info.is_repeated for info in shards.values())
         self.partners: tuple[ParallelForward, ...] = ()
         self.offered: dict[str, Tensor] = {}
+        self.followers: list[ParallelForward] = []  # seen to use what this one has opened; see `overlap`
         self.wrapped: Callable | None = module.__dict__.get("forward")
         #: Whether the module does nothing with its input but a matrix product, which autocast would cast it for.
         self._casts = self._may_cast if is_product(module) else None
@@ -115,6 +118,23 @@ class ParallelForward:
             return None
         return linear(input, weight, params["bias"] if with_bias else None)
 
+    def opening_product(self, input: Tensor) -> Tensor | None:
+        """`product` of a layer that opens a region, whose weight gradient may wait for what the region sums."""
+        region = self.region
+        if not region.overlap or not self.fresh or is_compiling() or not torch.is_grad_enabled():
+            return self.product(input)
+        params = self.module._parameters
+        if (weight := params.get("weight")) is None:
+            return None
+        waiting, passed = region.waiting.pop(self, (None, weight))
+        return linear_with(waiting, input, passed, params["bias"])
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether its weight gradient can be computed when those of the layer's input have been."""
+        weight = self.module._parameters.get("weight") if self.fresh and not self.partial_gradients else None
+        return weight is not None and weight.requires_grad and self.defer is None and not self.idle
+
     @property
     def extra_arguments(self) -> bool:
         """Whether the module's own forward is called with more than its input."""
@@ -138,7 +158,7 @@ class ParallelForward:
         if self.idle:
             return args, kwargs
         if args:
-            copy = self.region.enter(args[0], self.partners, self._keep, self.module.training, self._casts)
+            copy = self.region.enter(args[0], self.partners, self._keep, self.module.training, self._casts, self)
             args = (copy, *args[1:])
         else:
             name = next(iter(kwargs))
@@ -155,7 +175,7 @@ class ParallelForward:
         self._entered = False
 
     def enter(self, tensor: Tensor) -> Tensor:
-        return self.region.enter(tensor, self.partners, self._keep, self.module.training, self._casts)
+        return self.region.enter(tensor, self.partners, self._keep, self.module.training, self._casts, self)
 
     def _may_cast(self) -> bool:
         """Whether no hook of a user's looks at what the module is given, which is to have the type it always has."""
@@ -222,7 +242,7 @@ class ParallelForward:
             own.update(saved)
 
     def __getstate__(self) -> dict[str, Any]:
-        idle = {"offered": {}, "_entered": False, "computing": False, "idle": False, "defer": None}
+        idle = {"offered": {}, "followers": [], "_entered": False, "computing": False, "idle": False, "defer": None}
         return {**self.__dict__, **idle}
 
 

@@ -87,7 +87,7 @@ class Colwise(Style):
 
     def forward(self, call: ParallelForward, input: Tensor) -> Tensor:
         input = call.entered(input)
-        if not call.partial_gradients and (output := call.product(input)) is not None:
+        if not call.partial_gradients and (output := call.opening_product(input)) is not None:
             return output
         return call.inner_with_sums(input)
 
@@ -110,7 +110,9 @@ class ColwiseGatherOutput(Colwise):
         later = call.defer(entered) if call.defer is not None else None
         if later is not None:
             return later
-        return gather_from_tp(call.mesh, call.inner(entered), -1, call.shards["weight"].layout.sizes)
+        output = call.opening_product(entered)
+        output = call.inner(entered) if output is None else output
+        return gather_from_tp(call.mesh, output, -1, call.shards["weight"].layout.sizes)
 
 
 class Rowwise(Style):

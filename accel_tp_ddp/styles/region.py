@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..core.collectives import copy_to_tp, split_from_tp
+from ..core.collectives import copy_to_tp, copy_to_tp_meanwhile, split_from_tp
 from ..core.layout import Shared
 from ..core.randomness import RandomStream
+from .overlap import Beside, Layer, Waiting
 
 __all__ = ["Region", "Spread", "running_region"]
 
@@ -73,14 +74,18 @@ class Region:
     One copy node means one all-reduce in the backward, of the sum of all their gradients.
     """
 
-    def __init__(self, mesh: DeviceMesh, draws_dropout: bool = False):
+    def __init__(self, mesh: DeviceMesh, draws_dropout: bool = False, overlap: bool = False):
         self.mesh = mesh
+        #: Whether weight gradients are computed while input gradients are summed; see `overlap`.
+        self.overlap = overlap
         self.stream = RandomStream(mesh.get_local_rank(), mesh.device_type, mesh.size()) if draws_dropout else None
         # Both held only until the region is left. The copy is a view of its source, or of a cast of it.
         self._source: Tensor | None = None
         self._copy: Tensor | None = None
         self._version = -1
         self._cast = False
+        self._opener: Layer | None = None  # which has made the copy
+        self.waiting: dict[Any, tuple[Waiting, Tensor]] = {}  # see `Beside.passed`
         self.full: dict[tuple, Tensor] = {}  # what `direct_reads` has gathered in this forward
         #: How the sequence is spread around the block that runs, which closes the region; see `sequence`.
         self.spread: Spread | None = None
@@ -96,6 +101,7 @@ class Region:
         keep: bool = True,
         training: bool = True,
         casts: Callable[[], bool] | None = None,
+        opener: Layer | None = None,
     ) -> Tensor:
         """`copy_to_tp` of `tensor`, or the copy that another module has just made of the same tensor.
 
@@ -107,6 +113,7 @@ class Region:
             training: Whether the module is in training mode, and what follows may drop out sharded activations.
             casts: Says whether all that the module does with its input is what autocast does in bf16. The cast is
                 then made before the copy, once for all modules, and the gradients are summed in bf16, half the bytes.
+            opener: The module, where weight gradients may be computed meanwhile.
         """
         if self.entered:  # gathered by the block, whose backward sums up the gradients
             return tensor
@@ -123,25 +130,41 @@ class Region:
         version = 0 if is_compiling() else tensor._version
         if self._source is tensor and self._version == version:
             if not self._cast or (casts is not None and in_bf16(tensor) and casts()):
+                if self.overlap and opener is not None and self._opener is not None:
+                    follow(self._opener, opener)
                 return self._copy  # type: ignore[return-value]  # there is one where there is a source
         cast = casts is not None and in_bf16(tensor) and casts()
         source = tensor.to(torch.bfloat16) if cast else tensor
-        copy = self._enter_with(source, partners) if partners else copy_to_tp(self.mesh, source)[0]
+        beside = self.beside(opener) if self.overlap and source.requires_grad and opener is not None else None
+        if partners or beside is not None:
+            copy = self._enter_with(source, partners, beside)
+        else:
+            copy = copy_to_tp(self.mesh, source)[0]
         if keep:
+            self._opener = opener
             self._source, self._version, self._copy, self._cast = tensor, version, copy, cast
         return copy
 
-    def _enter_with(self, tensor: Tensor, partners: Sequence[Partner]) -> Tensor:
-        partial = [(partner, name) for partner in partners for name in partner.partial_names()]
-        copy, *params = copy_to_tp(
-            self.mesh,
-            tensor,
-            *(partner.held(name) for partner, name in partial),
-            shared=[None, *(partner.shared(name) for partner, name in partial)],
-        )
-        for (partner, name), param in zip(partial, params):
+    def _enter_with(self, tensor: Tensor, partners: Sequence[Partner], beside: Beside | None = None) -> Tensor:
+        offers = [(partner, name) for partner in partners for name in partner.partial_names()]
+        tensors = [tensor, *(partner.held(name) for partner, name in offers)]
+        shared = [None, *(partner.shared(name) for partner, name in offers)]
+        if beside is not None:
+            copies = copy_to_tp_meanwhile(self.mesh, tensors, shared, beside.weights, beside.gradients)
+            self.waiting = beside.passed(copies[len(tensors) :])
+        else:
+            copies = copy_to_tp(self.mesh, *tensors, shared=shared)
+        for (partner, name), param in zip(offers, copies[1:]):
             partner.offered[name] = param
-        return copy
+        return copies[0]
+
+    def beside(self, *openers: Layer) -> Beside | None:
+        """Those of `openers`, and of the layers that came after them so far, whose weight gradients can wait."""
+        self.waiting = {}
+        if not self.overlap or is_compiling() or torch.are_deterministic_algorithms_enabled():
+            return None
+        found = {id(each): each for opener in openers for each in (opener, *opener.followers) if each.can_wait}
+        return Beside(list(found.values())) if found else None
 
     def open(self, training: bool = True) -> None:
         """Go over to this rank's random stream; in training mode, and where anything drops out at all."""
@@ -150,7 +173,8 @@ class Region:
 
     def leave(self) -> None:
         """Close the region: forget its input, so that it is freed as early as without tensor parallelism."""
-        self._source, self._copy = None, None
+        self._source, self._copy, self._opener = None, None, None
+        self.waiting = {}
         if self.spread is not None:  # what follows drops out a rank's part, too
             if self.stream is not None:
                 self.stream.enter()
@@ -180,8 +204,14 @@ class Region:
 
     def __getstate__(self) -> dict[str, Any]:
         idle: dict[str, Any] = {"_source": None, "_version": -1, "_copy": None, "_cast": False, "full": {}}
-        idle |= {"spread": None, "entered": False, "between_blocks": False}
-        return {"mesh": self.mesh, "stream": self.stream, **idle}
+        idle |= {"spread": None, "entered": False, "between_blocks": False, "_opener": None, "waiting": {}}
+        return {"mesh": self.mesh, "stream": self.stream, "overlap": self.overlap, **idle}
+
+
+def follow(opener: Layer, other: Layer) -> None:
+    """Remember that `other` uses what `opener` has opened: the next time its weight gradient waits, too."""
+    if other is not opener and other not in opener.followers:
+        opener.followers.append(other)
 
 
 def in_bf16(tensor: Tensor) -> bool:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..core.collectives import copy_to_tp, gather_from_tp, gather_to_tp, scatter_to_tp
+from ..core.collectives import copy_to_tp, gather_from_tp, gather_to_tp, gather_to_tp_meanwhile, scatter_to_tp
 from ..core.layout import chunk_ranges
 from .forward import ParallelForward
 from .region import Region, Spread, in_bf16
@@ -158,7 +158,7 @@ class Block:
         for key, leaf in own.items():
             if closes:
                 source = leaf.to(torch.bfloat16) if in_bf16(leaf) and self._casts() else leaf
-                whole[key] = gather_to_tp(spread.mesh, source, 1, spread.sizes)
+                whole[key] = self._gather(spread, source)
             else:
                 whole[key] = gather_from_tp(spread.mesh, leaf, 1, spread.sizes)
         self._open, region.between_blocks = spread, False
@@ -173,13 +173,25 @@ class Block:
             return None
         region = self.layer.region
         closed = region.spread is not None
-        region.spread, region.entered, region.between_blocks = None, False, True
+        region.spread, region.entered, region.between_blocks, region.waiting = None, False, True, {}
         if output is None:
             return None
         if not closed:
             output = sliced(spread, output)
         self.layer.draw()
         return output
+
+    def _gather(self, spread: Spread, source: Tensor) -> Tensor:
+        assert self.calls is not None
+        region = self.layer.region
+        beside = region.beside(*self.calls) if source.requires_grad else None
+        if beside is None:
+            return gather_to_tp(spread.mesh, source, 1, spread.sizes)
+        whole, *weights = gather_to_tp_meanwhile(
+            spread.mesh, source, 1, spread.sizes, beside.weights, beside.gradients
+        )
+        region.waiting = beside.passed(weights)
+        return whole
 
     def _casts(self) -> bool:
         """Whether all that the block does with its input is what autocast does in bf16; see `Region.enter`."""
