@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -450,6 +451,21 @@ def autocast_sums_in_bf16(place: Place) -> str:
     assert backward, "there are no all-reduces in the backward"
     assert backward.get("float32", 0) <= 1, f"all-reduces of the backward by type: {backward}"
     return f"all-reduces of the backward by type: {backward}"
+
+
+@check()
+def overlapping_changes_no_bit(place: Place) -> str:
+    """Weight gradients computed beside the sum of input gradients, which is the default on GPUs."""
+    found = []
+    for overlap in (True, False):
+        AcceleratorState._reset_state()
+        accelerator, model, _ = prepared(place, overlap=overlap)
+        for number in range(2):  # which layers share an input is learned in the first
+            accelerator.backward(model(**batch(place, number)).loss)
+        found.append([param.grad.clone() for param in model.parameters() if param.grad is not None])
+    apart = sum(not torch.equal(*each) for each in zip(*found))
+    assert apart == 0, f"{apart} of {len(found[0])} gradients are not equal to the bit"
+    return f"{len(found[0])} gradients equal to the bit"
 
 
 @check()

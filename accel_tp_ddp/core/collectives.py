@@ -57,6 +57,7 @@ __all__ = [
     "scatter_to_tp",
     "send_first_rank",
     "send_rank",
+    "start_gather_whole",
     "split_from_tp",
 ]
 
@@ -574,14 +575,33 @@ def _start_together(
 def gather_parts(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> list[Tensor]:
     """The slices of all ranks, as long as `sizes` says along `dim`, by one all-gather: views of one buffer."""
     # Collectives want equal shapes: pad to the longest slice, and leave the padding out again.
-    shape = list(tensor.shape)
-    shape[dim] = max(sizes)
-    if shape[dim] > tensor.size(dim):
-        padded = tensor.new_empty(shape)
-        padded.narrow(dim, 0, tensor.size(dim)).copy_(tensor)
-        tensor = padded
-    buffer = _one_after_another(mesh, tensor).view(len(sizes), *shape)
+    tensor = _padded(tensor, dim, max(sizes))
+    buffer = _one_after_another(mesh, tensor).view(len(sizes), *tensor.shape)
     return [part.narrow(dim, 0, size) for part, size in zip(buffer, sizes)]
+
+
+def _padded(tensor: Tensor, dim: int, length: int) -> Tensor:
+    if tensor.size(dim) == length:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = length
+    padded = tensor.new_empty(shape)
+    padded.narrow(dim, 0, tensor.size(dim)).copy_(tensor)
+    return padded
+
+
+def start_gather_whole(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Callable[[], Tensor]:
+    """`gather_whole`, begun; what is returned waits for it and gives the whole."""
+    own = _padded(tensor, dim, max(sizes)).contiguous()
+    buffer = own.new_empty((len(sizes), *own.shape))
+    work = gather_into(buffer.view(-1), own.view(-1), mesh.get_group(), async_op=True)
+
+    def finish() -> Tensor:
+        if work is not None:
+            work.wait()
+        return torch.cat([part.narrow(dim, 0, size) for part, size in zip(buffer, sizes)], dim)
+
+    return finish
 
 
 def gather_whole(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
@@ -634,11 +654,11 @@ def _start_reduce_scatter(
     return finish
 
 
-def gather_into(joined: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+def gather_into(joined: Tensor, own: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> dist.Work | None:
     """Fill `joined` with the `own` elements of all ranks of a group, one after another; both are contiguous."""
     # The name from torch 2.13 on; the one before warns there.
     gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-    gather(joined, own, group=group)
+    return gather(joined, own, group=group, async_op=async_op)
 
 
 def _own_slice(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:

@@ -127,7 +127,9 @@ class ParallelForward:
         if (weight := params.get("weight")) is None:
             return None
         waiting, passed = region.waiting.pop(self, (None, weight))
-        return linear_with(waiting, input, passed, params["bias"])
+        return linear_with(
+            waiting, region.again(input) if waiting is not None else None, input, passed, params["bias"]
+        )
 
     @property
     def can_wait(self) -> bool:

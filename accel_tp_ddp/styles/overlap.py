@@ -8,14 +8,14 @@ by their last one's input gradient. Values are those of autograd, to the bit: th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-__all__ = ["Beside", "Waiting", "linear_with"]
+__all__ = ["Again", "Beside", "Waiting", "linear_with"]
 
 
 class Layer(Protocol):
@@ -32,17 +32,51 @@ class Layer(Protocol):
 AnyLayer = TypeVar("AnyLayer", bound=Layer)
 
 
+class Again:
+    """The input of layers that is not kept: gathered once more in the backward, from this rank's slice.
+
+    Begun by the first of them, so that it is under way while their input gradients are computed.
+
+    Args:
+        own: The slice.
+        gather: Begins the all-gather of a slice, and returns what waits for it.
+    """
+
+    def __init__(self, own: Tensor, gather: Callable[[Tensor], Callable[[], Tensor]]):
+        self.own = own.detach()
+        self.gather = gather
+        self._finish: Callable[[], Tensor] | None = None
+
+    def begin(self, own: Tensor) -> None:
+        if self._finish is None:
+            self._finish = self.gather(own)
+
+    def input(self) -> Tensor | None:
+        """Waited for; None if no layer has begun it."""
+        finish, self._finish = self._finish, None
+        return None if finish is None else finish()
+
+
 class Waiting:
     """A weight gradient that is computed later."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
-        self.factors: tuple[Tensor, Tensor] | None = None
+        self.factors: tuple[Tensor, Tensor | None] | None = None
 
-    def gradient(self) -> Tensor | None:
-        """Computed now, of what the layer's backward has left; None if that was not run."""
+    def gradient(self, whole: Tensor | None = None) -> Tensor | None:
+        """Computed now, of what the layer's backward has left; None if that was not run.
+
+        Args:
+            whole: The input, where it was gathered once more.
+        """
         factors, self.factors = self.factors, None
-        return None if factors is None else _product(*factors).to(self.dtype)
+        if factors is None:
+            return None
+        grad, input = factors
+        input = whole if input is None else input
+        assert input is not None, "either is given"
+        return _product(grad, input.to(grad.dtype)).to(self.dtype)
 
 
 class Beside(Generic[AnyLayer]):
@@ -51,29 +85,37 @@ class Beside(Generic[AnyLayer]):
     Their weights pass the node that sums, which so has their gradients to give.
     """
 
-    def __init__(self, layers: Sequence[AnyLayer]):
+    def __init__(self, layers: Sequence[AnyLayer], again: Again | None = None):
         self.layers = layers
+        self.again = again
         self.weights = [layer.held("weight") for layer in layers]
         self._waiting = [Waiting(weight.dtype) for weight in self.weights]
 
     def gradients(self) -> list[Tensor | None]:
-        return [waiting.gradient() for waiting in self._waiting]
+        whole = self.again.input() if self.again is not None else None
+        return [waiting.gradient(whole) for waiting in self._waiting]
 
     def passed(self, weights: Sequence[Tensor]) -> dict[AnyLayer, tuple[Waiting, Tensor]]:
         """For each layer what its weight gradient waits in, and its weight behind that node."""
         return dict(zip(self.layers, zip(self._waiting, weights)))
 
 
-def linear_with(waiting: Waiting | None, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_with(
+    waiting: Waiting | None, again: Again | None, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
     """`torch.nn.functional.linear`, whose weight's gradient is left to `waiting`, if that is given.
 
-    The layer keeps the same tensors for its backward in both cases, as checkpointing counts them.
+    The layer keeps as many tensors for its backward with and without, as checkpointing counts them.
+
+    Args:
+        waiting: Where the gradient is left to.
+        again: Gives `input` in the backward, where it is not to be kept.
     """
     if torch.is_autocast_enabled(device := input.device.type):
         dtype = torch.get_autocast_dtype(device)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    return _Linear.apply(waiting, input, weight, bias)
+    return _Linear.apply(waiting, again, input, weight, bias)
 
 
 def _product(grad: Tensor, input: Tensor) -> Tensor:
@@ -82,21 +124,26 @@ def _product(grad: Tensor, input: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, waiting: Waiting | None, input: Tensor, weight: Tensor, bias: Tensor | None):
-        ctx.waiting = waiting
-        ctx.save_for_backward(input, weight)
+    def forward(ctx, waiting: Waiting | None, again: Again | None, input: Tensor, weight: Tensor, bias: Tensor | None):
+        ctx.waiting, ctx.again = waiting, again
+        kept = input if again is None else again.own
+        # As torch: what a gradient takes that is wanted, and so no input of frozen weights.
+        ctx.save_for_backward(kept if ctx.needs_input_grad[3] else None, weight if ctx.needs_input_grad[2] else None)
         return linear(input, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         input, weight = ctx.saved_tensors
-        of_input = grad @ weight if ctx.needs_input_grad[1] else None
+        if ctx.again is not None and ctx.needs_input_grad[3]:
+            ctx.again.begin(input)
+            input = None
+        of_input = grad @ weight if ctx.needs_input_grad[2] else None
         of_weight = None
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[3]:
             if ctx.waiting is None:
                 of_weight = _product(grad, input)
             else:
                 ctx.waiting.factors = grad, input
-        of_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
-        return None, of_input, of_weight, of_bias
+        of_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[4] else None
+        return None, None, of_input, of_weight, of_bias

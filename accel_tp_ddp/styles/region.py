@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..core.collectives import copy_to_tp, copy_to_tp_meanwhile, split_from_tp
 from ..core.layout import Shared
 from ..core.randomness import RandomStream
-from .overlap import Beside, Layer, Waiting
+from .overlap import Again, Beside, Layer, Waiting
 
 __all__ = ["Region", "Spread", "running_region"]
 
@@ -86,6 +86,7 @@ class Region:
         self._cast = False
         self._opener: Layer | None = None  # which has made the copy
         self.waiting: dict[Any, tuple[Waiting, Tensor]] = {}  # see `Beside.passed`
+        self._gathered: tuple[Tensor, int, Again] | None = None  # what a block was given, with its version
         self.full: dict[tuple, Tensor] = {}  # what `direct_reads` has gathered in this forward
         #: How the sequence is spread around the block that runs, which closes the region; see `sequence`.
         self.spread: Spread | None = None
@@ -158,13 +159,26 @@ class Region:
             partner.offered[name] = param
         return copies[0]
 
-    def beside(self, *openers: Layer) -> Beside | None:
+    def set_gathered(self, whole: Tensor, weights: dict[Any, tuple[Waiting, Tensor]], again: Again) -> None:
+        """What layers of the block that begins are given, and need not keep; until `forget_gathered`."""
+        self.waiting, self._gathered = weights, (whole, whole._version, again)
+
+    def forget_gathered(self) -> None:
+        self.waiting, self._gathered = {}, None
+
+    def again(self, input: Tensor) -> Again | None:
+        """What gathers `input` once more in the backward, if it is what the block was given."""
+        if self._gathered is None or self._gathered[0] is not input or self._gathered[1] != input._version:
+            return None
+        return self._gathered[2]
+
+    def beside(self, *openers: Layer, again: Again | None = None) -> Beside | None:
         """Those of `openers`, and of the layers that came after them so far, whose weight gradients can wait."""
         self.waiting = {}
         if not self.overlap or is_compiling() or torch.are_deterministic_algorithms_enabled():
             return None
         found = {id(each): each for opener in openers for each in (opener, *opener.followers) if each.can_wait}
-        return Beside(list(found.values())) if found else None
+        return Beside(list(found.values()), again) if found else None
 
     def open(self, training: bool = True) -> None:
         """Go over to this rank's random stream; in training mode, and where anything drops out at all."""
@@ -204,7 +218,14 @@ class Region:
 
     def __getstate__(self) -> dict[str, Any]:
         idle: dict[str, Any] = {"_source": None, "_version": -1, "_copy": None, "_cast": False, "full": {}}
-        idle |= {"spread": None, "entered": False, "between_blocks": False, "_opener": None, "waiting": {}}
+        idle |= {
+            "spread": None,
+            "entered": False,
+            "between_blocks": False,
+            "_opener": None,
+            "waiting": {},
+            "_gathered": None,
+        }
         return {"mesh": self.mesh, "stream": self.stream, "overlap": self.overlap, **idle}
 
 

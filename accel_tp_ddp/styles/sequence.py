@@ -24,15 +24,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..core.collectives import copy_to_tp, gather_from_tp, gather_to_tp, gather_to_tp_meanwhile, scatter_to_tp
+from ..core.collectives import (
+    copy_to_tp,
+    gather_from_tp,
+    gather_to_tp,
+    gather_to_tp_meanwhile,
+    scatter_to_tp,
+    start_gather_whole,
+)
 from ..core.layout import chunk_ranges
 from .forward import ParallelForward
+from .overlap import Again
 from .region import Region, Spread, in_bf16
 
 __all__ = ["Block", "Layer", "Stack"]
@@ -173,7 +182,8 @@ class Block:
             return None
         region = self.layer.region
         closed = region.spread is not None
-        region.spread, region.entered, region.between_blocks, region.waiting = None, False, True, {}
+        region.spread, region.entered, region.between_blocks = None, False, True
+        region.forget_gathered()
         if output is None:
             return None
         if not closed:
@@ -184,13 +194,14 @@ class Block:
     def _gather(self, spread: Spread, source: Tensor) -> Tensor:
         assert self.calls is not None
         region = self.layer.region
-        beside = region.beside(*self.calls) if source.requires_grad else None
+        again = Again(source, partial(start_gather_whole, spread.mesh, dim=1, sizes=spread.sizes))
+        beside = region.beside(*self.calls, again=again) if source.requires_grad else None
         if beside is None:
             return gather_to_tp(spread.mesh, source, 1, spread.sizes)
         whole, *weights = gather_to_tp_meanwhile(
             spread.mesh, source, 1, spread.sizes, beside.weights, beside.gradients
         )
-        region.waiting = beside.passed(weights)
+        region.set_gathered(whole, beside.passed(weights), again)
         return whole
 
     def _casts(self) -> bool:

@@ -36,6 +36,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     f"{OURS}, replica_check_steps=0": {"replica_check_steps": 0},
     f"{OURS}, loss_parallel": {"loss_parallel": True},
     f"{OURS}, sequence_parallel": {"sequence_parallel": True},
+    f"{OURS}, overlap": {"overlap": True},
+    f"{OURS}, sequence_parallel, overlap": {"sequence_parallel": True, "overlap": True},
     f"{OURS}, zero1": {"zero1": True},
     f"{OURS}, loss_parallel, zero1": {"loss_parallel": True, "zero1": True},
 }

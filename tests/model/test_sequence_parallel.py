@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
@@ -433,12 +432,6 @@ def of_layers(tp, on, checkpointing=False, precision="fp32"):
     return many.kept - few.kept, {
         key: count / LAYERS for key, count in sent.items() if count and key[0] != "broadcast"
     }
-
-
-@pytest.fixture
-def no_accelerator():
-    """Where a simulation may run; a test before may have made one in this process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.usefixtures("no_accelerator")

@@ -5,21 +5,24 @@ import gc
 import os
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from accel_tp_ddp import TensorParallelDDPPlugin, full_gradients
 from accel_tp_ddp.model.check import check_model
 from accel_tp_ddp.model.parallelize import parallelize_with_map
 from accel_tp_ddp.model.parallelize import shard as shard_by_plan
+from accel_tp_ddp.tools.simulate import Setting, simulate
 
 from ..helpers.compare import assert_tensors_close
 from ..helpers.fake_group import batch, fake_tp
-from ..helpers.models import build_model
+from ..helpers.models import build_config, build_model
 from ..helpers.ranks import run_on_ranks
 from ..helpers.sharded import TOLERANCE, token_batch, tp_mesh
 from ..helpers.training import Spec, assert_same_run, train
@@ -50,7 +53,13 @@ def gradients(model):
     return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
 
 
-def compared(name, sequence_parallel=False, checkpointing=None, autocast=False, lora=False, steps=3, **options):
+def doubled(module, args):
+    return (2 * args[0], *args[1:])
+
+
+def compared(
+    name, sequence_parallel=False, checkpointing=None, autocast=False, lora=False, hooked=False, length=10, **options
+):
     """Against the unsharded model, and to the bit against the sharded one that does not overlap."""
     reference = build_model(name, **options).train()
     if lora:
@@ -60,11 +69,13 @@ def compared(name, sequence_parallel=False, checkpointing=None, autocast=False, 
         )
     models = [sharded(copy.deepcopy(reference), overlap, sequence_parallel) for overlap in (True, False)]
     for model in (reference, *models):
+        if hooked:  # a user's, by which one layer gets something else than the region
+            model.model.layers[0].self_attn.k_proj.register_forward_pre_hook(doubled)
         if checkpointing is not None:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
             model.enable_input_require_grads()
-    for step in range(steps):  # which layers share an input is learned in the first forward
-        tokens = token_batch(step)
+    for step in range(3):  # which layers share an input is learned in the first forward
+        tokens = token_batch(step, length=length)
         losses = []
         for model in (reference, *models):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -86,6 +97,10 @@ OPTIONS = {
     "checkpointed": {"checkpointing": False},
     "checkpointed, reentrant": {"checkpointing": True},
     "sequence, checkpointed, autocast": {"sequence_parallel": True, "checkpointing": False, "autocast": True},
+    "sequence, uneven": {"sequence_parallel": True, "length": 11},
+    "a user's hook": {"hooked": True},
+    "sequence, a user's hook": {"sequence_parallel": True, "hooked": True},
+    "sequence, a user's hook, autocast": {"sequence_parallel": True, "hooked": True, "autocast": True},
     "adapters": {"lora": True},
     "tied": {"tied": True},
 }
@@ -169,11 +184,13 @@ def test_it_is_off_where_algorithms_are_to_be_deterministic():
     assert starts and not any(seen[index + 1][1] in weights for index in starts if index + 1 < len(seen))
 
 
-def kept_for_the_backward(overlap):
+def kept_for_the_backward(overlap, sequence_parallel=False):
     """Elements that the graph keeps, of the first forward and of the second."""
     with fake_tp() as mesh:
         model = build_model("llama", layers=2)
-        shard_by_plan(model, mesh, replace(check_model(model, mesh), overlap=overlap))
+        shard_by_plan(
+            model, mesh, replace(check_model(model, mesh), overlap=overlap, sequence_parallel=sequence_parallel)
+        )
         counts = []
         for _ in range(2):
             passed = Passed()
@@ -187,6 +204,23 @@ def test_the_graph_keeps_as_much_in_the_first_step_as_later():
     """Or what is computed again by checkpointing, once it is known who shares an input, would not fit."""
     ((first, second),) = run_on_ranks(kept_for_the_backward, 1, True)
     assert first == second
+
+
+def kept_by_layers(overlap):
+    """Bytes that four layers keep for the backward on one of four ranks, the sequence spread."""
+
+    def build(layers):
+        return AutoModelForCausalLM.from_config(build_config("llama", layers=layers, hidden_size=128))
+
+    plugin = {"sequence_parallel": True, "overlap": overlap}
+    few, many = (simulate(partial(build, layers), Setting(4, 1, 2, 64, plugin=plugin)) for layers in (2, 6))
+    return many.kept - few.kept
+
+
+@pytest.mark.usefixtures("no_accelerator")
+def test_with_the_sequence_spread_a_layer_keeps_its_slice_of_what_blocks_are_given():
+    whole = 2 * 64 * 128 * 4  # of a block's input, in float32
+    assert kept_by_layers(False) - kept_by_layers(True) == 4 * 2 * (whole - whole // 4)
 
 
 def gradients_in_parts():
