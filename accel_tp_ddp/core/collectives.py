@@ -24,6 +24,7 @@ and between steps, do that too, and have no backward. Nor have `gather_parts` an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any, TypeVar
 
@@ -82,7 +83,7 @@ def copy_to_tp(mesh: DeviceMesh, *tensors: Tensor, shared: Sequence[Shared | Non
         return tensors
     if len(tensors) == 1 and not shared:  # most calls
         (tensor,) = tensors
-        return (_CopyOneToTP.apply(mesh, tensor),) if tensor.requires_grad else tensors
+        return (_copy_one_to_tp(mesh, tensor),) if tensor.requires_grad else tensors
     wanted = [tensor.requires_grad for tensor in tensors]
     if not any(wanted):
         return tensors
@@ -331,22 +332,33 @@ class _CopyToTP(torch.autograd.Function):
         return _sum_gradients_once(ctx, *grads) if torch.is_grad_enabled() else _sum_gradients(ctx, *grads)
 
 
-class _CopyOneToTP(torch.autograd.Function):
-    """`_CopyToTP` of one tensor, by fewer steps."""
+def _copy_one_to_tp(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
+    """`_CopyToTP` of one tensor: a view and a hook on its node, in less of the host's time than a function takes."""
+    if is_compiling():
+        return _CopyToTP.apply(mesh, (None,), tensor)[0]
+    copy = tensor.view_as(tensor)
+    assert copy.grad_fn is not None, "gradients are on, and the tensor requires one"
+    copy.grad_fn.register_prehook(partial(_sum_gradient, mesh))
+    return copy
+
+
+def _sum_gradient(mesh: DeviceMesh, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None]:
+    (grad,) = grads
+    if grad is None:
+        return (None,)
+    return (_SumOnce.apply(mesh, grad) if torch.is_grad_enabled() else _all_reduce(mesh, grad),)
+
+
+class _SumOnce(torch.autograd.Function):
+    """A sum over the ranks that cannot be differentiated again."""
 
     @staticmethod
-    def forward(ctx, mesh: DeviceMesh, tensor: Tensor):
-        ctx.mesh = mesh
-        ctx.set_materialize_grads(False)
-        return tensor.view_as(tensor)
+    def forward(ctx, mesh: DeviceMesh, grad: Tensor):
+        return _all_reduce(mesh, grad)
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None):
-        return _sum_gradient_once(ctx, grad) if torch.is_grad_enabled() else _sum_gradient(ctx, grad)
-
-
-def _sum_gradient(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None]:
-    return None, grad if grad is None else _all_reduce(ctx.mesh, grad)
+    def backward(ctx, grad: Tensor):
+        raise RuntimeError("trying to differentiate twice a sum of gradients over the tensor-parallel ranks")
 
 
 def _sum_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -355,7 +367,6 @@ def _sum_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     return None, None, *(with_shared(*each) for each in zip(grads, summed, ctx.shared))
 
 
-_sum_gradient_once = torch.autograd.function.once_differentiable(_sum_gradient)
 _sum_gradients_once = torch.autograd.function.once_differentiable(_sum_gradients)
 
 

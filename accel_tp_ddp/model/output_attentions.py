@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..core.collectives import gather_from_tp
 from ..core.layout import Ranges
@@ -22,12 +23,10 @@ def return_all_heads(model: nn.Module, plan: Plan, region: Region) -> None:
 
     Only then: they are gathered when the forward ends, and their gradient goes back to the ranks that hold the heads.
     """
-    asked = _Asked(region)
     taken = [(entry.site.parent, entry.style.input_ranges(entry.layouts)) for entry in plan.entries]
     outputs = {parent: ranges for parent, ranges in taken if ranges is not None}
-    for parent in {entry.site.parent: None for entry in plan.entries if entry.style.local_output}:
-        if parent is not None:
-            parent.register_forward_hook(_Note(asked, outputs.get(parent)))
+    parents = {entry.site.parent: None for entry in plan.entries if entry.style.local_output}
+    asked = _Asked(region, {parent: outputs.get(parent) for parent in parents if parent is not None})
     model.register_forward_pre_hook(asked.begin, with_kwargs=True)
     model.register_forward_hook(asked.end, always_call=True)
 
@@ -35,22 +34,27 @@ def return_all_heads(model: nn.Module, plan: Plan, region: Region) -> None:
 class _Asked:
     """One forward of the whole model. Attention weights are known by their object: layers may stay replicated."""
 
-    def __init__(self, region: Region):
+    def __init__(self, region: Region, modules: Mapping[nn.Module, tuple[Ranges, ...] | None]):
         self.region = region
-        self.active = False
+        self.modules = dict(modules)
+        self.hooks: list[RemovableHandle] = []
         self.local: dict[int, tuple[Tensor, tuple[Ranges, ...] | None]] = {}
 
     def begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         asked = kwargs.get("output_attentions")
         config = getattr(unwrap(model), "config", None)
-        self.active = bool(getattr(config, "output_attentions", False) if asked is None else asked)
         self.local.clear()
+        if getattr(config, "output_attentions", False) if asked is None else asked:
+            for module, ranges in self.modules.items():  # only then, as each hook takes the host's time
+                self.hooks.append(module.register_forward_hook(_Note(self, ranges)))
 
     def end(self, model: nn.Module, args: Any, output: Any) -> Any:
         try:
             return self._all_heads(output) if self.local and output is not None else None
         finally:
-            self.active = False
+            for hook in self.hooks:
+                hook.remove()
+            self.hooks.clear()
             self.local.clear()
 
     def _all_heads(self, value: Any) -> Any:
@@ -66,7 +70,7 @@ class _Asked:
         return type(value)(map(self._all_heads, value)) if type(value) in (tuple, list) else value
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"region": self.region, "active": False, "local": {}}
+        return {"region": self.region, "modules": self.modules, "hooks": [], "local": {}}
 
 
 def _in_order(attention: Tensor, ranges: tuple[Ranges, ...] | None) -> Tensor:
@@ -90,7 +94,7 @@ def _in_order(attention: Tensor, ranges: tuple[Ranges, ...] | None) -> Tensor:
 
 
 class _Note:
-    """Forward hook of an attention module. An object, so that it is copied and pickled with its module."""
+    """Forward hook of an attention module."""
 
     reads_input = False
 
@@ -99,6 +103,6 @@ class _Note:
         self.ranges = ranges
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.asked.active and isinstance(output, (tuple, list)):
+        if isinstance(output, (tuple, list)):
             weights = (part for part in output if isinstance(part, Tensor) and part.ndim == 4)
             self.asked.local.update({id(part): (part, self.ranges) for part in weights})

@@ -78,7 +78,8 @@ class Plan:
         rules: The rules that were followed, by the modules and bare parameters that they were followed for.
         unused: The others.
         sequence_parallel: Whether the sequence is spread between the blocks of layers.
-        overlap: Whether weight gradients are computed while input gradients are summed.
+        overlap: Elements of an input from which on weight gradients are computed while its gradient is summed; None:
+            never.
     """
 
     model: str
@@ -89,7 +90,7 @@ class Plan:
     rules: Mapping[str, Rule] = field(default_factory=dict)
     unused: tuple[UnusedRule, ...] = ()
     sequence_parallel: bool = False
-    overlap: bool = False
+    overlap: int | None = None
 
     @property
     def unmatched(self) -> tuple[str, ...]:
@@ -115,7 +116,7 @@ class Plan:
         """Equal on two ranks only if both would shard the same parameters in the same way."""
         styles = [f"{entry.site.name}: {entry.label}, {entry.layouts}" for entry in self.entries]
         sizes = [f"{name} {tuple(size)} {dtype}" for (name, size), dtype in zip(self.parameters, self.dtypes)]
-        switches = [name for name in ("sequence_parallel", "overlap") if getattr(self, name)]
+        switches = [f"{name}={getattr(self, name)}" for name in ("sequence_parallel", "overlap")]
         return "\n".join([f"tp_size={self.tp_size}", *switches, *sizes, *styles])
 
     @property

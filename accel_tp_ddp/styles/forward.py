@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import linear
 
@@ -70,7 +69,6 @@ class ParallelForward:
         self._run = style.forward
         self._keep = style.local_output
         self._hosts: tuple[nn.Module, ...] = ()
-        self._entered = False
         self.computing = False  # whether the module's own forward runs
         self.idle = False  # while a module around this one runs it under the style
         self.defer: Callable[[Tensor], Tensor | None] | None = None  # gives what is to be computed later, if anything
@@ -107,8 +105,6 @@ class ParallelForward:
             before[key] = self.enter_hook
             before.move_to_end(key, last=False)
             module._forward_pre_hooks_with_kwargs[key] = True
-            module._forward_hooks[key] = self.exit_hook
-            module._forward_hooks_always_called[key] = True
 
     def product(self, input: Tensor, with_bias: bool = True) -> Tensor | None:
         """What a linear layer of torch's computes, by as few steps; None of any other module, see `inner`."""
@@ -120,12 +116,12 @@ class ParallelForward:
 
     def opening_product(self, input: Tensor) -> Tensor | None:
         """`product` of a layer that opens a region, whose weight gradient may wait for what the region sums."""
-        region = self.region
-        if not region.overlap or not self.fresh or is_compiling() or not torch.is_grad_enabled():
-            return self.product(input)
-        params = self.module._parameters
-        if (weight := params.get("weight")) is None:
+        region, params = self.region, self.module._parameters
+        weight = params.get("weight")
+        if not self.fresh or weight is None:
             return None
+        if region.overlap is None or not region.overlaps(input):
+            return linear(input, weight, params["bias"])
         waiting, passed = region.waiting.pop(self, (None, weight))
         return linear_with(
             waiting, region.again(input) if waiting is not None else None, input, passed, params["bias"]
@@ -165,16 +161,15 @@ class ParallelForward:
         else:
             name = next(iter(kwargs))
             kwargs = {**kwargs, name: self.enter(kwargs[name])}
-        self._entered = True
+        self.region.opening = self
         return args, kwargs
 
     def entered(self, tensor: Tensor) -> Tensor:
         """`tensor`, inside the region; also where somebody calls `module.forward` and so passes by the hook."""
-        return tensor if self._entered else self.enter(tensor)
-
-    def exit_hook(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook, also after an exception: the next call enters the region by itself."""
-        self._entered = False
+        if self.region.opening is not self:
+            return self.enter(tensor)
+        self.region.opening = None
+        return tensor
 
     def enter(self, tensor: Tensor) -> Tensor:
         return self.region.enter(tensor, self.partners, self._keep, self.module.training, self._casts, self)
@@ -182,9 +177,9 @@ class ParallelForward:
     def _may_cast(self) -> bool:
         """Whether no hook of a user's looks at what the module is given, which is to have the type it always has."""
         return all(
-            # Two hooks are the ones that `install_on` has registered.
-            len(before := host._forward_pre_hooks) + len(after := host._forward_hooks) == 2
-            or sum(getattr(hook, "reads_input", True) for hook in (*before.values(), *after.values())) == 2
+            # One hook is that of `install_on`.
+            len(before := host._forward_pre_hooks) + len(after := host._forward_hooks) == 1
+            or sum(getattr(hook, "reads_input", True) for hook in (*before.values(), *after.values())) == 1
             for host in self._hosts
         )
 
@@ -244,7 +239,7 @@ class ParallelForward:
             own.update(saved)
 
     def __getstate__(self) -> dict[str, Any]:
-        idle = {"offered": {}, "followers": [], "_entered": False, "computing": False, "idle": False, "defer": None}
+        idle = {"offered": {}, "followers": [], "computing": False, "idle": False, "defer": None}
         return {**self.__dict__, **idle}
 
 

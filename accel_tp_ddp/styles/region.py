@@ -74,10 +74,11 @@ class Region:
     One copy node means one all-reduce in the backward, of the sum of all their gradients.
     """
 
-    def __init__(self, mesh: DeviceMesh, draws_dropout: bool = False, overlap: bool = False):
+    def __init__(self, mesh: DeviceMesh, draws_dropout: bool = False, overlap: int | None = None):
         self.mesh = mesh
-        #: Whether weight gradients are computed while input gradients are summed; see `overlap`.
+        #: Elements of an input from which on weight gradients are computed while its gradient is summed, if any.
         self.overlap = overlap
+        self.opening: Any = None  # the layer whose hook has entered, until its forward takes that
         self.stream = RandomStream(mesh.get_local_rank(), mesh.device_type, mesh.size()) if draws_dropout else None
         # Both held only until the region is left. The copy is a view of its source, or of a cast of it.
         self._source: Tensor | None = None
@@ -131,18 +132,18 @@ class Region:
         version = 0 if is_compiling() else tensor._version
         if self._source is tensor and self._version == version:
             if not self._cast or (casts is not None and in_bf16(tensor) and casts()):
-                if self.overlap and opener is not None and self._opener is not None:
+                if self._opener is not None and opener is not None and self.overlaps(tensor):
                     follow(self._opener, opener)
                 return self._copy  # type: ignore[return-value]  # there is one where there is a source
         cast = casts is not None and in_bf16(tensor) and casts()
         source = tensor.to(torch.bfloat16) if cast else tensor
-        beside = self.beside(opener) if self.overlap and source.requires_grad and opener is not None else None
+        beside = self.beside(source, opener) if self.overlap is not None and opener is not None else None
         if partners or beside is not None:
             copy = self._enter_with(source, partners, beside)
         else:
             copy = copy_to_tp(self.mesh, source)[0]
         if keep:
-            self._opener = opener
+            self._opener = None if self.overlap is None else opener
             self._source, self._version, self._copy, self._cast = tensor, version, copy, cast
         return copy
 
@@ -172,10 +173,20 @@ class Region:
             return None
         return self._gathered[2]
 
-    def beside(self, *openers: Layer, again: Again | None = None) -> Beside | None:
+    def overlaps(self, input: Tensor) -> bool:
+        """Whether layers compute their weight gradients of this input while its gradient is summed."""
+        return (
+            self.overlap is not None
+            and input.numel() >= self.overlap
+            and torch.is_grad_enabled()
+            and not is_compiling()
+            and not torch.are_deterministic_algorithms_enabled()
+        )
+
+    def beside(self, input: Tensor, *openers: Layer, again: Again | None = None) -> Beside | None:
         """Those of `openers`, and of the layers that came after them so far, whose weight gradients can wait."""
         self.waiting = {}
-        if not self.overlap or is_compiling() or torch.are_deterministic_algorithms_enabled():
+        if not input.requires_grad or not self.overlaps(input):
             return None
         found = {id(each): each for opener in openers for each in (opener, *opener.followers) if each.can_wait}
         return Beside(list(found.values()), again) if found else None
@@ -210,7 +221,7 @@ class Region:
         _running.append(self)
 
     def _end_hook(self, model: nn.Module, args: Any, output: Any) -> None:
-        self.spread, self.entered, self.between_blocks = None, False, False
+        self.spread, self.entered, self.between_blocks, self.opening = None, False, False, None
         if self in _running:
             del _running[len(_running) - 1 - _running[::-1].index(self) :]
         self.full.clear()
@@ -223,6 +234,7 @@ class Region:
             "entered": False,
             "between_blocks": False,
             "_opener": None,
+            "opening": None,
             "waiting": {},
             "_gathered": None,
         }

@@ -195,7 +195,7 @@ class Block:
         assert self.calls is not None
         region = self.layer.region
         again = Again(source, partial(start_gather_whole, spread.mesh, dim=1, sizes=spread.sizes))
-        beside = region.beside(*self.calls, again=again) if source.requires_grad else None
+        beside = region.beside(source, *self.calls, again=again) if region.overlap is not None else None
         if beside is None:
             return gather_to_tp(spread.mesh, source, 1, spread.sizes)
         whole, *weights = gather_to_tp_meanwhile(

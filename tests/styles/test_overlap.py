@@ -32,7 +32,8 @@ FLOOR = 1e-5
 
 def sharded(model, overlap, sequence_parallel=False):
     mesh = tp_mesh()
-    plan = replace(check_model(model, mesh), overlap=overlap, sequence_parallel=sequence_parallel)
+    least = 0 if overlap else None
+    plan = replace(check_model(model, mesh), overlap=least, sequence_parallel=sequence_parallel)
     parallelize_with_map(model, mesh, plan)
     return model
 
@@ -134,11 +135,11 @@ class Order(TorchDispatchMode):
         return result
 
 
-def order_in_the_backward(sequence_parallel, deterministic=False):
+def order_in_the_backward(sequence_parallel, deterministic=False, least=0):
     """What follows the collectives of a layer's input gradients, before the next collective."""
     with fake_tp() as mesh:
         model = build_model("llama", layers=2)
-        plan = replace(check_model(model, mesh), overlap=True, sequence_parallel=sequence_parallel)
+        plan = replace(check_model(model, mesh), overlap=least, sequence_parallel=sequence_parallel)
         shard_by_plan(model, mesh, plan)
         torch.use_deterministic_algorithms(deterministic)
         try:
@@ -177,20 +178,19 @@ def test_a_layers_weight_gradients_follow_the_start_of_its_collective(sequence_p
     assert sum(sorted(run[: len(mlp)]) == mlp for run in after) == 2
 
 
-def test_it_is_off_where_algorithms_are_to_be_deterministic():
-    ((seen, shapes),) = run_on_ranks(order_in_the_backward, 1, False, deterministic=True)
+@pytest.mark.parametrize("why", [{"deterministic": True}, {"least": 2 * 10 * 64 + 1}], ids=["deterministic", "small"])
+def test_it_is_off_where_algorithms_are_to_be_deterministic_and_for_small_inputs(why):
+    ((seen, shapes),) = run_on_ranks(order_in_the_backward, 1, False, **why)
     weights = set(shapes.values())
     starts = [index for index, (name, _) in enumerate(seen) if name == "allreduce_"]
     assert starts and not any(seen[index + 1][1] in weights for index in starts if index + 1 < len(seen))
 
 
-def kept_for_the_backward(overlap, sequence_parallel=False):
+def kept_for_the_backward(sequence_parallel):
     """Elements that the graph keeps, of the first forward and of the second."""
     with fake_tp() as mesh:
         model = build_model("llama", layers=2)
-        shard_by_plan(
-            model, mesh, replace(check_model(model, mesh), overlap=overlap, sequence_parallel=sequence_parallel)
-        )
+        shard_by_plan(model, mesh, replace(check_model(model, mesh), overlap=0, sequence_parallel=sequence_parallel))
         counts = []
         for _ in range(2):
             passed = Passed()
@@ -200,9 +200,10 @@ def kept_for_the_backward(overlap, sequence_parallel=False):
     return counts
 
 
-def test_the_graph_keeps_as_much_in_the_first_step_as_later():
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_graph_keeps_as_much_in_the_first_step_as_later(sequence_parallel):
     """Or what is computed again by checkpointing, once it is known who shares an input, would not fit."""
-    ((first, second),) = run_on_ranks(kept_for_the_backward, 1, True)
+    ((first, second),) = run_on_ranks(kept_for_the_backward, 1, sequence_parallel)
     assert first == second
 
 

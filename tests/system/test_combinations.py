@@ -22,13 +22,14 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "checkpointing": (None, "reentrant", "non_reentrant"),
     "loss_parallel": (False, True),
     "sequence_parallel": (False, True),
+    "overlap": (False, True),
     "zero1": (False, True),
     "lora": (False, True),
     "accumulation": (1, 2),
     "mixed_precision": ("no", "bf16"),
     "tied": (False, True),
 }
-OF_THE_PLUGIN = ("loss_parallel", "sequence_parallel", "zero1")
+OF_THE_PLUGIN = ("loss_parallel", "sequence_parallel", "overlap", "zero1")
 Pair = tuple[tuple[str, Any], tuple[str, Any]]
 
 
