@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -61,12 +62,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=2000)
     parser.add_argument("--autocast", action="store_true", help="bf16 autocast")
+    parser.add_argument("--overlap", action="store_true", help="with weight gradients beside the sums")
     args = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=TP)
     mesh = init_device_mesh("cpu", (TP,), mesh_dim_names=("tp",))
     whole = build(args.model, args.hidden, 1)
-    shard(whole, mesh, check_model(whole, mesh, "auto"))
+    shard(whole, mesh, replace(check_model(whole, mesh, "auto"), overlap=0 if args.overlap else None))
     models = {"unsharded": build(args.model, args.hidden, TP), "sharded": whole}
     states = torch.randn(1, args.length, args.hidden, requires_grad=True)
     positions = models["unsharded"].model.rotary_emb(states, torch.arange(args.length)[None])

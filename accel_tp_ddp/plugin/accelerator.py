@@ -67,9 +67,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-#: Elements of a layer's input from which on `overlap="auto"` is at work on GPUs. It takes the host some 100 us a layer,
-#: about as long as an all-reduce of 8 MiB over NVLink takes: reckoned, not measured.
-OVERLAPS_FROM = 1 << 22
+#: Elements of a layer's input from which on `overlap="auto"` is at work on GPUs. It takes the host 260 us a layer
+#: (`benchmarks/host_time.py --overlap`), which does not show where kernels take longer than the host: reckoned for a
+#: layer of 4,096 features at tp 8 on an H100, not measured.
+OVERLAPS_FROM = 1 << 24
 
 
 class Settings(Protocol):

@@ -61,8 +61,8 @@ class TensorParallelDDPPlugin(ParallelismConfig):
             the sequence in training: 1/tp of their activations, in as many bytes of communication. Env
             `ACCEL_TP_DDP_SEQUENCE_PARALLEL`, default False.
         overlap: Whether the sum of a column-parallel layer's input gradient over the ranks is under way while its
-            weight gradient is computed. `"auto"`: on GPUs, unless `torch.use_deterministic_algorithms` is on. Values
-            are the same. Env `ACCEL_TP_DDP_OVERLAP`, default `"auto"`.
+            weight gradient is computed: the same values. `"auto"`: on GPUs, for inputs of 16 Mi elements or more. Off
+            under `torch.use_deterministic_algorithms`. Env `ACCEL_TP_DDP_OVERLAP`, default `"auto"`.
         zero1: Whether each replica keeps the optimizer state of its part of every parameter only; see `Zero1`. Env
             `ACCEL_TP_DDP_ZERO1`, default False.
         replica_check_steps: How often replicated parameters and the batch are compared over the ranks of a replica;
