@@ -17,7 +17,7 @@ from ..core.shard import ShardInfo, restore_shards
 from .overlap import linear_with
 from .region import Region
 
-__all__ = ["ParallelForward", "call_behind"]
+__all__ = ["ParallelForward", "call_behind", "hook_around"]
 
 
 class Runner(Protocol):
@@ -100,11 +100,7 @@ class ParallelForward:
         module.forward = self.__call__
         if self.style.enters:
             self._hosts = (*self._hosts, module)
-            before: Any = module._forward_pre_hooks
-            key = min([0, *before]) - 1  # torch's are not negative
-            before[key] = self.enter_hook
-            before.move_to_end(key, last=False)
-            module._forward_pre_hooks_with_kwargs[key] = True
+            hook_around(module, self.enter_hook)
 
     def product(self, input: Tensor, with_bias: bool = True) -> Tensor | None:
         """What a linear layer of torch's computes, by as few steps; None of any other module, see `inner`."""
@@ -241,6 +237,21 @@ class ParallelForward:
     def __getstate__(self) -> dict[str, Any]:
         idle = {"offered": {}, "followers": [], "computing": False, "idle": False, "defer": None}
         return {**self.__dict__, **idle}
+
+
+def hook_around(module: nn.Module, before: Callable, after: Callable | None = None) -> None:
+    """Register a first forward pre-hook, given keyword arguments too, and a last forward hook that is always called.
+
+    With keys that are the same in all layers, as `install_on` says.
+    """
+    hooks: Any = module._forward_pre_hooks
+    key = min([0, *hooks, *module._forward_hooks]) - 1  # torch's are not negative
+    hooks[key] = before
+    hooks.move_to_end(key, last=False)
+    module._forward_pre_hooks_with_kwargs[key] = True
+    if after is not None:
+        module._forward_hooks[key] = after
+        module._forward_hooks_always_called[key] = True
 
 
 def call_behind(forward: Any) -> ParallelForward | None:

@@ -40,7 +40,7 @@ from ..core.collectives import (
     start_gather_whole,
 )
 from ..core.layout import chunk_ranges
-from .forward import ParallelForward
+from .forward import ParallelForward, hook_around
 from .overlap import Again
 from .region import Region, Spread, in_bf16
 
@@ -65,8 +65,7 @@ class Stack:
         self.spread: Spread | None = None  # from the first layer to the last
 
     def attach(self) -> None:
-        self.owner.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
-        self.owner.register_forward_hook(self._end, always_call=True)
+        hook_around(self.owner, self._begin, self._end)
         for layer in self.layers:
             layer.attach(self)
 
@@ -141,8 +140,7 @@ class Block:
 
     def attach(self, layer: Layer) -> None:
         self.layer = layer
-        self.module.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
-        self.module.register_forward_hook(self._end, always_call=True)
+        hook_around(self.module, self._begin, self._end)
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         spread = self.layer.running
@@ -258,8 +256,7 @@ class Layer:
 
     def attach(self, stack: Stack) -> None:
         self.stack = stack
-        self.module.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
-        self.module.register_forward_hook(self._end, always_call=True)
+        hook_around(self.module, self._begin, self._end)
         for block in self.blocks or ():
             block.attach(self)
 
@@ -353,16 +350,19 @@ class Layer:
             bias = call.module._parameters.get("bias")
             if bias is not None:
                 places.append((call, "bias", bias, None))
-        once = {id(param): (param, shared) for _, _, param, shared in places}
-        tensors = [param for param, _ in once.values()]
-        copies = copy_to_tp(self.region.mesh, *tensors, shared=[shared for _, shared in once.values()])
-        found = dict(zip(once, copies))
+        once: list[tuple[Tensor, Any]] = []
+        for _, _, param, shared in places:
+            # Not by their `id`, which the compiler would guard, and so compile each layer anew.
+            if not any(param is other for other, _ in once):
+                once.append((param, shared))
+        copies = copy_to_tp(self.region.mesh, *(param for param, _ in once), shared=[shared for _, shared in once])
         for place, name, param, _ in places:
+            copy = next(copy for (other, _), copy in zip(once, copies) if other is param)
             if isinstance(place, ParallelForward):
-                place.offered[name] = found[id(param)]
-            elif found[id(param)] is not param:
+                place.offered[name] = copy
+            elif copy is not param:
                 self._saved.append((place, name, param))  # type: ignore[arg-type]
-                place._parameters[name] = found[id(param)]
+                place._parameters[name] = copy
 
     # -------------------------------------------------------------------------------------------- checkpointing
 

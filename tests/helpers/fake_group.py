@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -29,9 +30,9 @@ def fake_tp(size: int = 2):
         dist.destroy_process_group()
 
 
-def sharded(model, mesh):
-    """`parallelize`, but for what the ranks serve each other, which wants a real group."""
-    shard(model, mesh, check_model(model, mesh, "auto"))
+def sharded(model, mesh, **switches):
+    """`parallelize`, but for what the ranks serve each other, which wants a real group; with switches of the plan."""
+    shard(model, mesh, replace(check_model(model, mesh, "auto"), **switches))
     return model
 
 

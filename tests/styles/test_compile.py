@@ -48,11 +48,11 @@ def test_a_training_step_is_one_graph_and_is_not_compiled_again(model, watched, 
     assert run_on_ranks(graphs, 1, model, watched, **config) == [([1, 1], True)]
 
 
-def graphs_by_layer(name, config, layers):
+def graphs_by_layer(name, config, layers, **switches):
     """How many graphs there are after each step, where each layer is compiled by itself, as Accelerate can do it."""
     torch._dynamo.reset()
     with fake_tp() as mesh:
-        model = sharded(build_model(name, layers=layers, use_cache=False, **config), mesh)
+        model = sharded(build_model(name, layers=layers, use_cache=False, **config), mesh, **switches)
         backend, counts = CompileCounterWithBackend("eager"), []
         for layer in model.base_model.layers:
             layer.compile(backend=backend)
@@ -68,6 +68,12 @@ def graphs_by_layer(name, config, layers):
 def test_layers_that_are_compiled_by_themselves_are_one_graph(model, config):
     """Were it one for each, dynamo would give up after eight, and run the rest as if it were not compiled."""
     assert run_on_ranks(graphs_by_layer, 1, model, config, 3) == [[1, 1]]
+
+
+def test_with_the_sequence_spread_there_are_as_many_graphs_for_any_number_of_layers():
+    """The first layer's and the others', each with its hooks, which are compiled as functions of their own."""
+    few, many = (run_on_ranks(graphs_by_layer, 1, "llama", {}, layers, sequence_parallel=True) for layers in (3, 6))
+    assert few == many
 
 
 def both_ways(name, **config):

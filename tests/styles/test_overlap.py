@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from accel_tp_ddp import TensorParallelDDPPlugin, full_gradients
 from accel_tp_ddp.model.check import check_model
 from accel_tp_ddp.model.parallelize import parallelize_with_map
-from accel_tp_ddp.model.parallelize import shard as shard_by_plan
 from accel_tp_ddp.tools.simulate import Setting, simulate
 
 from ..helpers.compare import assert_tensors_close
 from ..helpers.fake_group import batch, fake_tp
+from ..helpers.fake_group import sharded as shard
 from ..helpers.models import build_config, build_model
 from ..helpers.ranks import run_on_ranks
 from ..helpers.sharded import TOLERANCE, token_batch, tp_mesh
@@ -139,8 +139,7 @@ def order_in_the_backward(sequence_parallel, deterministic=False, least=0):
     """What follows the collectives of a layer's input gradients, before the next collective."""
     with fake_tp() as mesh:
         model = build_model("llama", layers=2)
-        plan = replace(check_model(model, mesh), overlap=least, sequence_parallel=sequence_parallel)
-        shard_by_plan(model, mesh, plan)
+        shard(model, mesh, overlap=least, sequence_parallel=sequence_parallel)
         torch.use_deterministic_algorithms(deterministic)
         try:
             for _ in range(2):
@@ -190,7 +189,7 @@ def kept_for_the_backward(sequence_parallel):
     """Elements that the graph keeps, of the first forward and of the second."""
     with fake_tp() as mesh:
         model = build_model("llama", layers=2)
-        shard_by_plan(model, mesh, replace(check_model(model, mesh), overlap=0, sequence_parallel=sequence_parallel))
+        shard(model, mesh, overlap=0, sequence_parallel=sequence_parallel)
         counts = []
         for _ in range(2):
             passed = Passed()
