@@ -119,16 +119,9 @@ def _join_uneven_inputs(
         yield joined
 
 
-def _log(
-    watch: Watch,
-    stock: Callable,
-    accelerator: Accelerator,
-    /,
-    values: dict,
-    step: int | None = None,
-    log_kwargs: dict | None = None,
-) -> None:
-    stock({**values, **watch.fresh()}, step=step, log_kwargs=log_kwargs)
+def _log(watch: Watch, stock: Callable, accelerator: Accelerator, /, *args: Any, **kwargs: Any) -> None:
+    values, *others = args or (kwargs.pop("values"),)
+    stock({**values, **watch.fresh()}, *others, **kwargs)
 
 
 def _end_training(watch: Watch, stock: Callable, accelerator: Accelerator, /) -> None:
