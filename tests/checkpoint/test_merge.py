@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import resource
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -101,15 +103,24 @@ def test_an_older_state_takes_its_config_from_elsewhere(name, states, tmp_path, 
     assert {file for file in weights if ours[file] != wanted[file]} == set()
 
 
-def test_the_command_prints_json_and_a_progress_bar(states, tmp_path):
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_command_prints_json_and_a_progress_bar_on_a_terminal_alone(states, tmp_path, terminal):
     command = [sys.executable, "-m", "accel_tp_ddp.cli", "merge", "--json", "--model", "2"]
     command += [str(states / "three"), str(tmp_path / "out")]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
-    assert done.returncode == 0, done.stderr
+    with ExitStack() as stack, open(tmp_path / "errors", "w+") as errors:
+        if terminal:
+            reader, writer = pty.openpty()
+            stack.callback(os.close, reader)
+            stack.callback(os.close, writer)
+        told = writer if terminal else errors
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=told, text=True, timeout=300, env=environment)
+        errors.seek(0)
+        said = os.read(reader, 100_000).decode() if terminal else errors.read()
+    assert done.returncode == 0, said
     result = json.loads(done.stdout)
     assert result["files"] == ["model.safetensors"] and result["kind"] == "MLP" and result["tensors"] == 6
-    assert "Merging: 100%" in done.stderr
+    assert ("Merging" in said, "Comparing checksums" in said) == (terminal, terminal)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

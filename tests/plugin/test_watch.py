@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, on_main_process
-from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils import TorchDynamoPlugin, tqdm
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -328,6 +328,23 @@ def test_trainer_logs_what_it_logs_and_that_only_where_asked(tmp_path):
         ] == (theirs)
         assert sum(tokens) == seen and len(tokens) == 3  # the last step is added at the end of training
         assert nothing == [] and not any("tp/" in name for row in theirs for name in row)
+
+
+def bars(tp, folder):
+    """Whether there is a progress bar of Accelerate, and one of Trainer's."""
+    trainer = make_trainer(tp, folder, Case({"disable_tqdm": False, "max_steps": 1}))
+    (callback,) = [each for each in trainer.callback_handler.callbacks if type(each).__name__ == "ProgressCallback"]
+    with mock.patch.object(callback, "on_step_end", wraps=callback.on_step_end) as stepped:
+        stepped.side_effect = lambda *args, **kwargs: shown.append(callback.training_bar is not None)
+        shown = []
+        trainer.train()
+    return not tqdm(range(1)).disable, shown
+
+
+def test_progress_bars_are_on_the_main_process_alone(tmp_path):
+    plain, sharded = run_on_ranks(bars, 2, 0, str(tmp_path)), run_on_ranks(bars, 4, 2, str(tmp_path))
+    assert plain == [(True, [True]), (False, [False])]
+    assert sharded == [plain[0], plain[1], plain[1], plain[1]]
 
 
 # --- what it is given ------------------------------------------------------------------------------------------------
