@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import resource
 import shutil
+import struct
 import subprocess
 import sys
-from contextlib import ExitStack
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -108,15 +111,16 @@ def test_the_command_prints_json_and_a_progress_bar_on_a_terminal_alone(states, 
     command = [sys.executable, "-m", "accel_tp_ddp.cli", "merge", "--json", "--model", "2"]
     command += [str(states / "three"), str(tmp_path / "out")]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    with ExitStack() as stack, open(tmp_path / "errors", "w+") as errors:
-        if terminal:
-            reader, writer = pty.openpty()
-            stack.callback(os.close, reader)
-            stack.callback(os.close, writer)
-        told = writer if terminal else errors
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=told, text=True, timeout=300, env=environment)
-        errors.seek(0)
-        said = os.read(reader, 100_000).decode() if terminal else errors.read()
+    reader, writer = pty.openpty() if terminal else os.pipe()
+    if terminal:
+        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # one of no width shows no bar
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=writer, text=True, timeout=300, env=environment)
+    os.close(writer)
+    said = ""
+    with suppress(OSError):  # at the end of a terminal
+        while data := os.read(reader, 4096):
+            said += data.decode(errors="replace")
+    os.close(reader)
     assert done.returncode == 0, said
     result = json.loads(done.stdout)
     assert result["files"] == ["model.safetensors"] and result["kind"] == "MLP" and result["tensors"] == 6
