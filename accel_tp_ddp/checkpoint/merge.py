@@ -119,10 +119,15 @@ def _check_target(target: Path) -> None:
         raise BadInputError(f"{target} exists and is not an empty folder. Give a new folder.")
 
 
+def _hidden(shown: bool) -> bool | None:
+    """For a progress bar: None hides it where the output is no terminal."""
+    return None if shown else True
+
+
 def _verify(place: Path, manifest: Manifest, index: int, progress: bool) -> None:
     own = f"{description_folder(place, index).relative_to(place).as_posix()}/"
     names = [name for name in manifest.files if name.startswith((f"{TENSORS}/", own))]
-    for name in tqdm(names, desc="Comparing checksums", disable=not progress):
+    for name in tqdm(names, desc="Comparing checksums", disable=_hidden(progress)):
         problem = damage_to(place, manifest, [name])
         if problem is not None:
             raise CheckpointError(f"{problem}. Nothing has been merged.")
@@ -178,7 +183,7 @@ class _StoredModel:
     @contextmanager
     def bar(self, shown: bool) -> Iterator[None]:
         """Follow the reading by a progress bar."""
-        with tqdm(total=self.nbytes, desc="Merging", unit="B", unit_scale=True, disable=not shown) as self._bar:
+        with tqdm(total=self.nbytes, desc="Merging", unit="B", unit_scale=True, disable=_hidden(shown)) as self._bar:
             yield
 
     def deferred(self, names: list[str], aliases: dict[str, str]) -> dict[str, Tensor]:

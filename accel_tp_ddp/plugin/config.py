@@ -23,6 +23,7 @@ from .ddp import _adopt_timeout, outlive
 from .replica_view import ReplicaView, current_view, present_replicas
 from .trainer import override_trainers
 from .upstream import check_upstream
+from .watch import hook_watch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -74,6 +75,10 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         control_timeout: Seconds that ranks wait for one another between steps (in `prepare`, saving and loading),
             where the process group is that of GPUs; one of CPU ranks keeps its own timeout. Env
             `ACCEL_TP_DDP_CONTROL_TIMEOUT`, default 3600.
+        watch: Optimizer steps between two reports of tokens a second, MFU, memory and time in collectives: to
+            trackers, Trainer's logs and in a line of the main process; 0: none. Env `ACCEL_TP_DDP_WATCH`, default 0.
+        peak_tflops: What MFU is a share of, in 10^12 operations a second of one device, where its data sheet is not
+            known here. Env `ACCEL_TP_DDP_PEAK_TFLOPS`.
 
     Raises:
         ValueError: If a value is out of range or not available; it says what is allowed.
@@ -89,6 +94,8 @@ class TensorParallelDDPPlugin(ParallelismConfig):
     replica_drift: str | None = field(default=None, kw_only=True)
     async_save: bool | None = field(default=None, kw_only=True)
     control_timeout: int | None = field(default=None, kw_only=True)
+    watch: int | None = field(default=None, kw_only=True)
+    peak_tflops: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         self._as_plain_ddp = False
@@ -129,6 +136,8 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         self.control_timeout = _whole(
             "control_timeout", self.control_timeout, "ACCEL_TP_DDP_CONTROL_TIMEOUT", PATIENCE, least=1
         )
+        self.watch = _whole("watch", self.watch, "ACCEL_TP_DDP_WATCH", 0, least=0)
+        self.peak_tflops = _positive("peak_tflops", self.peak_tflops, "ACCEL_TP_DDP_PEAK_TFLOPS")
         # The base class refuses tensor parallelism with replicas, which is what this plugin is for.
         self.dp_replicate_size: int | None = 1
         super().__post_init__()
@@ -270,6 +279,8 @@ class TensorParallelDDPPlugin(ParallelismConfig):
                 check_upstream()
                 hook_zero1(accelerator, dist.group.WORLD, bool(self.async_save))
                 override_trainers(TensorParallelDDPPlugin)
+        if self.watch:
+            hook_watch(accelerator, self)
 
 
 def _warn_of_hosts(tp_size: int, launched: int) -> None:
@@ -328,6 +339,21 @@ def _whole(name: str, value: Any, variable: str | None, default: int, least: int
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{source} is {value!r}; it has to be a whole number of at least {least}.")
     return value
+
+
+def _positive(name: str, value: Any, variable: str) -> float | None:
+    source = name
+    if value is None and variable in os.environ:
+        source, value = f"{name} (from the environment variable {variable})", os.environ[variable]
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if isinstance(value, bool) or not 0 < number < float("inf"):
+        raise ValueError(f"{source} is {value!r}; it has to be a positive number.")
+    return number
 
 
 def _flag_or_auto(name: str, value: Any, variable: str) -> bool | str:

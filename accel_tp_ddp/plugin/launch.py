@@ -61,6 +61,8 @@ _OPTIONS = {
     "replica_drift": ("ACCEL_TP_DDP_REPLICA_DRIFT", "heal or raise"),
     "async_save": ("ACCEL_TP_DDP_ASYNC_SAVE", "true or false: whether save_state writes in the background"),
     "control_timeout": ("ACCEL_TP_DDP_CONTROL_TIMEOUT", "seconds that ranks wait for one another between steps"),
+    "watch": ("ACCEL_TP_DDP_WATCH", "steps between two reports of tokens a second, MFU and memory; 0: none"),
+    "peak_tflops": ("ACCEL_TP_DDP_PEAK_TFLOPS", "what MFU is a share of, where the GPU is not known"),
 }
 #: Frames above a script's own.
 _NOT_THE_SCRIPT = (__file__, runpy.__file__, "<frozen runpy>", str(Path(__file__).parents[1] / "launch.py"))
@@ -71,7 +73,7 @@ def activate() -> TensorParallelDDPPlugin | None:
     """Give every `Accelerator` made from now on that names no `parallelism_config` this plugin.
 
     Its values come from the environment, as `accelerate launch` sets it. Returns what the accelerators will get, or
-    None, and changes nothing, if the environment asks for neither tensor parallelism nor zero1.
+    None, and changes nothing, if the environment asks for neither tensor parallelism nor zero1 nor watch.
 
     Raises:
         ValueError: If the environment holds a value that the plugin does not take.
@@ -79,7 +81,7 @@ def activate() -> TensorParallelDDPPlugin | None:
     if os.environ.get(_SWITCH, "false").lower() != "true":
         return None
     plugin = TensorParallelDDPPlugin()
-    if plugin.tp_size == 1 and not plugin.zero1:
+    if plugin.tp_size == 1 and not plugin.zero1 and not plugin.watch:
         return None
     # What Accelerate itself instantiates, where the launcher's YAML has a `parallelism_config`.
     accelerate.accelerator.ParallelismConfig = TensorParallelDDPPlugin
@@ -120,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, module, script, args = _parse(argv)
     for name, value in options.items():
         os.environ[_OPTIONS[name][0]] = value
-    if "tp_size" in options or "zero1" in options:
+    if options.keys() & {"tp_size", "zero1", "watch"}:
         os.environ[_SWITCH] = "true"
     try:
         plugin = activate()

@@ -21,7 +21,7 @@ from ..core.upstream import installed_version, release
 from ..loss import fused_heads
 from ..model import full_parameters, methods, peft_methods
 from ..training import gradients, zero1
-from . import accelerator, replica_view, trainer, vllm
+from . import accelerator, replica_view, trainer, vllm, watch
 
 __all__ = ["TABLES", "check_releases", "check_upstream"]
 
@@ -30,6 +30,8 @@ TABLES: dict[str, tuple[Override, ...]] = {
     "Accelerator": accelerator.OVERRIDES,
     "Accelerator with tp_size=1": accelerator.OVERRIDES_WITHOUT_TP,
     "Accelerator with tp_size=1 and zero1": accelerator.OVERRIDES_WITH_ZERO1,
+    "Accelerator with watch": watch.OVERRIDES,
+    "Trainer with watch": watch.OVERRIDES_OF_LOGS,
     "Optimizer with zero1": zero1.OVERRIDES,
     "Accelerate while replicas present themselves as processes": replica_view.OVERRIDES,
     "Modules that call torch.distributed while replicas present themselves as processes": replica_view.MODULES,

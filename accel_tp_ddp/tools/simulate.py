@@ -25,13 +25,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import patch_environment
 from torch import Tensor, nn
-from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, masking_utils
 
 from ..core.agreement import Ranks
 from ..core.errors import BadInputError
+from ..core.flops import flops
 from ..core.override import attributes
 from ..core.randomness import RandomStream
 from ..plugin.config import TensorParallelDDPPlugin
@@ -696,7 +696,8 @@ class _Tally(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 moved += leaf.nbytes
                 dtype = dtype or leaf.dtype
-        self.work[self.phase, _short(dtype) if dtype else "", flops(func, args, kwargs, result), moved] += 1
+        count = flops(func, args, kwargs, result, skips_masked=True)
+        self.work[self.phase, _short(dtype) if dtype else "", count, moved] += 1
 
     def _collective(self, func: Any, args: tuple) -> None:
         name = func._schema.name.split("::")[1]
@@ -745,28 +746,6 @@ def _run_fake(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         low = [arg.to(torch.bfloat16) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
         return func(*low, **kwargs).to(args[0].dtype)
     return func(*args, **kwargs)
-
-
-def flops(func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> int:
-    """Floating-point operations of a kernel as `torch.utils.flop_counter` counts them; 0 if it is no matrix product.
-
-    Attention that is causal is half of that: its kernels leave out the tiles beyond the diagonal.
-    """
-    name = func._schema.name
-    if name == "aten::_grouped_mm":  # each row of one meets one matrix of the other
-        rows, inner = args[0].shape[-2:]
-        groups = args[0].size(0) if args[0].ndim == 3 else 1
-        return 2 * groups * rows * inner * args[1].size(-1)
-    if "_scaled_dot_product" in name:
-        backward = name.endswith("backward")
-        query, key, value = (tensor.shape for tensor in args[backward : backward + 3])
-        whole = flop_counter.sdpa_flop_count(query, key, value)
-        if backward:
-            whole = flop_counter.sdpa_backward_flop_count(args[0].shape, query, key, value)
-        given = {arg.name: value for arg, value in zip(func._schema.arguments, args)} | dict(kwargs)
-        return whole // 2 if given.get("is_causal") else whole
-    formula = flop_counter.flop_registry.get(func._overloadpacket)
-    return formula(*args, **kwargs, out_val=result) if formula else 0
 
 
 @contextmanager

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import resource
 import shutil
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -101,15 +106,25 @@ def test_an_older_state_takes_its_config_from_elsewhere(name, states, tmp_path, 
     assert {file for file in weights if ours[file] != wanted[file]} == set()
 
 
-def test_the_command_prints_json_and_a_progress_bar(states, tmp_path):
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_command_prints_json_and_a_progress_bar_on_a_terminal_alone(states, tmp_path, terminal):
     command = [sys.executable, "-m", "accel_tp_ddp.cli", "merge", "--json", "--model", "2"]
     command += [str(states / "three"), str(tmp_path / "out")]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
-    assert done.returncode == 0, done.stderr
+    reader, writer = pty.openpty() if terminal else os.pipe()
+    if terminal:
+        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # one of no width shows no bar
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=writer, text=True, timeout=300, env=environment)
+    os.close(writer)
+    said = ""
+    with suppress(OSError):  # at the end of a terminal
+        while data := os.read(reader, 4096):
+            said += data.decode(errors="replace")
+    os.close(reader)
+    assert done.returncode == 0, said
     result = json.loads(done.stdout)
     assert result["files"] == ["model.safetensors"] and result["kind"] == "MLP" and result["tensors"] == 6
-    assert "Merging: 100%" in done.stderr
+    assert ("Merging" in said, "Comparing checksums" in said) == (terminal, terminal)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

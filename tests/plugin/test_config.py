@@ -23,6 +23,7 @@ def test_plugin_defaults_are_plain_ddp(environment):
     plugin = TensorParallelDDPPlugin()
     assert (plugin.tp_size, plugin.tp_plan, plugin.replica_check_steps) == (1, "auto", 100)
     assert (plugin.loss_parallel, plugin.sequence_parallel, plugin.zero1) == ("auto", False, False)
+    assert (plugin.watch, plugin.peak_tflops) == (0, None)
 
 
 def test_plugin_reads_what_the_launcher_sets(environment):
@@ -32,11 +33,13 @@ def test_plugin_reads_what_the_launcher_sets(environment):
     environment.setenv("ACCEL_TP_DDP_REPLICA_CHECK_STEPS", "7")
     environment.setenv("ACCEL_TP_DDP_ZERO1", "true")
     environment.setenv("ACCEL_TP_DDP_SEQUENCE_PARALLEL", "true")
+    environment.setenv("ACCEL_TP_DDP_WATCH", "10")
+    environment.setenv("ACCEL_TP_DDP_PEAK_TFLOPS", "989.4")
     plugin = TensorParallelDDPPlugin()
     assert plugin.sequence_parallel and not TensorParallelDDPPlugin(sequence_parallel=False).sequence_parallel
     assert plugin.zero1 and not TensorParallelDDPPlugin(zero1=False).zero1
     assert (plugin.tp_size, plugin.dp_replicate_size, plugin.tp_plan) == (2, 3, "plan.yaml")
-    assert plugin.replica_check_steps == 7
+    assert (plugin.replica_check_steps, plugin.watch, plugin.peak_tflops) == (7, 10, 989.4)
 
 
 def test_arguments_beat_the_environment(environment):
