@@ -104,6 +104,7 @@ def test_what_is_declared_is_imported():
         "recipes": found["recipes"],
         "test": found["tests"] | found["recipes"] | set(COMMANDS),
         "benchmarks": found["benchmarks"],
+        "plot": found["accel_tp_ddp"],
         "docs": {"mkdocs-material", "mkdocstrings"},  # by mkdocs.yml
     }
     requirements = declared()
