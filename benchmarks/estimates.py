@@ -2,6 +2,7 @@
 
     python -m benchmarks.estimates --what pairs [--only NAME]
     python -m benchmarks.estimates --what limits [--only NAME]
+    python -m benchmarks.estimates --what published
 
 `pairs` trains small models on four gloo ranks, or fewer, in layouts and with features, and compares two figures of a
 step with the estimate, which has seen two or three layers of each. Memory: the peak of the process as the kernel keeps
@@ -10,6 +11,8 @@ model has taken steps by then: what libraries load, make once and keep is no mod
 held until the step ends. So that freed memory counts as freed, glibc maps every block of 64 KiB or more by itself.
 Collectives: the bytes that go over each group, counted on the ranks. Exit code 1 where memory is off by more than 5 %,
 or bytes differ at all.
+
+`published` estimates what others have measured on GPUs, and prints both ratios; docs/estimate.md explains differences.
 
 `limits` runs the command, in a process of its own, for each config of `benchmarks/configs`. Exit code 1 where one
 takes more than 60 s or 4 GiB. Seconds are those of the processor, which others on the machine do not change; those of
@@ -248,9 +251,40 @@ def measure_limits(only: str | None) -> bool:
     return passed
 
 
+#: Of Accelerate's PR #4193, GRPO on 8 H100: tokens a second of two replicas of tp 4 over those of one of tp 8.
+QWEN3_14B: dict[str, Any] = {
+    **{"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 5120, "intermediate_size": 17408},
+    **{"num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128},
+    **{"vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": False},
+}
+PUBLISHED = 1.44
+
+
+def compare_published(only: str | None) -> bool:
+    print(
+        f"{'tokens a step and replica':<28}{'tp 4 x dp 2':>14}{'tp 8 x dp 1':>14}{'ratio':>8}{'published':>11}",
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory() as root:
+        path = Path(root) / "qwen3-14b.json"
+        path.write_text(json.dumps(QWEN3_14B))
+        for batch, length in ((1, 512), (1, 2048), (4, 2048)):
+            at = ("--gpus", "8", "--gpu", "h100-80", "--tp", "4", "8")
+            features = ("--precision", "bf16-weights", "--checkpointing")
+            size = ("--micro-batch", str(batch), "--seq-len", str(length))
+            speeds = {
+                row["tp"]: row["tokens_per_second"]
+                for row in run_command("estimate", str(path), *at, *features, *size).found["layouts"]
+            }
+            cells = f"{speeds[4]:>14,.0f}{speeds[8]:>14,.0f}{speeds[4] / speeds[8]:>8.2f}{PUBLISHED:>11.2f}"
+            print(f"{f'{batch} x {length}':<28}{cells}", flush=True)
+    return True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     measures: dict[str, Callable[[str | None], bool]] = {"pairs": compare_pairs, "limits": measure_limits}
+    measures["published"] = compare_published
     parser.add_argument("--what", choices=sorted(measures), required=True)
     parser.add_argument("--only", metavar="NAME", help="how the pair begins, or the config")
     args = parser.parse_args()
