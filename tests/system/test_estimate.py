@@ -357,9 +357,7 @@ def test_without_matplotlib_a_picture_is_one_error_before_anything_is_computed(t
 
 
 def test_a_picture_has_a_bar_for_each_part_of_each_layout(tmp_path):
-    pytest.importorskip("matplotlib")
-    import matplotlib.pyplot as plt
-
+    plt = pytest.importorskip("matplotlib.pyplot")
     parts = {"weights": 2 * 2**30, "logits": 2**29}
     row = {"parts": parts, "needed": 3 * 2**30, "tokens_per_second": 9, "seconds": {}}
     rows = [{**row, "tp": tp, "dp": 4 // tp} for tp in (1, 2)]
