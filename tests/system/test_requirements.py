@@ -79,7 +79,7 @@ def imported(folder: str) -> dict[str, set[str]]:
     [
         ("accel_tp_ddp", ()),
         ("recipes", ("recipes", "benchmarks")),  # a picture is matplotlib's
-        ("tests", ("test",)),
+        ("tests", ("test", "plot")),  # a picture is drawn where there is matplotlib
         ("benchmarks", ("benchmarks",)),
     ],
 )
