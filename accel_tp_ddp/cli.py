@@ -20,6 +20,7 @@ from .tools.doctor import TIMEOUT, as_lines, doctor
 from .tools.estimate import SWITCHES, card_names, estimate
 from .tools.estimate import as_text as estimate_as_text
 from .tools.plan import as_text, show_plan, show_sizes
+from .tools.plots import check_plot, draw_estimate, draw_plan
 from .tools.simulate import PRECISIONS
 from .tools.verify import as_table, verify
 
@@ -69,6 +70,7 @@ def _add_plan(commands: Any) -> None:
     parser = commands.add_parser("plan", help=text, description=f"{text}; without --tp, which sizes there are")
     _add_model(parser, tp="optional")
     parser.add_argument("--infer", action="store_true", help="infer a plan, whatever others there are, as a YAML file")
+    parser.add_argument("--plot", metavar="FILE", help="draw what a rank holds by kind of module, as a PNG")
     parser.set_defaults(run=_plan, text=as_text)
 
 
@@ -76,8 +78,15 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
     if args.tp is None:
         if args.infer:
             raise BadInputError("--infer needs --tp N: a plan is inferred for that many ranks.")
+        if args.plot is not None:
+            raise BadInputError("--plot needs --tp N: what one of so many ranks holds is drawn.")
         return show_sizes(args.model, args.plan, trust_remote_code=args.trust_remote_code)
-    return show_plan(args.model, args.tp, args.plan, infer=args.infer, trust_remote_code=args.trust_remote_code)
+    if args.plot is not None:
+        check_plot(args.plot)
+    found = show_plan(args.model, args.tp, args.plan, infer=args.infer, trust_remote_code=args.trust_remote_code)
+    if args.plot is not None:
+        draw_plan(found, args.plot)
+    return found
 
 
 def _add_estimate(commands: Any) -> None:
@@ -85,7 +94,7 @@ def _add_estimate(commands: Any) -> None:
     parser = commands.add_parser("estimate", help=text, description=text)
     _add_model(parser, tp=None)
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="all GPUs: tp x dp")
-    parser.add_argument("--gpu", metavar="NAME", help=", ".join(card_names()))
+    parser.add_argument("--gpu", metavar="NAME|FILE", help=f"{', '.join(card_names())}; or a card of your own as JSON")
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="of one GPU, if it is another")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="%(default)s; tp stays within")
     parser.add_argument("--links", metavar="GBS,GBS", help="of a GPU, one direction: in its node, to other nodes")
@@ -95,6 +104,7 @@ def _add_estimate(commands: Any) -> None:
     parser.add_argument("--precision", default="bf16", metavar="P", help=f"{', '.join(PRECISIONS)} (%(default)s)")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in the backward")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters of all linear layers")
+    parser.add_argument("--plot", metavar="FILE", help="draw memory by part of every layout, as a PNG")
     for name, what in SWITCHES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=what)
     parser.set_defaults(run=_estimate, text=estimate_as_text)
@@ -102,7 +112,9 @@ def _add_estimate(commands: Any) -> None:
 
 def _estimate(args: argparse.Namespace) -> dict[str, Any]:
     named = ("tp", "seq_len", "micro_batch", "precision", "checkpointing", "lora", "plan", "trust_remote_code")
-    return estimate(
+    if args.plot is not None:
+        check_plot(args.plot)
+    found = estimate(
         args.model,
         args.gpus,
         args.gpu,
@@ -112,6 +124,9 @@ def _estimate(args: argparse.Namespace) -> dict[str, Any]:
         plugin={name: True for name in SWITCHES if getattr(args, name)},
         **{name: getattr(args, name) for name in named},
     )
+    if args.plot is not None:
+        draw_estimate(found, args.plot)
+    return found
 
 
 def _add_model(parser: argparse.ArgumentParser, tp: str | None = "required") -> None:

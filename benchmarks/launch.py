@@ -36,8 +36,10 @@ class Ran:
 
 
 def run_command(command: str, name: str, *arguments: str) -> Ran:
-    """`accel-tp-ddp COMMAND` on the published config of that name, in a process of its own."""
-    line = [sys.executable, "-m", "accel_tp_ddp.cli", command, str(CONFIGS / f"{name}.json"), *arguments, "--json"]
+    """`accel-tp-ddp COMMAND` on the published config of that name, or another model, in a process of its own."""
+    path = CONFIGS / f"{name}.json"
+    model = str(path) if path.exists() else name
+    line = [sys.executable, "-m", "accel_tp_ddp.cli", command, model, *arguments, "--json"]
     begin = time.monotonic()
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None

@@ -426,8 +426,10 @@ class _Run:
             self.memory.name(buffer, "buffers")
 
     def make_state(self) -> None:
-        """The optimizer's state, as a step makes it."""
-        with self.fake:
+        """The optimizer's state, as a step makes it; what zero1 gathers afterwards is of no use here."""
+        with self.fake, ExitStack() as stack:
+            for bucket in (zero1._InPlace, zero1._Rows, zero1._FromOwner):
+                stack.enter_context(attributes(bucket, gather=lambda bucket, group: None))
             for param in self.model.parameters():
                 if param.requires_grad:
                     param.grad = torch.empty_like(param)

@@ -403,12 +403,14 @@ class _Rows:
         length: Of a row.
         size: Number of replicas.
         own: This replica's ranges, each with its place in the row.
-        others: The other replicas' ranges, each with its place in all rows.
+        even: All replicas' ranges of a parameter that is cut in equal parts, a row each, with their place in the rows.
+        others: The other replicas' ranges of other parameters, each with its place in all rows.
     """
 
     length: int
     size: int
     own: list[tuple[Tensor, int]] = field(default_factory=list)
+    even: list[tuple[Tensor, int]] = field(default_factory=list)
     others: list[tuple[Tensor, int]] = field(default_factory=list)
     like: Tensor | None = None
 
@@ -418,6 +420,8 @@ class _Rows:
         _copy([row[place : place + view.numel()] for view, place in self.own], [view for view, _ in self.own])
         rows = row.new_empty(self.size * self.length)
         gather_into(rows, row, group)
+        table = rows.view(self.size, self.length)
+        _copy([view for view, _ in self.even], [table[:, place : place + view.size(1)] for view, place in self.even])
         _copy([view for view, _ in self.others], [rows[place : place + view.numel()] for view, place in self.others])
 
 
@@ -498,6 +502,12 @@ def _row_of(ranges: list[tuple[Tensor, int, int]], rank: int, size: int) -> _Row
     place = 0
     for flat, offset, part in ranges:
         step = FlatShard.step(flat.numel(), size)
+        if step * size == flat.numel():  # one copy in place of one for each replica
+            view = flat.view(size, step)[:, offset : offset + part]
+            bucket.own.append((view[rank], place))
+            bucket.even.append((view, place))
+            place += part
+            continue
         for replica in range(size):
             start = replica * step + offset
             view = flat[start : min(start + part, (replica + 1) * step)]  # the last replicas may have less

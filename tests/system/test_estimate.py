@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from accel_tp_ddp.cli import main
-from accel_tp_ddp.tools.estimate import card_names
+from accel_tp_ddp.core.errors import BadInputError
+from accel_tp_ddp.tools import plots
+from accel_tp_ddp.tools.estimate import card_names, layouts
 from accel_tp_ddp.tools.estimate.cards import card, with_links
 from accel_tp_ddp.tools.estimate.depths import Depth, Model
 from accel_tp_ddp.tools.estimate.duration import duration, send_time
@@ -159,6 +163,28 @@ def test_reducing_gradients_shows_where_it_takes_longer_than_the_backward():
         assert at.exposed == pytest.approx(max(one, 4 * one - 1))
 
 
+#: A row of `cards.json` with figures of its own, as `python -m benchmarks.calibrated` measures it.
+OWN = {
+    **{"name": "own", "memory_mib": 1024, "bf16_tflops": 0.02, "fp32_tflops": 0.01, "memory_gbs": 8},
+    **{"link_gbs": 2, "network_gbs": 1, "source": "measured"},
+    "achieved": {"matmul": 1, "memory": 1, "links": 1, "launch_us": 20, "start_us": 300},
+}
+
+
+def test_on_cpu_ranks_nothing_runs_beside_something_else(tmp_path):
+    path = tmp_path / "own.json"
+    backward = Work("backward", "float32", 10**9, 0, 4)  # 0.1 s each
+    row = Collective("all_reduce", "float32", 10**8, "dp", "backward", 2)  # 0.05 s each, and a start
+    step = Extended(Memory(), "", Memory(), (backward,), (row,))
+    path.write_text(json.dumps({**OWN, "apart": False}))
+    took = duration(step, card(str(path)), 1, 2, 8)
+    assert took.backward == pytest.approx(0.4 + 4 * 20e-6) and took.bound == "compute"
+    assert took.exposed == took.dp == pytest.approx(2 * (0.05 + 300e-6))
+    path.write_text(json.dumps(OWN))
+    beside = duration(step, card(str(path)), 1, 2, 8)
+    assert beside.backward == pytest.approx(0.4) and beside.exposed == pytest.approx(0.05 + 300e-6)
+
+
 def test_every_card_names_its_sources():
     assert len(card_names()) >= 7
     for name in card_names():
@@ -211,6 +237,45 @@ def test_where_nothing_fits_it_is_said_what_would(tmp_path):
     assert again["fits"] and again["needed"] == made["--loss-parallel"]["needed"]
 
 
+def answered_where_switches_do_not_go_together(*arguments: str):
+    """As if loss parallel and sequence parallel were refused together, as other switches may be."""
+    stock = layouts._Estimate._step
+
+    def step(self, request, tp, dp):
+        if request.plugin.get("loss_parallel") and request.plugin.get("sequence_parallel"):
+            raise BadInputError("loss_parallel and sequence_parallel do not go together.")
+        return stock(self, request, tp, dp)
+
+    with mock.patch.object(layouts._Estimate, "_step", step):
+        return answered(*arguments)
+
+
+def test_a_combination_of_switches_that_is_refused_is_left_out_of_the_advice(tmp_path):
+    path = written(tmp_path, LLAMA)
+    arguments = (path, "--gpus", "2", "--tp", "2", "--seq-len", "64", "--gpu-memory", "0.1", "--json")
+    ((code, out, err),) = run_on_ranks(answered_where_switches_do_not_go_together, 1, *arguments)
+    assert code == 0, err
+    changes = [row["change"] for row in json.loads(out)["switches"]]
+    assert {"--loss-parallel", "--sequence-parallel"} <= set(changes)
+    assert not any("--loss-parallel" in change and "--sequence-parallel" in change for change in changes)
+
+
+@pytest.mark.parametrize(
+    ("switches", "says"),
+    [
+        (["--loss-parallel"], "the plan spreads no output layer of this LlamaForCausalLM"),
+        (["--loss-parallel", "--lora", "4"], "the plan spreads no output layer of this"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_switches_that_the_plan_does_not_go_with_are_one_line(switches, says, tmp_path):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("lm_head: replicate\n")
+    arguments = (written(tmp_path, LLAMA), "--gpus", "2", "--tp", "2", "--gpu-memory", "24", "--plan", str(plan))
+    ((code, out, err),) = run_on_ranks(answered, 1, *arguments, "--seq-len", "16", *switches)
+    assert code == 2 and out == "" and err.count("\n") == 1 and says in err
+
+
 def test_a_size_that_the_model_does_not_allow_is_refused_with_why(tmp_path):
     path = written(tmp_path, {**LLAMA, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2})
     found = ask(path, "--gpus", "4", "--gpu", "a100-80", "--seq-len", "16")
@@ -245,12 +310,19 @@ def test_what_the_documentation_shows_is_what_is_printed(monkeypatch):
         (["--gpus", "8", "--gpu-memory", "24", "--tp", "2", "--plan", "none.yaml"], "there is no file"),
         (["--gpus", "16", "--gpu", "h100-80", "--tp", "16"], "allows none of the tensor-parallel sizes 16"),
         (["--gpu", "h100-80"], "--gpus"),
+        (["--gpus", "two", "--gpu", "h100-80"], "invalid int value: 'two'"),
+        (["--gpus", "8", "--gpu", "h100-80", "--lora", "-1"], "--lora is -1; give 0 or more"),
+        (["--gpus", "8", "--gpu", "h100-80", "--tp", "0"], "--tp 0 does not divide the 8 GPUs"),
+        (["--gpus", "8", "--gpu", "none.json"], "--gpu none.json cannot be read as JSON: No such file"),
+        (["--gpus", "8", "--gpu", "{path}"], "memory_mib is None; give a number above 0. It needs memory_mib, "),
+        (["--gpus", "8", "--gpu", "h100-80", "--plot", "bars.svg"], "--plot is bars.svg; give a file that ends with"),
+        (["--gpus", "8", "--gpu", "h100-80", "--plot", "no/bars.png"], "there is no folder no. Make it"),
     ],
     ids=lambda value: None if isinstance(value, list) else value[:24],
 )
 def test_bad_input_is_exit_code_2_and_one_line(arguments, says, tmp_path, capsys):
     path = written(tmp_path, LLAMA)
-    assert main(["estimate", path, *arguments]) == 2
+    assert main(["estimate", path, *(each.format(path=path) for each in arguments)]) == 2
     told = capsys.readouterr()
     assert told.out == "" and told.err.count("\n") == 1
     assert told.err.startswith("accel-tp-ddp: ") and says in told.err
@@ -260,3 +332,41 @@ def test_a_model_without_labels_is_refused(tmp_path, capsys):
     path = written(tmp_path, {**LLAMA, "architectures": ["LlamaModel"]})
     assert main(["estimate", path, "--gpus", "2", "--gpu-memory", "24"]) == 2
     assert "takes no `labels`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("values", [{"link_gbs": 0}, {"achieved": {"matmul": "much"}}, [1], {"apart": 1}], ids=str)
+def test_a_card_of_ones_own_that_is_wrong_is_one_line(values, tmp_path, capsys):
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({**OWN, **values} if isinstance(values, dict) else values))
+    assert main(["estimate", written(tmp_path, LLAMA), "--gpus", "2", "--gpu", str(own)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"--gpu {own}: " in told and " is " in told
+
+
+# ----------------------------------------------------------------------------------------------------- the picture
+
+
+def test_without_matplotlib_a_picture_is_one_error_before_anything_is_computed(tmp_path, monkeypatch, capsys):
+    stock = importlib.util.find_spec
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else stock(name))
+    picture = str(tmp_path / "bars.png")
+    for arguments in (["estimate", "none", "--gpus", "8", "--gpu", "h100-80"], ["plan", "none", "--tp", "2"]):
+        assert main([*arguments, "--plot", picture]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "--plot needs matplotlib. Run `pip install matplotlib`" in told
+
+
+def test_a_picture_has_a_bar_for_each_part_of_each_layout(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    parts = {"weights": 2 * 2**30, "logits": 2**29}
+    row = {"parts": parts, "needed": 3 * 2**30, "tokens_per_second": 9, "seconds": {}}
+    rows = [{**row, "tp": tp, "dp": 4 // tp} for tp in (1, 2)]
+    request = {"memory": 2**31, "card": "own", "gpus": 4, "micro_batch": 1, "seq_len": 8, "precision": "bf16"}
+    drawn = []
+    with mock.patch.object(plt, "close", drawn.append):
+        plots.draw_estimate({"model": "Any", "layouts": rows, "request": request}, str(tmp_path / "bars.png"))
+    (axis,) = drawn[0].axes
+    widths = [bar.get_width() for bar in axis.patches]
+    assert widths == [2, 2, 0.5, 0.5, 0.5, 0.5]  # weights, logits, and what else is needed
+    assert [line.get_xdata()[0] for line in axis.lines] == [2]
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")

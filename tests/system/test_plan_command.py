@@ -18,6 +18,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from accel_tp_ddp import parallelize, resolve_plan
 from accel_tp_ddp.cli import main
+from accel_tp_ddp.tools.plots import by_kind
 from accel_tp_ddp.tools.tree import as_tree, ranges, totals, walk
 
 from ..helpers.models import build_config, build_model
@@ -239,6 +240,16 @@ def test_a_published_config_has_the_parameters_that_its_card_states(name, capsys
     assert found["totals"]["share"] == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3", "gemma-3-27b"])
+def test_what_is_drawn_by_kind_of_module_is_all_that_a_rank_holds(name, capsys):
+    found = answer(capsys, CONFIGS / f"{name}.json", "--tp", "8")
+    kinds = by_kind(found["tree"])
+    assert sum(sum(sizes.values()) for sizes in kinds.values()) == found["totals"]["ranks"][0]["bytes"]
+    assert sum(sizes["replicated"] for sizes in kinds.values()) == found["totals"]["replicated"]
+    assert {"embedding", "norms", "attention", "MLP, experts"} <= kinds.keys()
+    assert kinds["norms"]["sharded"] == 0 and kinds["MLP, experts"]["sharded"] > kinds["attention"]["sharded"] > 0
+
+
 def test_every_published_config_is_tried():
     assert {path.stem for path in CONFIGS.glob("*.json")} == STATED.keys()
 
@@ -312,6 +323,8 @@ def test_a_config_of_405_billion_parameters_keeps_to_the_limits_of_the_benchmark
         (["{small}", "--infer"], "--infer needs --tp"),
         (["{folder}/planless.json", "--tp", "2"], "Give --infer"),
         (["{folder}/planless.json"], "Give --infer"),
+        (["{small}", "--plot", "{folder}/plan.png"], "--plot needs --tp N"),
+        (["{small}", "--tp", "2", "--plot", "{folder}/plan.svg"], "give a file that ends with .png"),
     ],
 )
 def test_bad_input_is_exit_code_2_and_one_line(arguments, says, small, tmp_path, capsys):

@@ -79,7 +79,7 @@ def imported(folder: str) -> dict[str, set[str]]:
     [
         ("accel_tp_ddp", ()),
         ("recipes", ("recipes", "benchmarks")),  # a picture is matplotlib's
-        ("tests", ("test",)),
+        ("tests", ("test", "plot")),  # a picture is drawn where there is matplotlib
         ("benchmarks", ("benchmarks",)),
     ],
 )
@@ -104,6 +104,7 @@ def test_what_is_declared_is_imported():
         "recipes": found["recipes"],
         "test": found["tests"] | found["recipes"] | set(COMMANDS),
         "benchmarks": found["benchmarks"],
+        "plot": found["accel_tp_ddp"],
         "docs": {"mkdocs-material", "mkdocstrings"},  # by mkdocs.yml
     }
     requirements = declared()

@@ -62,6 +62,8 @@ def train_in_small_buckets(spec):
         with mock.patch.object(zero1, "_buckets", lambda *args: kinds.extend(made := list(stock(*args))) or made):
             record = with_zero1(train, spec)
         assert {type(bucket).__name__ for bucket in kinds} == {"_InPlace", "_Rows"} and len(kinds) > 20
+        rows = [bucket for bucket in kinds if isinstance(bucket, zero1._Rows)]
+        assert any(bucket.even for bucket in rows)
         return record
 
 

@@ -1,8 +1,12 @@
-"""GPUs as data: `cards.json` has what their data sheets state, and where from."""
+"""GPUs as data: `cards.json` has what their data sheets state, and where from; a file of one's own may have others.
+
+Such a file is one row of `cards.json`, with its own `achieved`. Ranks on the CPU are a card too, with `apart` false.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -28,6 +32,9 @@ class Card:
         network: To other nodes, in one direction, of this device's share.
         matmul, memory_share, links: Which shares of those are reached.
         launch: Seconds in which the host launches a kernel.
+        start: Seconds until a collective's first bytes arrive, in a node.
+        apart: Whether kernels run beside the host that launches them, and beside collectives of the replicas. On CPU
+            ranks, which are their own host, all take turns.
         source: Where this is from.
     """
 
@@ -42,6 +49,8 @@ class Card:
     memory_share: float
     links: float
     launch: float
+    start: float
+    apart: bool = True
     source: str = ""
 
     def peak(self, dtype: str) -> float:
@@ -59,24 +68,52 @@ def card_names() -> list[str]:
 
 
 def card(name: str) -> Card:
-    """The card of that name.
+    """The card of that name, or of a file that ends with `.json`.
 
     Raises:
-        BadInputError: If there is none.
+        BadInputError: If there is none, or the file does not tell all that a card has.
     """
-    data, reached = _data(), _data()["achieved"]
+    data = _data()
+    if name.endswith(".json"):
+        return _of_file(name)
     if name not in data["cards"]:
         raise BadInputError(
-            f"--gpu {name} is not known.{nearest(name, data['cards'])} Give one of {', '.join(data['cards'])}, or "
-            "--gpu-memory GiB."
+            f"--gpu {name} is not known.{nearest(name, data['cards'])} Give one of {', '.join(data['cards'])}, a file "
+            "of your own that ends with .json, or --gpu-memory GiB."
         )
-    row = data["cards"][name]
+    return _made(name, data["cards"][name], data["achieved"])
+
+
+def _of_file(path: str) -> Card:
+    try:
+        row = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        raise BadInputError(f"--gpu {path} cannot be read as JSON: {said}. {_FORMAT}") from error
+    reached = {**_data()["achieved"], **row.get("achieved", {})} if isinstance(row, dict) else {}
+    for values, names in ((row, _OF_CARD), (reached, _OF_REACHED)):
+        for name in names:
+            value = values.get(name) if isinstance(values, dict) else None
+            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise BadInputError(f"--gpu {path}: {name} is {value!r}; give a number above 0. {_FORMAT}")
+    if not isinstance(row.get("apart", True), bool):
+        raise BadInputError(f"--gpu {path}: apart is {row['apart']!r}; give true or false.")
+    return _made(str(row.get("name", Path(path).stem)), row, reached)
+
+
+_OF_CARD = ("memory_mib", "bf16_tflops", "fp32_tflops", "memory_gbs", "link_gbs", "network_gbs")
+_OF_REACHED = ("matmul", "memory", "links", "launch_us", "start_us")
+_FORMAT = f"It needs {', '.join(_OF_CARD)}, and may have achieved: {', '.join(_OF_REACHED)}."
+
+
+def _made(name: str, row: Mapping[str, Any], reached: Mapping[str, Any]) -> Card:
     return Card(
         **{"name": name, "memory": row["memory_mib"] * 2**20, "bandwidth": row["memory_gbs"] * GB},
         **{"bf16": row["bf16_tflops"] * 1e12, "fp32": row["fp32_tflops"] * 1e12},
-        **{"link": row["link_gbs"] * GB, "network": row["network_gbs"] * GB, "source": row["source"]},
+        **{"link": row["link_gbs"] * GB, "network": row["network_gbs"] * GB, "source": row.get("source", "")},
         **{"matmul": reached["matmul"], "memory_share": reached["memory"], "links": reached["links"]},
-        launch=reached["launch_us"] * 1e-6,
+        **{"launch": reached["launch_us"] * 1e-6, "start": reached["start_us"] * 1e-6},
+        apart=row.get("apart", True),
     )
 
 

@@ -3,13 +3,15 @@
 * A kernel takes the longer of its floating-point operations at the reached peak and its bytes at the reached bandwidth
   (the roofline of Williams, Waterman and Patterson, CACM 52(4), 2009). Bytes are those of its inputs and outputs, each
   once: kernels are not fused, as they are not in an eager model.
-* Python launches kernels one by one: a phase takes at least its number of kernels times the time of a launch.
+* Python launches kernels one by one: a phase takes at least its number of kernels times the time of a launch; on CPU
+  ranks, which are not apart from their host, these add up.
 * A collective of n ranks takes what a ring does (Thakur, Rabenseifner and Gropp, IJHPCA 19(1), 2005, and nccl-tests,
   doc/PERFORMANCE.md): an all-reduce 2 (n - 1) / n of its bytes at the reached bandwidth of the slowest link, gathering
   and scattering (n - 1) / n of the joined bytes, a broadcast all of them. Each costs a start besides.
 * Tensor-parallel collectives are waited for: none overlaps. The tensor-parallel ranks are within a node.
 * The replicas' all-reduces of gradients overlap with the backward (Li et al., PVLDB 13(12), 2020): what is longer
-  than the backward shows, and the last bucket always does. All-gathers of zero1 come after the step and show.
+  than the backward shows, and the last bucket always does; on CPU ranks all of it, as it takes the same cores.
+  All-gathers of zero1 come after the step and show.
 * Each rank has an adapter of its own to the network, and a group over nodes uses those of all its ranks in a node, as
   NCCL does with a ring for each.
 
@@ -27,8 +29,6 @@ from .cards import Card
 from .extend import Extended
 
 __all__ = ["Duration", "duration", "send_time"]
-
-_START = 10e-6  # seconds until a collective's first bytes arrive, in a node; between nodes twice that
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,12 @@ def duration(step: Extended, card: Card, tp: int, dp: int, per_node: int) -> Dur
     phases, bounds = {}, {"compute": 0.0, "memory": 0.0, "launches": 0.0}
     for phase in ("forward", "backward", "clip", "step"):
         compute, memory, launches = _kernels([row for row in step.work if row.phase == phase], card)
-        phases[phase] = max(compute + memory, launches)
-        for name, seconds in (("compute", compute), ("memory", memory)):
-            bounds[name] += seconds if compute + memory >= launches else 0.0
-        bounds["launches"] += launches if launches > compute + memory else 0.0
+        kernels = compute + memory
+        if card.apart:
+            compute, memory, launches = (0.0, 0.0, launches) if launches > kernels else (compute, memory, 0.0)
+        phases[phase] = compute + memory + launches
+        for name, seconds in (("compute", compute), ("memory", memory), ("launches", launches)):
+            bounds[name] += seconds
     inside = [row for row in step.collectives if row.group == "tp"]
     between = [row for row in step.collectives if row.group != "tp"]
     reduced = [row for row in between if row.phase == "backward"]
@@ -79,7 +81,7 @@ def duration(step: Extended, card: Card, tp: int, dp: int, per_node: int) -> Dur
         optimizer=phases["clip"] + phases["step"],
         tp=sum(send_time(row, tp, card, per_node if tp > per_node else 0) * row.count for row in inside),
         dp=overlapped + later,
-        exposed=max(overlapped - phases["backward"], overlapped / number) + later,
+        exposed=(max(overlapped - phases["backward"], overlapped / number) if card.apart else overlapped) + later,
         flops=sum(row.flops * row.count for row in step.work),
         bound=max(bounds, key=lambda name: bounds[name]),
     )
@@ -100,7 +102,10 @@ def _kernels(rows: Iterable[Work], card: Card) -> tuple[float, float, float]:
 
 
 def send_time(row: Collective, ranks: int, card: Card, adapters: int = 0) -> float:
-    """Seconds of one collective; `adapters`: of its ranks in one node, where they are in several."""
+    """Seconds of one collective; `adapters`: of its ranks in one node, where they are in several.
+
+    Between nodes the first bytes take twice as long to arrive.
+    """
     if ranks == 1:
         return 0.0
     share = (ranks - 1) / ranks
@@ -109,4 +114,4 @@ def send_time(row: Collective, ranks: int, card: Card, adapters: int = 0) -> flo
     elif row.kind.startswith("broadcast"):
         share = 1.0
     bandwidth = (min(card.link, card.network * adapters) if adapters else card.link) * card.links
-    return share * row.bytes / bandwidth + _START * (2 if adapters else 1)
+    return share * row.bytes / bandwidth + card.start * (2 if adapters else 1)

@@ -203,12 +203,13 @@ class _Estimate:
         )
         model = self.model
         model.lora = request.lora
-        traces = [self._trace(model, depth, setting, request) for depth in model.depths()]
-        if traces[0].without_gradient and not model.frozen:
-            model.freeze(traces[0].without_gradient)
-            traces = [self._trace(model, depth, setting, request) for depth in model.depths()]
-        times = [depth.times for depth in model.depths()]
-        return extended(traces[0], list(zip(traces[1:], times[1:])))
+        least, *deeper = model.depths()
+        first = self._trace(model, least, setting, request)
+        if first.without_gradient and not model.frozen:
+            model.freeze(first.without_gradient)
+            least, *deeper = model.depths()
+            first = self._trace(model, least, setting, request)
+        return extended(first, [(self._trace(model, depth, setting, request), depth.times) for depth in deeper])
 
     def _trace(self, model: Model, depth: Depth, setting: Setting, request: Request) -> Trace:
         dtype = torch.bfloat16 if setting.precision == "bf16-weights" else torch.float32
