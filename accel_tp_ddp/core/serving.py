@@ -393,9 +393,13 @@ def reach(mesh: DeviceMesh) -> None:
 @atexit.register
 def _at_exit() -> None:
     """A script may end on the others while the main process is still saving, and it may be the last thing it does."""
-    if _service is not None:
-        _service.linger()
-    stop_serving()
+    if _service is None:
+        return
+    _service.linger()
+    # In a thread of its own: where the host of the store cannot be reached any more, its client waits without end.
+    ending = threading.Thread(target=stop_serving, name="accel_tp_ddp ending", daemon=True)
+    ending.start()
+    ending.join(2 * _MARGIN)
 
 
 def stop_serving() -> None:

@@ -69,6 +69,16 @@ class Hosts:
         for name in (*self.names, self.switch):
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
+    def cut(self, number: int) -> None:
+        """Take a host's cable out: what is under way to it and from it gets no answer, and no refusal either."""
+        _ip("-n", self.switch, "link", "set", f"port{number}", "down")
+
+    def command_lines(self, number: int) -> list[str]:
+        """Of the processes of a host."""
+        found = subprocess.run(["ip", "netns", "pids", self.names[number]], capture_output=True, text=True)
+        files = [Path("/proc", pid, "cmdline") for pid in found.stdout.split()]
+        return [file.read_bytes().replace(b"\0", b" ").decode() for file in files if file.exists()]
+
     def start(self, number: int, *words: str, cwd: Path, **environment: str) -> subprocess.Popen:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "PARALLELISM_CONFIG_"))}
         own = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}

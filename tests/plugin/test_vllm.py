@@ -326,8 +326,13 @@ def folder_with_model(tmp_path):
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
-@pytest.mark.parametrize("mode, size", [("colocate", 1), ("colocate", 2), ("server", 1)])
+IN_CI = ("colocate", 2, "GRPO"), ("server", 1, "RLOO")
+ELSEWHERE = ("colocate", 1, "GRPO"), ("colocate", 1, "RLOO"), ("colocate", 2, "RLOO"), ("server", 1, "GRPO")
+
+
+@pytest.mark.parametrize(
+    "mode, size, kind", [*IN_CI, *(pytest.param(*case, marks=pytest.mark.slow) for case in ELSEWHERE)]
+)
 def test_a_run_is_that_of_plain_ddp(kind, mode, size, folder_with_model):
     plain = run_on_ranks(train, 2, kind, mode, None, 1, folder_with_model)
     ours = run_on_ranks(train, 4, kind, mode, 2, size, folder_with_model)

@@ -3,15 +3,16 @@
 At STEP, in the first attempt, the last rank damages the newest checkpoint and kills itself.
 """
 
+import argparse
 import json
 import os
 import signal
-import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from torch import nn
 
 from accel_tp_ddp import TensorParallelDDPPlugin, wait_for_save
@@ -33,7 +34,9 @@ class Model(nn.Module):
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def train(folder: str, killed_at: int = -1, async_save: bool = False) -> None:
+def train(
+    folder: str, killed_at: int = -1, async_save: bool = False, steps: int = STEPS, timeout: int | None = None
+) -> None:
     """Writes the losses by step, line by line, to `losses.jsonl` in `folder`."""
     set_seed(0)
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -42,10 +45,17 @@ def train(folder: str, killed_at: int = -1, async_save: bool = False) -> None:
     )
     config = ProjectConfiguration(project_dir=folder, automatic_checkpoint_naming=True, total_limit=2)
     loading = DataLoaderConfiguration(use_seedable_sampler=True)  # so that the order of the samples resumes, too
-    accelerator = Accelerator(cpu=True, parallelism_config=plugin, project_config=config, dataloader_config=loading)
+    settings = [] if timeout is None else [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]
+    accelerator = Accelerator(
+        cpu=True,
+        parallelism_config=plugin,
+        project_config=config,
+        dataloader_config=loading,
+        kwargs_handlers=settings,
+    )
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    data = torch.randint(0, 31, (STEPS * 4, 12), generator=torch.Generator().manual_seed(1))
+    data = torch.randint(0, 31, (steps * 4, 12), generator=torch.Generator().manual_seed(1))
     loader = torch.utils.data.DataLoader(data, batch_size=2, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
@@ -75,5 +85,12 @@ def train(folder: str, killed_at: int = -1, async_save: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    train(sys.argv[1], *map(int, sys.argv[2:3]), async_save=sys.argv[3:] == ["async"])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("killed_at", type=int, nargs="?", default=-1)
+    parser.add_argument("behind", choices=("sync", "async"), nargs="?", default="sync")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--timeout", type=int, help="seconds of the process group")
+    args = parser.parse_args()
+    train(args.folder, args.killed_at, args.behind == "async", args.steps, args.timeout)
     PartialState().destroy_process_group()

@@ -1,6 +1,8 @@
 """`accelerate launch` over hosts made of network namespaces: each its own address, real gloo between them."""
 
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -10,6 +12,8 @@ from safetensors.torch import load_file
 
 from ..helpers.compare import assert_tensors_close
 from ..helpers.hosts import CAN_MAKE_HOSTS, ROOT, Hosts
+from ..helpers.ranks import run_on_ranks
+from ..scripts.elastic import STEPS, train
 
 pytestmark = pytest.mark.skipif(not CAN_MAKE_HOSTS, reason="network namespaces need root, and iproute2")
 
@@ -92,3 +96,79 @@ def test_replicas_on_several_hosts_train_as_plain_ddp_does(count, tmp_path):
             name
         )
     assert_tensors_close(own_weights, weights, 1e-3)
+
+
+def torchrun(hosts, folder, number, *script, restarts=0):
+    """torchrun's launch line on one of two hosts, two ranks on each; see docs/hosts.md."""
+    line = ("--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29512")
+    # The host's name is no address of a namespace, so torchrun is told who keeps the store, and each its address.
+    address = ("--local-addr", hosts.addresses[number], "--rdzv-conf", f"is_host={int(number == 0)}")
+    environment = {"GLOO_SOCKET_IFNAME": "eth0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return hosts.start(
+        number,
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *line,
+        *address,
+        "--max-restarts",
+        str(restarts),
+        *script,
+        cwd=folder,
+        **environment,
+    )
+
+
+def rows(folder):
+    return [json.loads(line) for line in Path(folder, "losses.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_over_hosts_is_restarted_and_resumes_when_a_rank_is_killed(tmp_path):
+    alone, folder = tmp_path / "alone", tmp_path / "hosts"
+    alone.mkdir(), folder.mkdir()
+    run_on_ranks(train, 4, str(alone))
+    script = (str(ROOT / "tests/scripts/elastic.py"), str(folder), "4")
+    with Hosts(2) as hosts:
+        started = [torchrun(hosts, folder, number, *script, restarts=2) for number in range(2)]
+        outputs = [process.communicate(timeout=280)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)[-5000:]
+    # Killed before step 4, with the newest state damaged: step 3 is done again.
+    assert [row["step"] for row in rows(folder)] == [0, 1, 2, 3, *range(3, STEPS)]
+    assert "load_state passes over a damaged checkpoint" in outputs[0]
+    losses = {row["step"]: row["loss"] for row in rows(folder)}  # of steps that were done twice the second
+    assert [losses[step] for step in range(STEPS)] == pytest.approx([row["loss"] for row in rows(alone)], rel=2e-4)
+
+
+@pytest.mark.slow
+def test_a_link_that_is_cut_ends_the_ranks_of_every_host(tmp_path):
+    """After the group's timeout of 15 s: nothing tells a rank that another host cannot be reached any more.
+
+    torchrun's agent on the host that has lost the store waits until TCP gives up, a quarter of an hour: not ours.
+    """
+    script = (str(ROOT / "tests/scripts/elastic.py"), str(tmp_path), "--timeout", "15", "--steps", "1000")
+    with Hosts(2) as hosts:
+        started = [torchrun(hosts, tmp_path, number, *script) for number in range(2)]
+        assert within(120, (tmp_path / "losses.jsonl").exists), "no step was made"
+        hosts.cut(1)
+        outputs = [started[0].communicate(timeout=120)[0]]
+        assert started[0].returncode not in (0, None)
+        assert within(60, lambda: not ranks_of(hosts, 1))
+        os.killpg(started[1].pid, signal.SIGKILL)
+        outputs.append(started[1].communicate()[0])
+    for output in outputs:
+        assert "Timed out waiting 15000ms" in output, output[-5000:]
+
+
+def ranks_of(hosts, number):
+    return [line for line in hosts.command_lines(number) if "torch.distributed.run" not in line]
+
+
+def within(seconds, condition):
+    """Whether a condition becomes true in so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True

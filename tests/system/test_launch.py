@@ -148,7 +148,9 @@ def test_accelerates_own_tests_pass_at_tp2_dp2(script, tmp_path):
     launch(tmp_path, TP2_DP2, SCRIPTS / "shipped.py", script)
 
 
-@pytest.mark.parametrize("script", ["test_script", "test_sync", "test_ops"])
+@pytest.mark.parametrize(
+    "script", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("test_script", "test_sync")), "test_ops"]
+)
 def test_accelerates_own_tests_pass_with_the_plugin_at_tp_size_1(script, tmp_path):
     config = YAML.format(processes=2) + SIZES.format(tp=1, dp=2)
     launch(tmp_path, config, SCRIPTS / "shipped.py", script)
