@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.fx_passes.micro_pipeline_tp import find_all_gather_patterns, find_reduce_scatter_patterns
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
@@ -74,6 +75,30 @@ def test_with_the_sequence_spread_there_are_as_many_graphs_for_any_number_of_lay
     """The first layer's and the others', each with its hooks, which are compiled as functions of their own."""
     few, many = (run_on_ranks(graphs_by_layer, 1, "llama", {}, layers, sequence_parallel=True) for layers in (3, 6))
     assert few == many
+
+
+def found_by_async_tp():
+    """Collectives of a compiled layer's graphs, forward and backward, and how many torch's pass for async-TP knows."""
+    counts = []
+
+    def look(graph):
+        names = [str(node.target) for node in graph.nodes]
+        there = [sum(kind in name for name in names) for kind in ("all_gather_into_tensor", "reduce_scatter_tensor")]
+        known = [find_all_gather_patterns(graph), find_reduce_scatter_patterns(graph)]
+        counts.append((there, [len(each) for each in known]))
+
+    torch._dynamo.reset()
+    with fake_tp() as mesh, torch._inductor.config.patch(post_grad_custom_post_pass=look, fx_graph_cache=False):
+        model = sharded(build_model("llama", layers=1, use_cache=False), mesh, sequence_parallel=True)
+        torch.compile(model)(**batch()).loss.backward()
+    return counts
+
+
+@pytest.mark.slow
+def test_collectives_of_a_spread_sequence_have_the_form_that_async_tp_looks_for():
+    ((forward, backward),) = run_on_ranks(found_by_async_tp, 1)
+    for there, known in (forward, backward):
+        assert there == known and there[0] >= 2 and there[1] == 2
 
 
 def both_ways(name, **config):
