@@ -38,6 +38,11 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from .control import first_object
 from .layout import Shared
 
+try:
+    from torch._C._autograd import CreationMeta, _set_creation_meta
+except ImportError:  # it is torch's own, for meta tensors: another release may not have it
+    _set_creation_meta = None  # type: ignore[assignment]
+
 __all__ = [
     "ABSENT",
     "add_share",
@@ -334,9 +339,11 @@ class _CopyToTP(torch.autograd.Function):
 
 def _copy_one_to_tp(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
     """`_CopyToTP` of one tensor: a view and a hook on its node, in less of the host's time than a function takes."""
-    if is_compiling():
+    if is_compiling() or _set_creation_meta is None:
         return _CopyToTP.apply(mesh, (None,), tensor)[0]
     copy = tensor.view_as(tensor)
+    # So that it cannot be changed in place, as what a function returns: its node, and so the hook, would be gone.
+    _set_creation_meta(copy, CreationMeta.IN_CUSTOM_FUNCTION)
     assert copy.grad_fn is not None, "gradients are on, and the tensor requires one"
     copy.grad_fn.register_prehook(partial(_sum_gradient, mesh))
     return copy
