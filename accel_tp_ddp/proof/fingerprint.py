@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Iterator, Mapping
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -171,6 +171,10 @@ class _Description:
             self.sources.add_function(value)
             closed = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
             return f"{value.__module__}.{value.__qualname__}{self._spell_all(closed, around) if closed else ''}"
+        if id(value) in self._configs:
+            return "a config of the model"
+        if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+            return f"method {self._spell(value.__func__, around)}"
         if id(value) in around or isinstance(value, (torch.Tensor, nn.Module)):
             return self._cannot_tell(value)
         around = (*around, id(value))

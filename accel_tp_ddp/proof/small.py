@@ -31,6 +31,7 @@ from ..plans.peft import adapted_model
 from ..plans.plan import Plan, resolve_plan, unplanned
 from ..plans.rules import InferredPlan, PlanLike, load_plan
 from .fingerprint import describe
+from .forwards import take_over_forwards
 from .inputs import example_inputs, plain_inputs
 from .sizes import Choice, changes_between, kinds_in_lists, layer_counts, named_layers, parts_of, shrunk
 from .switches import left_out
@@ -380,6 +381,7 @@ class _Shrinking:
         torch.manual_seed(SEED)
         with torch.device(device):
             base = kind._from_config(copy.deepcopy(config), dtype=torch.float32, **self.options)
+            take_over_forwards(self.base, base)
             model = _with_adapters(self.model, self.base, base)
         _set_alike(model, self.marks)
         return model

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import time
 from contextlib import contextmanager
+from types import MethodType
 from unittest import mock
 
 import pytest
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from trl.trainer.utils import add_fused_lm_head
 
 from accel_tp_ddp import PlanError, TensorParallelDDPPlugin, parallelize, resolve_plan
 from accel_tp_ddp.core.errors import WrongPlanError
@@ -21,6 +24,7 @@ from accel_tp_ddp.core.shard import holds_shards
 from accel_tp_ddp.proof import compare as comparing
 from accel_tp_ddp.proof import ledger
 from accel_tp_ddp.proof import prove as proving
+from accel_tp_ddp.proof.forwards import take_over_forwards
 from accel_tp_ddp.proof.prove import prove_plan
 from accel_tp_ddp.styles.forward import ParallelForward
 from accel_tp_ddp.styles.linear import Colwise, Rowwise
@@ -304,3 +308,64 @@ def train_after_proofs() -> list[float]:
 def test_a_proof_leaves_torchs_styles_as_they_are():
     first, second = run_on_ranks(train_after_proofs, 2)
     assert first == second
+
+
+# --- forwards that a program has set ---------------------------------------------------------------------------------
+
+
+def with_a_fused_head(name):
+    model = build_model(name)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    return model
+
+
+def proved_with_a_fused_head(name, folder):
+    """How the plan is proved the first time, and what is known of it afterwards."""
+    os.environ[ledger.CACHE_VARIABLE] = folder
+    found = []
+    for _ in range(2):
+        model = with_a_fused_head(name)
+        forward = model.forward
+        found.append(prove_plan(model, tp_mesh(), resolve_plan(model, 2), "auto", "auto").how)
+        assert model.forward is forward
+    return found
+
+
+@pytest.mark.parametrize("model", ["llama", "mixtral"])
+def test_a_forward_that_a_trainer_of_trls_has_set_is_run_by_the_small_model(model, tmp_path):
+    assert run_on_ranks(proved_with_a_fused_head, 2, model, str(tmp_path)) == [["proved", "cache"]] * 2
+
+
+class Doubled:
+    """Sets a forward that closes over the model itself, and over a function that closes over the first."""
+
+    @staticmethod
+    def on(model):
+        original = model.forward
+
+        def scaled(value):
+            return value * (2 if model.training else 2)
+
+        def forward(self, *args, **kwargs):
+            output = original(*args, **kwargs)
+            return {**output, "logits": scaled(output["logits"])}
+
+        model.forward = MethodType(forward, model)
+        return model
+
+
+def runs_on_its_own():
+    full, small = Doubled.on(build_model("llama")), build_model("llama", layers=1, hidden_size=32)
+    plain = copy.deepcopy(small)
+    take_over_forwards(full, small)
+    assert small.forward.__self__ is small and full.forward.__self__ is full
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with torch.no_grad():
+        for param in full.parameters():
+            param.fill_(float("nan"))
+        assert torch.equal(small(input_ids=ids)["logits"], 2 * plain(input_ids=ids).logits)
+    return True
+
+
+def test_a_forward_that_is_taken_over_runs_the_small_model():
+    assert run_on_ranks(runs_on_its_own, 1) == [True]
