@@ -2,10 +2,10 @@
 
     python -m benchmarks.calibrated [--sizes host-bound ...] [--rounds 12] [--card FILE]
 
-Four CPU ranks (gloo) measure, all at the same time, as in training: a matrix product, an addition in memory, the time
-that an operation of a tiny model takes (forward and backward, by the number of its operations), and all-reduces of two
-sizes over the tensor-parallel groups. That is a card for `estimate --gpu FILE`. In turn with it, round by round, they
-take steps of a Llama of the sizes of `benchmarks.peers` at tp 2 x dp 2, which `estimate` then tells from the card.
+Four CPU ranks (gloo) measure, all at the same time, as in training: a matrix product, a small and a large addition,
+the time that an operation of a tiny model takes (forward and backward, by the number of its operations), and two
+all-reduces over the tensor-parallel groups. That is a card for `estimate --gpu FILE`. In turn with it, round by round,
+they take steps of a Llama of the sizes of `benchmarks.peers` at tp 2 x dp 2, which `estimate` tells from the card.
 
 Ranks outnumber cores, and others use the machine. So all times are those of the processors, which others hardly
 change: of all ranks, divided by the cores, as the clock would show if nothing waited and nobody else were there. What
@@ -43,7 +43,8 @@ RANKS, TP = 4, 2
 MOST_OFF = 0.20
 SMALL, LARGE = 2**10, 2**20  # elements of an all-reduce
 ROWS, INNER, COLUMNS = 512, 1024, 1536  # of a matrix product, as one rank has it at the size `compute-bound`
-ELEMENTS, TENSORS = 2**20, 16  # of an addition; together more than the caches hold
+ELEMENTS, PAIRS = 2**20, 8  # of additions; together more than the caches hold
+MANY = 2**24  # elements of an addition whose result is fresh memory each time
 OUT = "ACCEL_TP_DDP_CALIBRATED"  # environment variable: where the ranks leave what they have measured
 
 
@@ -121,7 +122,8 @@ def on_a_rank(given: argparse.Namespace, path: Path) -> None:
     tiny, operations = tiny_step(Setting(SIZES["tiny"], mesh, ""))
     steps = {name: step_of(Setting(SIZES[name], mesh, "")) for name in given.sizes}
     left, right = torch.randn(ROWS, INNER), torch.randn(INNER, COLUMNS)
-    some = [torch.randn(ELEMENTS) for _ in range(TENSORS)]
+    some = [(torch.randn(ELEMENTS), torch.randn(ELEMENTS)) for _ in range(PAIRS)]
+    many = torch.randn(MANY), torch.randn(MANY)
     sent = {"small": torch.zeros(SMALL), "large": torch.zeros(LARGE)}
 
     def send(tensor: Tensor) -> None:
@@ -136,7 +138,8 @@ def on_a_rank(given: argparse.Namespace, path: Path) -> None:
         if index == 0:  # optimizer state, and DDP's second set of buckets, are made
             measured = Measured()
         measured.take("product", lambda: left @ right, 3)
-        measured.take("addition", lambda: [each + each for each in some])
+        measured.take("addition", lambda: [one + other for one, other in some])
+        measured.take("large addition", lambda: many[0] + many[1])
         measured.take("tiny", tiny)
         measured.take("small", lambda: send(sent["small"]), 10)
         measured.take("large", lambda: send(sent["large"]), 3)
@@ -159,7 +162,8 @@ def card_of(found: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": "ranks of this machine",
         **{"memory_mib": memory / 2**20, "bf16_tflops": product / 1e12, "fp32_tflops": product / 1e12},
-        **{"memory_gbs": 3 * 4 * ELEMENTS * TENSORS / took["addition"] / 1e9},
+        **{"memory_gbs": 3 * 4 * ELEMENTS * PAIRS / took["addition"] / 1e9},
+        **{"fresh_gbs": 3 * 4 * MANY / took["large addition"] / 1e9},
         **{"link_gbs": link / 1e9, "network_gbs": link / 1e9, "apart": False},
         "achieved": {
             **{"matmul": 1, "memory": 1, "links": 1, "start_us": took["small"] * 1e6},
@@ -184,8 +188,9 @@ def compare(given: argparse.Namespace, found: dict[str, Any], folder: Path) -> b
     reached = card["achieved"]
     print(
         f"{RANKS} ranks on {_cores()} cores, {found['rounds']} rounds: {card['fp32_tflops'] * 1e3:.1f} GFLOP/s, "
-        f"{card['memory_gbs']:.2f} GB/s of memory, {card['link_gbs']:.3f} GB/s of links, a start "
-        f"{reached['start_us']:.0f} us, an operation {reached['launch_us']:.1f} us"
+        f"{card['memory_gbs']:.2f} GB/s of memory, {card['fresh_gbs']:.2f} of fresh memory, "
+        f"{card['link_gbs']:.3f} of links, "
+        f"a start {reached['start_us']:.0f} us, an operation {reached['launch_us']:.1f} us"
     )
     head = f"{'size':<16}{'predicted':>12}{'measured':>12}{'ratio':>8}{'on the clock':>15}   predicted by part"
     print(head, flush=True)

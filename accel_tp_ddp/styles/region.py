@@ -219,6 +219,7 @@ class Region:
 
     def _begin_hook(self, model: nn.Module, args: Any) -> None:
         _running.append(self)
+        self.opening = None  # of a layer that was interrupted before its forward
 
     def _end_hook(self, model: nn.Module, args: Any, output: Any) -> None:
         self.spread, self.entered, self.between_blocks, self.opening = None, False, False, None

@@ -185,6 +185,14 @@ def test_on_cpu_ranks_nothing_runs_beside_something_else(tmp_path):
     assert beside.backward == pytest.approx(0.4) and beside.exposed == pytest.approx(0.05 + 300e-6)
 
 
+def test_results_in_fresh_memory_take_longer(tmp_path):
+    path = tmp_path / "own.json"
+    works = [Work("forward", "float32", 0, size, 1) for size in (2**26, 2**27)]
+    path.write_text(json.dumps({**OWN, "fresh_gbs": 2}))
+    took = duration(Extended(Memory(), "", Memory(), tuple(works), ()), card(str(path)), 1, 1, 8)
+    assert took.forward == pytest.approx(2**26 / 8e9 + 2**27 / 2e9)
+
+
 def test_every_card_names_its_sources():
     assert len(card_names()) >= 7
     for name in card_names():
@@ -334,7 +342,9 @@ def test_a_model_without_labels_is_refused(tmp_path, capsys):
     assert "takes no `labels`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("values", [{"link_gbs": 0}, {"achieved": {"matmul": "much"}}, [1], {"apart": 1}], ids=str)
+@pytest.mark.parametrize(
+    "values", [{"link_gbs": 0}, {"achieved": {"matmul": "much"}}, [1], {"apart": 1}, {"fresh_gbs": -1}], ids=str
+)
 def test_a_card_of_ones_own_that_is_wrong_is_one_line(values, tmp_path, capsys):
     own = tmp_path / "own.json"
     own.write_text(json.dumps({**OWN, **values} if isinstance(values, dict) else values))

@@ -17,6 +17,7 @@ from ...core.errors import BadInputError, nearest
 __all__ = ["Card", "card", "card_names", "with_links"]
 
 GB, GIB = 10**9, 2**30
+FRESH = 2**26  # two tensors of 32 MiB, which is glibc's largest M_MMAP_THRESHOLD
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Card:
         matmul, memory_share, links: Which shares of those are reached.
         launch: Seconds in which the host launches a kernel.
         start: Seconds until a collective's first bytes arrive, in a node.
+        fresh: Bandwidth of a kernel that moves more than `FRESH` bytes; None: as of any other. On CPU ranks the
+            C library keeps no block of more than 32 MiB, so its result comes as fresh pages, each of which is a fault.
         apart: Whether kernels run beside the host that launches them, and beside collectives of the replicas. On CPU
             ranks, which are their own host, all take turns.
         source: Where this is from.
@@ -50,8 +53,13 @@ class Card:
     links: float
     launch: float
     start: float
+    fresh: float | None = None
     apart: bool = True
     source: str = ""
+
+    def reached_bandwidth(self, moved: int) -> float:
+        """Bytes a second of a kernel that moves so many."""
+        return self.fresh if self.fresh is not None and moved > FRESH else self.bandwidth * self.memory_share
 
     def peak(self, dtype: str) -> float:
         return self.bf16 if dtype in ("bfloat16", "float16") else self.fp32
@@ -96,6 +104,9 @@ def _of_file(path: str) -> Card:
             value = values.get(name) if isinstance(values, dict) else None
             if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise BadInputError(f"--gpu {path}: {name} is {value!r}; give a number above 0. {_FORMAT}")
+    fresh = row.get("fresh_gbs", 1)
+    if not isinstance(fresh, (int, float)) or not 0 < fresh < float("inf"):
+        raise BadInputError(f"--gpu {path}: fresh_gbs is {fresh!r}; give a number above 0, or leave it out.")
     if not isinstance(row.get("apart", True), bool):
         raise BadInputError(f"--gpu {path}: apart is {row['apart']!r}; give true or false.")
     return _made(str(row.get("name", Path(path).stem)), row, reached)
@@ -113,6 +124,7 @@ def _made(name: str, row: Mapping[str, Any], reached: Mapping[str, Any]) -> Card
         **{"link": row["link_gbs"] * GB, "network": row["network_gbs"] * GB, "source": row.get("source", "")},
         **{"matmul": reached["matmul"], "memory_share": reached["memory"], "links": reached["links"]},
         **{"launch": reached["launch_us"] * 1e-6, "start": reached["start_us"] * 1e-6},
+        fresh=row["fresh_gbs"] * GB if "fresh_gbs" in row else None,
         apart=row.get("apart", True),
     )
 

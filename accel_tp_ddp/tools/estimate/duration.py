@@ -92,7 +92,7 @@ def _kernels(rows: Iterable[Work], card: Card) -> tuple[float, float, float]:
     compute = memory = launches = 0.0
     for row in rows:
         by_flops = row.flops / (card.peak(row.dtype) * card.matmul)
-        by_bytes = row.bytes / (card.bandwidth * card.memory_share)
+        by_bytes = row.bytes / card.reached_bandwidth(row.bytes)
         if by_flops > by_bytes:
             compute += by_flops * row.count
         else:
