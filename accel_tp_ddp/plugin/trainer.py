@@ -35,6 +35,7 @@ from .replica_view import ReplicaView, current_view
 
 __all__ = [
     "OVERRIDES",
+    "OVERRIDES_OF_ACCELERATORS",
     "OVERRIDES_OF_ARGUMENTS",
     "OVERRIDES_OF_LOSSES",
     "OVERRIDES_OF_MAIN",
@@ -78,6 +79,7 @@ def override_trainers(plugin_type: type[Any]) -> None:
     install_for_all((*OVERRIDES_OF_SMOOTHERS, *fused_heads.OVERRIDES), lambda owner: ())
     install_for_all(OVERRIDES_OF_SETTINGS, config_of)
     install_for_all(OVERRIDES_OF_ARGUMENTS, lambda args: (plugin_type,))
+    install_for_all(OVERRIDES_OF_ACCELERATORS, lambda trainer: (plugin_type,))
 
 
 # ---- counting -------------------------------------------------------------------------------------------------------
@@ -122,6 +124,18 @@ def _build_accelerator_args(plugin: Config, stock: Callable, trainer: Any, /, **
         if isinstance(handler, DistributedDataParallelKwargs):
             left_to_plugin(handler)
     return found
+
+
+def _create_accelerator(plugin_type: type[Any], stock: Callable, trainer: Any, /) -> None:
+    """After `create_accelerator_and_postprocess`, `use_liger_kernel` would put Liger's loss with the head inside in.
+
+    That multiplies with the whole head. The loss of shards takes its place, as TRL's own does, by the same setting.
+    """
+    stock()
+    plugin, args = trainer.accelerator.parallelism_config, trainer.args
+    if isinstance(plugin, plugin_type) and plugin.tp_enabled and plugin.loss_parallel is not False:
+        if getattr(args, "use_liger_kernel", False):
+            args.liger_kernel_config = {"fused_linear_cross_entropy": False, **(args.liger_kernel_config or {})}
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -302,6 +316,19 @@ OVERRIDES = (
 OVERRIDES_OF_SETTINGS = (
     _trainer(
         *("_build_accelerator_args", _build_accelerator_args, 741, "gives DDP settings where the user gave none"),
+        counts=False,
+    ),
+)
+
+#: For all trainers, of which it is not known yet whether their accelerator will have the plugin.
+OVERRIDES_OF_ACCELERATORS = (
+    _trainer(
+        *(
+            "create_accelerator_and_postprocess",
+            _create_accelerator,
+            806,
+            "lets Liger read the whole head",
+        ),
         counts=False,
     ),
 )

@@ -39,6 +39,7 @@ TABLES: dict[str, tuple[Override, ...]] = {
     "Trainer, with zero1 too": trainer.OVERRIDES_OF_STATES,
     "Trainer while replicas present themselves as processes": trainer.OVERRIDES_OF_MAIN,
     "Trainer before it makes its accelerator": trainer.OVERRIDES_OF_SETTINGS,
+    "Trainer, as it makes its accelerator": trainer.OVERRIDES_OF_ACCELERATORS,
     "TrainingArguments": trainer.OVERRIDES_OF_ARGUMENTS,
     "Label smoothing": trainer.OVERRIDES_OF_SMOOTHERS,
     "TRL's scores of tokens": fused_heads.OVERRIDES,
