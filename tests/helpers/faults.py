@@ -104,8 +104,8 @@ def _mean(mesh: Any, tensors: Any, first_as_view: bool = False) -> list[Tensor |
     return [None if t is None else collectives._all_reduce(mesh, t) / mesh.size() for t in tensors]
 
 
-def _mean_of_one(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None]:
-    return None, *_mean(ctx.mesh, [grad])
+def _mean_of_one(mesh: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(_mean(mesh, grads))
 
 
 @staticmethod
