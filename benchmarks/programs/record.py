@@ -7,6 +7,7 @@ afterwards is looked at in the files themselves.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers.trainer
 import transformers.utils
 from accelerate import Accelerator, DistributedType
@@ -74,6 +76,10 @@ def overhear() -> Record:
     )
 
     def on_backward(self: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        if dist.is_initialized() and not record["losses"]:
+            # For good: or plain DDP may hang at the end, as torch 2.13 frees it with its reducer, whose threads it
+            # then joins under the interpreter lock.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
         record["losses"].append(loss.detach().float().mean().item())
         return backward(self, loss, *args, **kwargs)
 
