@@ -129,7 +129,9 @@ class _Linear(torch.autograd.Function):
         kept = input if again is None else again.own
         # As torch: what a gradient takes that is wanted, and so no input of frozen weights.
         ctx.save_for_backward(kept if ctx.needs_input_grad[3] else None, weight if ctx.needs_input_grad[2] else None)
-        return linear(input, weight, bias)
+        output = linear(input, weight, bias)
+        # No view, as it is with a bias, which could not be changed in place when it comes from a function.
+        return torch.ops.aten._unsafe_view.default(output, output.shape) if output._is_view() else output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
