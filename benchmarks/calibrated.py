@@ -31,10 +31,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.optim import AdamW
 
 from accel_tp_ddp import TensorParallelDDPPlugin
 from accel_tp_ddp.tools import simulate as simulation
+from benchmarks.estimates import estimated_step
 from benchmarks.launch import run_command, start_ranks
 from benchmarks.peers.__main__ import TIMEOUT, quietly
 from benchmarks.peers.sizes import SIZES, Setting
@@ -79,22 +79,11 @@ class Measured:
 
 
 def step_of(setting: Setting) -> Callable[[], None]:
-    """The step that is estimated: clipped, and with torch's AdamW as `estimate` has it."""
+    """The step that is estimated, of a Llama of the bench's."""
     AcceleratorState._reset_state()  # the next one fills what all in this process share
     plugin = TensorParallelDDPPlugin(tp_size=setting.tp, prove="never", replica_check_steps=0)
     accelerator = Accelerator(cpu=True, parallelism_config=plugin)
-    built = setting.model()
-    model, optimizer = accelerator.prepare(built, AdamW(built.parameters(), lr=1e-4, foreach=True))
-    ids = setting.replica_ids
-
-    def step() -> None:
-        outputs = model(input_ids=ids, labels=ids)
-        accelerator.backward(outputs.loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return estimated_step(accelerator, setting.model(), setting.replica_ids)[1]
 
 
 def tiny_step(setting: Setting) -> tuple[Callable[[], None], int]:

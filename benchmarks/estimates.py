@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.algorithms.ddp_comm_hooks.default_hooks as hooks
 from accelerate import Accelerator
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from accel_tp_ddp import TensorParallelDDPPlugin
@@ -133,8 +134,13 @@ def prepared(
     built.train()
     if setting.checkpointing:
         built.gradient_checkpointing_enable()
-    wrapped, optimizer = accelerator.prepare(built, torch.optim.AdamW(built.parameters(), foreach=True))
     ids = torch.randint(3, setting.vocabulary, (setting.micro_batch, setting.seq_len))
+    return estimated_step(accelerator, built, ids)
+
+
+def estimated_step(accelerator: Accelerator, model: nn.Module, ids: Tensor) -> tuple[Any, Callable[[], None]]:
+    """The prepared model, and the step that `estimate` tells of: clipped, torch's AdamW, outputs held to its end."""
+    wrapped, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), foreach=True))
 
     def step() -> None:
         outputs = wrapped(input_ids=ids, labels=ids)

@@ -94,9 +94,9 @@ def copy_to_tp(mesh: DeviceMesh, *tensors: Tensor, shared: Sequence[Shared | Non
         return tensors
     shared = tuple(shared) if shared else (None,) * len(tensors)
     if all(wanted):
-        return _CopyToTP.apply(mesh, shared, *tensors)
+        return _CopyToTP.apply(mesh, shared, None, *tensors)
     shared = tuple(pieces for pieces, want in zip(shared, wanted) if want)
-    copies = iter(_CopyToTP.apply(mesh, shared, *(tensor for tensor, want in zip(tensors, wanted) if want)))
+    copies = iter(_CopyToTP.apply(mesh, shared, None, *(tensor for tensor, want in zip(tensors, wanted) if want)))
     return tuple(next(copies) if want else tensor for tensor, want in zip(tensors, wanted))
 
 
@@ -121,7 +121,7 @@ def copy_to_tp_meanwhile(
     Returns:
         Copies of `tensors`, then of `others`.
     """
-    return _CopyMeanwhile.apply(mesh, tuple(shared), meanwhile, *tensors, *others)
+    return _CopyToTP.apply(mesh, tuple(shared), meanwhile, *tensors, *others)
 
 
 def reduce_from_tp(mesh: DeviceMesh, tensor: Tensor, fresh: bool = False) -> Tensor:
@@ -171,7 +171,7 @@ def gather_to_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int
         dim: Dimension that is sharded.
         sizes: Length of each rank's slice along `dim`, in rank order; they may differ.
     """
-    return _GatherToTP.apply(mesh, tensor, dim, tuple(sizes))
+    return _GatherToTP.apply(mesh, dim, tuple(sizes), None, tensor)[0]
 
 
 def gather_to_tp_meanwhile(
@@ -186,7 +186,7 @@ def gather_to_tp_meanwhile(
 
     See `copy_to_tp_meanwhile`.
     """
-    return _GatherMeanwhile.apply(mesh, dim, tuple(sizes), meanwhile, tensor, *others)
+    return _GatherToTP.apply(mesh, dim, tuple(sizes), meanwhile, tensor, *others)
 
 
 def split_from_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
@@ -325,9 +325,17 @@ class _GatherReplicas(torch.autograd.Function):
 
 
 class _CopyToTP(torch.autograd.Function):
+    """Of the first tensors, as many as `shared`, gradients are summed; those of the others `meanwhile` gives."""
+
     @staticmethod
-    def forward(ctx, mesh: DeviceMesh, shared: tuple[Shared | None, ...], *tensors: Tensor):
-        ctx.mesh, ctx.shared, ctx.leaf = mesh, shared, tensors[0].is_leaf
+    def forward(
+        ctx,
+        mesh: DeviceMesh,
+        shared: tuple[Shared | None, ...],
+        meanwhile: Callable[[], Sequence[Tensor | None]] | None,
+        *tensors: Tensor,
+    ):
+        ctx.mesh, ctx.shared, ctx.meanwhile, ctx.leaf = mesh, shared, meanwhile, tensors[0].is_leaf
         ctx.set_materialize_grads(False)  # a copy that nobody used adds nothing to the collective
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
@@ -340,7 +348,7 @@ class _CopyToTP(torch.autograd.Function):
 def _copy_one_to_tp(mesh: DeviceMesh, tensor: Tensor) -> Tensor:
     """`_CopyToTP` of one tensor: a view and a hook on its node, in less of the host's time than a function takes."""
     if is_compiling() or _set_creation_meta is None:
-        return _CopyToTP.apply(mesh, (None,), tensor)[0]
+        return _CopyToTP.apply(mesh, (None,), None, tensor)[0]
     copy = tensor.view_as(tensor)
     # So that it cannot be changed in place, as what a function returns: its node, and so the hook, would be gone.
     _set_creation_meta(copy, CreationMeta.IN_CUSTOM_FUNCTION)
@@ -356,44 +364,19 @@ def _sum_gradient(mesh: DeviceMesh, grads: tuple[Tensor | None, ...]) -> tuple[T
     return (_SumOnce.apply(mesh, grad) if torch.is_grad_enabled() else _all_reduce(mesh, grad),)
 
 
-class _SumOnce(torch.autograd.Function):
-    """A sum over the ranks that cannot be differentiated again."""
-
-    @staticmethod
-    def forward(ctx, mesh: DeviceMesh, grad: Tensor):
-        return _all_reduce(mesh, grad)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        raise RuntimeError("trying to differentiate twice a sum of gradients over the tensor-parallel ranks")
-
-
 def _sum_gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     sent = [laid_out(grad, shared) for grad, shared in zip(grads, ctx.shared)]
-    summed = _all_reduce_together(ctx.mesh, sent, first_as_view=not ctx.leaf)
-    return None, None, *(with_shared(*each) for each in zip(grads, summed, ctx.shared))
+    others: Sequence[Tensor | None] = ()
+    if ctx.meanwhile is None:
+        summed = _all_reduce_together(ctx.mesh, sent, first_as_view=not ctx.leaf)
+    else:
+        finish = _start_together(ctx.mesh, sent, not ctx.leaf, _start_sum)
+        others = ctx.meanwhile()
+        summed = finish()
+    return None, None, None, *(with_shared(*each) for each in zip(grads, summed, ctx.shared)), *others
 
 
 _sum_gradients_once = torch.autograd.function.once_differentiable(_sum_gradients)
-
-
-class _CopyMeanwhile(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, mesh: DeviceMesh, shared: tuple[Shared | None, ...], meanwhile: Callable[[], Any], *tensors: Tensor
-    ):
-        ctx.mesh, ctx.shared, ctx.meanwhile, ctx.leaf = mesh, shared, meanwhile, tensors[0].is_leaf
-        ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads: Tensor | None):
-        grads = grads[: len(ctx.shared)]
-        sent = [laid_out(grad, shared) for grad, shared in zip(grads, ctx.shared)]
-        finish = _start_together(ctx.mesh, sent, not ctx.leaf, _start_sum)
-        others = ctx.meanwhile()
-        return None, None, None, *(with_shared(*each) for each in zip(grads, finish(), ctx.shared)), *others
 
 
 class _ReduceFromTP(torch.autograd.Function):
@@ -404,6 +387,14 @@ class _ReduceFromTP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return None, grad
+
+
+class _SumOnce(_ReduceFromTP):
+    """A sum of gradients, which cannot be differentiated again."""
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise RuntimeError("trying to differentiate twice a sum of gradients over the tensor-parallel ranks")
 
 
 class _Share(torch.autograd.Function):
@@ -439,24 +430,15 @@ class _ScatterToTP(torch.autograd.Function):
 
 
 class _GatherToTP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: tuple[int, ...]):
-        ctx.mesh, ctx.dim, ctx.sizes = mesh, dim, sizes
-        return gather_whole(mesh, tensor, dim, sizes)
+    """The reduce-scatter is for the first tensor; gradients of the others `meanwhile` gives."""
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return None, _reduce_scatter(ctx.mesh, grad, ctx.dim, ctx.sizes), None, None
-
-
-class _GatherMeanwhile(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
         mesh: DeviceMesh,
         dim: int,
         sizes: tuple[int, ...],
-        meanwhile: Callable[[], Any],
+        meanwhile: Callable[[], Sequence[Tensor | None]] | None,
         tensor: Tensor,
         *others: Tensor,
     ):
@@ -465,11 +447,22 @@ class _GatherMeanwhile(torch.autograd.Function):
         return gather_whole(mesh, tensor, dim, sizes), *(other.view_as(other) for other in others)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor | None, *_: Tensor | None):
-        finish = _start_reduce_scatter(ctx.mesh, grad, ctx.dim, ctx.sizes, True) if grad is not None else lambda: None
+    def backward(ctx, *grads: Tensor | None):
+        return _scatter_gradient_once(ctx, *grads) if torch.is_grad_enabled() else _scatter_gradient(ctx, *grads)
+
+
+def _scatter_gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    others: Sequence[Tensor | None] = ()
+    if ctx.meanwhile is None:
+        scattered = None if grad is None else _reduce_scatter(ctx.mesh, grad, ctx.dim, ctx.sizes)
+    else:
+        finish = None if grad is None else _start_reduce_scatter(ctx.mesh, grad, ctx.dim, ctx.sizes, True)
         others = ctx.meanwhile()
-        return None, None, None, None, finish(), *others
+        scattered = None if finish is None else finish()
+    return None, None, None, None, scattered, *others
+
+
+_scatter_gradient_once = torch.autograd.function.once_differentiable(_scatter_gradient)
 
 
 class _SplitFromTP(torch.autograd.Function):

@@ -242,12 +242,10 @@ class _Hooks(_SavesStates):
         return plans
 
     def _overlapping(self, plan: Plan | None) -> Plan | None:
-        asked = self.plugin.overlap
-        if asked == "auto":
-            asked, least = self.tp_mesh.device_type != "cpu", OVERLAPS_FROM
-        else:
-            least = 0
-        return plan if plan is None or not asked else replace(plan, overlap=least)
+        asked, on_gpus = self.plugin.overlap, self.tp_mesh.device_type != "cpu"
+        if plan is None or not (on_gpus if asked == "auto" else asked):
+            return plan
+        return replace(plan, overlap=OVERLAPS_FROM if asked == "auto" else 0)
 
     @staticmethod
     def _spread(model: nn.Module, plan: Plan | None) -> Plan:

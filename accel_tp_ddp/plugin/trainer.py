@@ -323,12 +323,7 @@ OVERRIDES_OF_SETTINGS = (
 #: For all trainers, of which it is not known yet whether their accelerator will have the plugin.
 OVERRIDES_OF_ACCELERATORS = (
     _trainer(
-        *(
-            "create_accelerator_and_postprocess",
-            _create_accelerator,
-            806,
-            "lets Liger read the whole head",
-        ),
+        *("create_accelerator_and_postprocess", _create_accelerator, 806, "lets Liger read the whole head"),
         counts=False,
     ),
 )

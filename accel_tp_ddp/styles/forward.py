@@ -63,11 +63,11 @@ class ParallelForward:
         self.followers: list[ParallelForward] = []  # seen to use what this one has opened; see `overlap`
         self.wrapped: Callable | None = module.__dict__.get("forward")
         #: Whether the module does nothing with its input but a matrix product, which autocast would cast it for.
-        self._casts = self._may_cast if is_product(module) else None
+        self._is_product = is_product(module)
         #: Whether its output is a product's too, whose value no operation needs again.
-        self.fresh = self.wrapped is None and is_product(module)
+        self.fresh = self.wrapped is None and self._is_product
         self._run = style.forward
-        self._keep = style.local_output
+        self.keeps = style.local_output
         self._hosts: tuple[nn.Module, ...] = ()
         self.computing = False  # whether the module's own forward runs
         self.idle = False  # while a module around this one runs it under the style
@@ -113,15 +113,12 @@ class ParallelForward:
     def opening_product(self, input: Tensor) -> Tensor | None:
         """`product` of a layer that opens a region, whose weight gradient may wait for what the region sums."""
         region, params = self.region, self.module._parameters
-        weight = params.get("weight")
-        if not self.fresh or weight is None:
-            return None
-        if region.overlap is None or not region.overlaps(input):
-            return linear(input, weight, params["bias"])
+        weight = params.get("weight") if self.fresh and region.overlaps(input) else None
+        if weight is None:
+            return self.product(input)
         waiting, passed = region.waiting.pop(self, (None, weight))
-        return linear_with(
-            waiting, region.again(input) if waiting is not None else None, input, passed, params["bias"]
-        )
+        again = None if waiting is None else region.again(input)
+        return linear_with(waiting, again, input, passed, params["bias"])
 
     @property
     def can_wait(self) -> bool:
@@ -152,27 +149,26 @@ class ParallelForward:
         if self.idle:
             return args, kwargs
         if args:
-            copy = self.region.enter(args[0], self.partners, self._keep, self.module.training, self._casts, self)
-            args = (copy, *args[1:])
+            args = (self.region.enter(args[0], self), *args[1:])
         else:
             name = next(iter(kwargs))
-            kwargs = {**kwargs, name: self.enter(kwargs[name])}
+            kwargs = {**kwargs, name: self.region.enter(kwargs[name], self)}
         self.region.opening = self
         return args, kwargs
 
     def entered(self, tensor: Tensor) -> Tensor:
         """`tensor`, inside the region; also where somebody calls `module.forward` and so passes by the hook."""
         if self.region.opening is not self:
-            return self.enter(tensor)
+            return self.region.enter(tensor, self)
         self.region.opening = None
         return tensor
 
-    def enter(self, tensor: Tensor) -> Tensor:
-        return self.region.enter(tensor, self.partners, self._keep, self.module.training, self._casts, self)
+    def casts(self) -> bool:
+        """Whether autocast's cast is all that the module does with its input, beside its product.
 
-    def _may_cast(self) -> bool:
-        """Whether no hook of a user's looks at what the module is given, which is to have the type it always has."""
-        return all(
+        No hook of a user's may look at what it is given, which is to have the type it always has.
+        """
+        return self._is_product and all(
             # One hook is that of `install_on`.
             len(before := host._forward_pre_hooks) + len(after := host._forward_hooks) == 1
             or sum(getattr(hook, "reads_input", True) for hook in (*before.values(), *after.values())) == 1

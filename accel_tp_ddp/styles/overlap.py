@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-__all__ = ["Again", "Beside", "Waiting", "linear_with"]
+__all__ = ["Again", "Beside", "CanWait", "Waiting", "linear_with"]
 
 
-class Layer(Protocol):
-    """A column-parallel layer, as its `ParallelForward` knows it."""
+class CanWait(Protocol):
+    """A layer whose weight gradient may be computed later."""
 
     followers: list[Any]
 
@@ -29,7 +29,7 @@ class Layer(Protocol):
     def held(self, name: str) -> Tensor: ...
 
 
-AnyLayer = TypeVar("AnyLayer", bound=Layer)
+AnyLayer = TypeVar("AnyLayer", bound=CanWait)
 
 
 class Again:
@@ -85,9 +85,9 @@ class Beside(Generic[AnyLayer]):
     Their weights pass the node that sums, which so has their gradients to give.
     """
 
-    def __init__(self, layers: Sequence[AnyLayer], again: Again | None = None):
+    def __init__(self, layers: Sequence[AnyLayer]):
         self.layers = layers
-        self.again = again
+        self.again: Again | None = None  # what gives their input, where it is not kept
         self.weights = [layer.held("weight") for layer in layers]
         self._waiting = [Waiting(weight.dtype) for weight in self.weights]
 

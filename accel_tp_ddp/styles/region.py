@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..core.collectives import copy_to_tp, copy_to_tp_meanwhile, split_from_tp
 from ..core.layout import Shared
 from ..core.randomness import RandomStream
-from .overlap import Again, Beside, Layer, Waiting
+from .overlap import Again, Beside, CanWait, Waiting
 
 __all__ = ["Region", "Spread", "running_region"]
 
@@ -29,6 +29,30 @@ class Partner(Protocol):
     def held(self, name: str) -> Tensor: ...
 
     def shared(self, name: str) -> Shared | None: ...
+
+
+class Opener(CanWait, Protocol):
+    """A column-parallel module, as its `ParallelForward` knows it.
+
+    Attributes:
+        partners: Modules whose replicated parameters get partial gradients inside this region; their gradients are
+            summed in the same collective.
+        keeps: Whether a later module is expected to want this copy, until `leave` is called.
+        module: In training mode, what follows may drop out sharded activations.
+    """
+
+    module: nn.Module
+    keeps: bool
+
+    @property
+    def partners(self) -> Sequence[Partner]: ...
+
+    def casts(self) -> bool:
+        """Whether all that the module does with its input is what autocast does in bf16.
+
+        The cast is then made before the copy, once for all modules, and gradients are summed in bf16, half the bytes.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -85,7 +109,7 @@ class Region:
         self._copy: Tensor | None = None
         self._version = -1
         self._cast = False
-        self._opener: Layer | None = None  # which has made the copy
+        self._opener: Opener | None = None  # which has made the copy
         self.waiting: dict[Any, tuple[Waiting, Tensor]] = {}  # see `Beside.passed`
         self._gathered: tuple[Tensor, int, Again] | None = None  # what a block was given, with its version
         self.full: dict[tuple, Tensor] = {}  # what `direct_reads` has gathered in this forward
@@ -96,26 +120,12 @@ class Region:
         #: Whether a layer is under way in which tensors are slices of the sequence, outside of its blocks.
         self.between_blocks = False
 
-    def enter(
-        self,
-        tensor: Tensor,
-        partners: Sequence[Partner] = (),
-        keep: bool = True,
-        training: bool = True,
-        casts: Callable[[], bool] | None = None,
-        opener: Layer | None = None,
-    ) -> Tensor:
+    def enter(self, tensor: Tensor, opener: Opener) -> Tensor:
         """`copy_to_tp` of `tensor`, or the copy that another module has just made of the same tensor.
 
         Args:
             tensor: Replicated input of a column-parallel module.
-            partners: Modules whose replicated parameters get partial gradients inside this region; their gradients
-                are summed in the same collective.
-            keep: Whether a later module is expected to want this copy, until `leave` is called.
-            training: Whether the module is in training mode, and what follows may drop out sharded activations.
-            casts: Says whether all that the module does with its input is what autocast does in bf16. The cast is
-                then made before the copy, once for all modules, and the gradients are summed in bf16, half the bytes.
-            opener: The module, where weight gradients may be computed meanwhile.
+            opener: The module.
         """
         if self.entered:  # gathered by the block, whose backward sums up the gradients
             return tensor
@@ -124,25 +134,25 @@ class Region:
                 f"sequence_parallel=True: a column-parallel layer gets {tuple(tensor.shape)}, a slice of the "
                 "sequence, as it is not called from a block of its layer. Set sequence_parallel=False for this model."
             )
-        if self.stream is not None and keep and training:
+        if self.stream is not None and opener.keeps and opener.module.training:
             self.stream.enter()
         if not torch.is_grad_enabled():
             return tensor
         # Dynamo cannot trace the read of a version; it works on graphs in which nothing is changed in place.
         version = 0 if is_compiling() else tensor._version
         if self._source is tensor and self._version == version:
-            if not self._cast or (casts is not None and in_bf16(tensor) and casts()):
-                if self._opener is not None and opener is not None and self.overlaps(tensor):
+            if not self._cast or (in_bf16(tensor) and opener.casts()):
+                if self._opener is not None and self.overlaps(tensor):
                     follow(self._opener, opener)
                 return self._copy  # type: ignore[return-value]  # there is one where there is a source
-        cast = casts is not None and in_bf16(tensor) and casts()
+        cast = in_bf16(tensor) and opener.casts()
         source = tensor.to(torch.bfloat16) if cast else tensor
-        beside = self.beside(source, opener) if self.overlap is not None and opener is not None else None
-        if partners or beside is not None:
-            copy = self._enter_with(source, partners, beside)
+        beside = None if self.overlap is None else self.beside(source, opener)
+        if opener.partners or beside is not None:
+            copy = self._enter_with(source, opener.partners, beside)
         else:
             copy = copy_to_tp(self.mesh, source)[0]
-        if keep:
+        if opener.keeps:
             self._opener = None if self.overlap is None else opener
             self._source, self._version, self._copy, self._cast = tensor, version, copy, cast
         return copy
@@ -183,13 +193,13 @@ class Region:
             and not torch.are_deterministic_algorithms_enabled()
         )
 
-    def beside(self, input: Tensor, *openers: Layer, again: Again | None = None) -> Beside | None:
+    def beside(self, input: Tensor, *openers: Opener) -> Beside | None:
         """Those of `openers`, and of the layers that came after them so far, whose weight gradients can wait."""
         self.waiting = {}
         if not input.requires_grad or not self.overlaps(input):
             return None
         found = {id(each): each for opener in openers for each in (opener, *opener.followers) if each.can_wait}
-        return Beside(list(found.values()), again) if found else None
+        return Beside(list(found.values())) if found else None
 
     def open(self, training: bool = True) -> None:
         """Go over to this rank's random stream; in training mode, and where anything drops out at all."""
@@ -242,7 +252,7 @@ class Region:
         return {"mesh": self.mesh, "stream": self.stream, "overlap": self.overlap, **idle}
 
 
-def follow(opener: Layer, other: Layer) -> None:
+def follow(opener: Opener, other: Opener) -> None:
     """Remember that `other` uses what `opener` has opened: the next time its weight gradient waits, too."""
     if other is not opener and other not in opener.followers:
         opener.followers.append(other)

@@ -192,14 +192,14 @@ class Block:
     def _gather(self, spread: Spread, source: Tensor) -> Tensor:
         assert self.calls is not None
         region = self.layer.region
-        again = Again(source, partial(start_gather_whole, spread.mesh, dim=1, sizes=spread.sizes))
-        beside = region.beside(source, *self.calls, again=again) if region.overlap is not None else None
+        beside = None if region.overlap is None else region.beside(source, *self.calls)
         if beside is None:
             return gather_to_tp(spread.mesh, source, 1, spread.sizes)
+        beside.again = Again(source, partial(start_gather_whole, spread.mesh, dim=1, sizes=spread.sizes))
         whole, *weights = gather_to_tp_meanwhile(
             spread.mesh, source, 1, spread.sizes, beside.weights, beside.gradients
         )
-        region.set_gathered(whole, beside.passed(weights), again)
+        region.set_gathered(whole, beside.passed(weights), beside.again)
         return whole
 
     def _casts(self) -> bool:
@@ -208,7 +208,7 @@ class Block:
         for hook in (*self.module._forward_pre_hooks.values(), *self.module._forward_hooks.values()):
             if getattr(hook, "__self__", None) is not self and getattr(hook, "reads_input", True):
                 return False
-        return all(call._casts is not None and call._casts() for call in self.calls)
+        return all(call.casts() for call in self.calls)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": None}

@@ -11,13 +11,9 @@ import os
 
 import pytest
 import torch
-from accelerate.utils import set_seed
-from transformers import Trainer, TrainingArguments
 
-from accel_tp_ddp import TensorParallelDDPPlugin
-
-from ..helpers.models import VOCABULARY, build_model
 from ..helpers.prepared import plain_and_sharded
+from ..helpers.trainer import Case, make_trainer
 
 THERE = all(importlib.util.find_spec(name) for name in ("liger_kernel", "triton"))
 # Triton reads the variable when it is imported, which is before a test begins.
@@ -30,28 +26,12 @@ ALONE = {"rms_norm": False, "swiglu": False, "rope": False}
 
 def trained(tp, folder, kept):
     """What Trainer logs, and whether the model has Liger's forward."""
-    set_seed(0)
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(0, VOCABULARY, (16,), generator=generator) for _ in range(27)]
-    arguments = TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=4,
-        max_steps=3,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-        learning_rate=1e-3,
-        use_liger_kernel=True,
-        liger_kernel_config={**ALONE, "fused_linear_cross_entropy": True} if kept else ALONE,
-        parallelism_config=TensorParallelDDPPlugin(tp_size=tp) if tp else None,
-    )
-    model = build_model("llama")
-    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+    config = {**ALONE, "fused_linear_cross_entropy": True} if kept else ALONE
+    case = Case({"max_steps": 3, "use_liger_kernel": True, "liger_kernel_config": config})
+    trainer = make_trainer(tp, folder, case)
     trainer.train()
     logs = [[row["loss"], row["grad_norm"]] for row in trainer.state.log_history if "loss" in row]
-    return logs, "liger" in model.forward.__func__.__module__
+    return logs, "liger" in trainer.model.forward.__func__.__module__
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["", "kept by the user"])

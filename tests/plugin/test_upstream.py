@@ -3,7 +3,6 @@
 Installed classes are altered here as a release would alter them.
 """
 
-import logging
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
@@ -20,29 +19,10 @@ from accel_tp_ddp.core.override import attributes
 from accel_tp_ddp.plugin import upstream
 from accel_tp_ddp.plugin.overrides import TABLES
 
+from ..helpers.logs import heard
 from ..helpers.models import build_model
 from ..helpers.ranks import run_on_ranks
 from ..helpers.sharded import accelerator_for
-
-
-class Lines(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
-
-
-@contextmanager
-def heard():
-    """The warnings of this package, as they come."""
-    handler, logger = Lines(), logging.getLogger("accel_tp_ddp")
-    logger.addHandler(handler)
-    try:
-        yield handler.lines
-    finally:
-        logger.removeHandler(handler)
 
 
 @contextmanager

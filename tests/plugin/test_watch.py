@@ -18,6 +18,7 @@ from accel_tp_ddp.core import collectives
 from accel_tp_ddp.plugin import watch
 from accel_tp_ddp.plugin.accelerator import OVERRIDES as WITHOUT_WATCH
 
+from ..helpers.logs import Lines
 from ..helpers.models import VOCABULARY, build_model
 from ..helpers.prepared import inputs
 from ..helpers.ranks import run_on_ranks
@@ -53,15 +54,6 @@ class Kept(GeneralTracker):
     @on_main_process
     def log(self, values, step=None, **kwargs):
         self.rows.append((step, dict(values)))
-
-
-class Lines(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
 
 
 def script(tp, every, steps=4, accumulation=1, **options):
