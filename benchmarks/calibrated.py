@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from accel_tp_ddp import TensorParallelDDPPlugin
-from accel_tp_ddp.tools import simulate as simulation
+from accel_tp_ddp.tools.tally import Live, Tally
 from benchmarks.estimates import estimated_step
 from benchmarks.launch import run_command, start_ranks
 from benchmarks.peers.__main__ import TIMEOUT, quietly
@@ -95,7 +95,7 @@ def tiny_step(setting: Setting) -> tuple[Callable[[], None], int]:
         model.zero_grad()
 
     step()
-    with simulation._Tally(simulation._Live(), "activations", {}) as tally:
+    with Tally(Live(), "activations", {}) as tally:
         step()
     return step, sum(tally.work.values())
 

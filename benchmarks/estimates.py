@@ -6,11 +6,11 @@
 
 `pairs` trains small models on four gloo ranks, or fewer, in layouts and with features, and compares two figures of a
 step with the estimate, which has seen two or three layers of each. Memory: the peak of the process as the kernel keeps
-it (VmHWM, set back before the step), above what the process had before it built the model, of the first rank. A tiny
-model has taken steps by then: what libraries load, make once and keep is no model's. As in the estimate, outputs are
-held until the step ends. So that freed memory counts as freed, glibc maps every block of 64 KiB or more by itself.
-Collectives: the bytes that go over each group, counted on the ranks. Exit code 1 where memory is off by more than 5 %,
-or bytes differ at all.
+it (VmHWM, set back before the step), above what the process had before it built the model, of the first rank. Another
+such model has taken steps by then and is gone: what libraries load, generate once and keep is no model's. As in the
+estimate, outputs are held until the step ends. So that freed memory counts as freed, glibc maps every block of 64 KiB
+or more by itself. Collectives: the bytes that go over each group, counted on the ranks. Exit code 1 where memory is
+off by more than 5 %, or bytes differ at all.
 
 `published` estimates what others have measured on GPUs, and prints both ratios; docs/estimate.md explains differences.
 
@@ -41,10 +41,10 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from accel_tp_ddp import TensorParallelDDPPlugin
-from accel_tp_ddp.tools import simulate as simulation
 from accel_tp_ddp.tools.estimate.depths import Depth, Model
 from accel_tp_ddp.tools.estimate.extend import extended
-from accel_tp_ddp.tools.simulate import Setting, collective_bytes, trace
+from accel_tp_ddp.tools.simulate import Setting, trace
+from accel_tp_ddp.tools.tally import Live, Tally, collective_bytes
 from benchmarks.launch import CONFIGS, run_command
 from benchmarks.memory import give_back_what_is_freed, resident_memory, run
 
@@ -67,12 +67,6 @@ MODELS: dict[str, dict[str, Any]] = {
         **{"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], **SIZES},
         **{"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256},
     },
-}
-
-
-TINY: dict[str, Any] = {
-    **{"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 4},
-    "moe_intermediate_size": 16,
 }
 
 
@@ -106,9 +100,9 @@ PAIRS = [
 ]
 
 
-def parts(pair: Pair, folder: Path, sizes: dict[str, Any] | None = None) -> tuple[Model, Setting, torch.dtype]:
+def parts(pair: Pair, folder: Path) -> tuple[Model, Setting, torch.dtype]:
     path = folder / f"{pair.model}.json"
-    path.write_text(json.dumps({**MODELS[pair.model], **(sizes or {})}))
+    path.write_text(json.dumps(MODELS[pair.model]))
     model = Model(str(path), lora=pair.lora)
     setting = pair.setting(model.vocabulary)
     return model, setting, torch.bfloat16 if setting.precision == "bf16-weights" else torch.float32
@@ -160,30 +154,23 @@ def measured(rank: int, pair: Pair, folder: Path, results: Any) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), ACCELERATE_USE_CPU="true")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    large, tiny = (parts(pair, folder / str(rank), sizes) for sizes in (None, TINY))
-    setting = large[1]
+    model, setting, dtype = parts(pair, folder / str(rank))
     plugin = TensorParallelDDPPlugin(
         tp_size=pair.tp, dp_replicate_size=pair.dp, prove="never", replica_check_steps=0, **setting.plugin
     )
     mixed = "bf16" if setting.precision == "bf16" else "no"
     accelerator = Accelerator(cpu=True, mixed_precision=mixed, parallelism_config=plugin)
-    _, step = prepared(accelerator, *tiny)
+    # MKL keeps the scratch of its largest product, 6 MiB (none with MKL_DISABLE_FAST_MM=1), and oneDNN the code that
+    # it generates for each shape of a product in bfloat16, 0.6 MiB.
+    wrapped, step = prepared(accelerator, model, setting, dtype)
     step()
     step()
-    del step
-    # The matrix library keeps the scratch of its largest product: 6 MiB of MKL's, and none with MKL_DISABLE_FAST_MM=1.
-    hidden, words = (MODELS[pair.model][name] for name in ("hidden_size", "vocab_size"))
-    with accelerator.autocast():
-        product = torch.rand(setting.micro_batch * setting.seq_len, hidden) @ torch.rand(
-            hidden, words, requires_grad=True
-        )
-    product.sum().backward()
-    del product
+    del wrapped, step
     accelerator.free_memory()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # or what is free in the heap would be used again, and not seen
     before = resident_memory()[0]
-    wrapped, step = prepared(accelerator, *large)
+    wrapped, step = prepared(accelerator, model, setting, dtype)
     step()
     step()  # DDP makes its buckets anew after the first
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
@@ -192,7 +179,7 @@ def measured(rank: int, pair: Pair, folder: Path, results: Any) -> None:
     mesh = accelerator.torch_device_mesh
     groups = {"tp": mesh["tp"].get_group()} if pair.tp > 1 else {}
     groups |= {"dp": mesh["dp_replicate"].get_group()} if pair.dp > 1 else {}
-    tally = simulation._Tally(simulation._Live(), "activations", groups)
+    tally = Tally(Live(), "activations", groups)
     bucketed = [0]
 
     def reduced(state, bucket):  # DDP wants no annotations but classes
@@ -204,7 +191,7 @@ def measured(rank: int, pair: Pair, folder: Path, results: Any) -> None:
     tally.phase = "forward"
     with tally:
         step()
-    rows = list(simulation._rows(simulation.Collective, tally.collectives))
+    rows = tally.collectives
     in_hook = {row for row in rows if row.group == "dp" and row.kind == "all_reduce"}
     sent = {group: collective_bytes([row for row in rows if row not in in_hook], group) for group in GROUPS}
     sent["dp"] += bucketed[0]

@@ -92,6 +92,10 @@ class Settings(Protocol):
     def as_plain_ddp(self) -> AbstractContextManager[None]: ...
 
 
+def on_gpus(mesh: DeviceMesh) -> bool:
+    return mesh.device_type != "cpu"
+
+
 def hook_accelerator(accelerator: Accelerator, plugin: Settings) -> None:
     """Replace the methods of `accelerator` that tensor parallelism concerns."""
     install(accelerator, OVERRIDES, _Hooks(accelerator, plugin))
@@ -242,8 +246,8 @@ class _Hooks(_SavesStates):
         return plans
 
     def _overlapping(self, plan: Plan | None) -> Plan | None:
-        asked, on_gpus = self.plugin.overlap, self.tp_mesh.device_type != "cpu"
-        if plan is None or not (on_gpus if asked == "auto" else asked):
+        asked = self.plugin.overlap
+        if plan is None or not (on_gpus(self.tp_mesh) if asked == "auto" else asked):
             return plan
         return replace(plan, overlap=OVERLAPS_FROM if asked == "auto" else 0)
 

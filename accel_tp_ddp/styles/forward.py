@@ -114,7 +114,7 @@ class ParallelForward:
         """`product` of a layer that opens a region, whose weight gradient may wait for what the region sums."""
         region, params = self.region, self.module._parameters
         weight = params.get("weight")
-        if region.overlap is None or weight is None or not self.fresh or not region.overlaps(input):
+        if region.overlap is None or weight is None or not self.fresh or not region.overlaps(input.numel()):
             return self.product(input)
         waiting, passed = region.waiting.pop(self, (None, weight))
         again = None if waiting is None else region.again(input)

@@ -142,12 +142,12 @@ class Region:
         version = 0 if is_compiling() else tensor._version
         if self._source is tensor and self._version == version:
             if not self._cast or (in_bf16(tensor) and opener.casts()):
-                if self._opener is not None and self.overlaps(tensor):
+                if self._opener is not None and self.overlaps(tensor.numel()):
                     follow(self._opener, opener)
                 return self._copy  # type: ignore[return-value]  # there is one where there is a source
         cast = in_bf16(tensor) and opener.casts()
         source = tensor.to(torch.bfloat16) if cast else tensor
-        beside = None if self.overlap is None else self.beside(source, opener)
+        beside = None if self.overlap is None else self.beside(source, source.numel(), opener)
         if opener.partners or beside is not None:
             copy = self._enter_with(source, opener.partners, beside)
         else:
@@ -183,20 +183,26 @@ class Region:
             return None
         return self._gathered[2]
 
-    def overlaps(self, input: Tensor) -> bool:
-        """Whether layers compute their weight gradients of this input while its gradient is summed."""
+    def overlaps(self, elements: int) -> bool:
+        """Whether layers compute their weight gradients of an input of so many while its gradient is summed."""
         return (
             self.overlap is not None
-            and input.numel() >= self.overlap
+            and elements >= self.overlap
             and torch.is_grad_enabled()
             and not is_compiling()
             and not torch.are_deterministic_algorithms_enabled()
         )
 
-    def beside(self, input: Tensor, *openers: Opener) -> Beside | None:
-        """Those of `openers`, and of the layers that came after them so far, whose weight gradients can wait."""
+    def beside(self, input: Tensor, elements: int, *openers: Opener) -> Beside | None:
+        """Those of `openers`, and of the layers that came after them so far, whose weight gradients can wait.
+
+        Args:
+            input: What they share, or this rank's slice of it.
+            elements: Of all of it, as ranks have to agree, and slices need not be of one length.
+            openers: The layers.
+        """
         self.waiting = {}
-        if not input.requires_grad or not self.overlaps(input):
+        if not input.requires_grad or not self.overlaps(elements):
             return None
         found = {id(each): each for opener in openers for each in (opener, *opener.followers) if each.can_wait}
         return Beside(list(found.values())) if found else None

@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -192,7 +193,10 @@ class Block:
     def _gather(self, spread: Spread, source: Tensor) -> Tensor:
         assert self.calls is not None
         region = self.layer.region
-        beside = None if region.overlap is None else region.beside(source, *self.calls)
+        beside = None
+        if region.overlap is not None:
+            elements = sum(spread.sizes) * prod(source.shape[:1] + source.shape[2:])
+            beside = region.beside(source, elements, *self.calls)
         if beside is None:
             return gather_to_tp(spread.mesh, source, 1, spread.sizes)
         beside.again = Again(source, partial(start_gather_whole, spread.mesh, dim=1, sizes=spread.sizes))

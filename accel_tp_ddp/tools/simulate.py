@@ -12,11 +12,9 @@ it casts on the CPU.
 from __future__ import annotations
 
 import time
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -25,22 +23,19 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import patch_environment
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel, masking_utils
 
 from ..core.agreement import Ranks
 from ..core.errors import BadInputError
-from ..core.flops import flops
 from ..core.override import attributes
 from ..core.randomness import RandomStream
+from ..plugin import accelerator as hooks
 from ..plugin.config import TensorParallelDDPPlugin
 from ..training import zero1
+from .tally import Collective, Copy, Held, Live, Memory, Point, Tally, Work, rows_of
 
-__all__ = [
-    *("Collective", "Copy", "Held", "Memory", "Point", "Setting", "Simulation", "Trace", "Work"),
-    *("collective_bytes", "collective_name", "one_of", "simulate", "trace"),
-]
+__all__ = ["PRECISIONS", "Setting", "Simulation", "Trace", "one_of", "simulate", "trace"]
 
 PHASES = ("forward", "backward", "clip", "step")
 PRECISIONS = ("fp32", "bf16", "bf16-weights")
@@ -60,8 +55,8 @@ class Setting:
         max_norm: To which gradients are clipped; None: they are not.
         plugin: Further fields of the plugin.
         vocabulary: Tokens that logits are of, by which `Memory.logits` are told; 0: they are counted as activations.
-        gpu: Whether attention whose values are narrower than its keys runs in one kernel, as on a GPU; on the CPU it
-            is several, which keep the scores.
+        gpu: Whether it is as on a GPU: attention whose values are narrower than its keys runs in one kernel (on the
+            CPU in several, which keep the scores), and `overlap="auto"` is what it is there.
     """
 
     tp: int = 1
@@ -82,92 +77,6 @@ class Setting:
                 raise BadInputError(f"{name} is {value!r}; it has to be a whole number of at least 1.")
         if self.precision not in PRECISIONS:
             raise BadInputError(f"precision is {self.precision!r}; it has to be one of {', '.join(PRECISIONS)}.")
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of storages that are alive, by what they are for.
-
-    Attributes:
-        buffers: Of the model, and the batch.
-        activations: Made in the forward: kept for the backward, held by whoever has the outputs, or temporary there.
-        temporaries: Made in the backward, by clipping or in the optimizer's step, and no gradient of a parameter.
-        buckets: What DDP reduces gradients in.
-        logits: Of activations and temporaries, those as wide as the vocabulary or this rank's part of it.
-    """
-
-    parameters: int = 0
-    buffers: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    activations: int = 0
-    temporaries: int = 0
-    buckets: int = 0
-    logits: int = 0
-
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, each.name) for each in fields(self))
-
-
-@dataclass(frozen=True)
-class Collective:
-    """Collectives of a step that are alike. `bytes`: of the largest tensor of one of them, on this rank."""
-
-    kind: str
-    dtype: str
-    bytes: int
-    group: str
-    phase: str
-    count: int
-
-
-@dataclass(frozen=True)
-class Copy:
-    """Copies of a step that are alike: a `clone`, a `cast` to another type, a `copy` into another tensor, a `cat`."""
-
-    kind: str
-    dtype: str
-    shape: tuple[int, ...]
-    phase: str
-    count: int
-
-    @property
-    def elements(self) -> int:
-        return torch.Size(self.shape).numel()
-
-
-@dataclass(frozen=True)
-class Held:
-    """Storages that are alive at the peak, and alike; `made`: the phase and the operation that made them."""
-
-    part: str
-    made: str
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-    count: int
-
-
-@dataclass(frozen=True)
-class Work:
-    """Kernels of a step that are alike. `flops`: of a matrix product or attention; `bytes`: read and written."""
-
-    phase: str
-    dtype: str
-    flops: int
-    bytes: int
-    count: int
-
-
-@dataclass(frozen=True)
-class Point:
-    """What is alive after an operation, by the fields of `Memory`, and what tells this operation from others."""
-
-    phase: str
-    made: str
-    alike: int
-    bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -264,8 +173,8 @@ def simulate(
         saved=saved,
         gradient_excess=tally.excess,
         gradients_with_excess=tally.with_excess,
-        collectives=tuple(_rows(Collective, tally.collectives)),
-        copies=tuple(_rows(Copy, tally.copies)),
+        collectives=tally.collectives,
+        copies=tuple(rows_of(Copy, tally.copies)),
         kernels={phase: tally.kernels[phase] for phase in PHASES},
         held=listed,
         graphs=counted,
@@ -279,9 +188,10 @@ def trace(
     setting: Setting,
     inputs: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> Trace:
-    """The step that `simulate` runs, operation by operation, in a third of the time.
+    """The step that `simulate` runs, operation by operation, in half of the time.
 
-    The optimizer's state is made by a step on gradients that no backward has computed.
+    The optimizer's state is made by a step on gradients that no backward has computed, and what layers learn of each
+    other by a forward.
 
     Raises:
         BadInputError: If the process has a process group or an accelerator.
@@ -289,19 +199,16 @@ def trace(
     """
     with one_of(setting.tp * setting.dp):
         run = _Run(build, setting, inputs, None)
+        run.learn()
         run.make_state()
         tally = run.step(points=True)
         return Trace(
             points=tuple(tally.points),
-            work=tuple(_rows(Work, tally.work)),
-            collectives=tuple(_rows(Collective, tally.collectives)),
+            work=tuple(rows_of(Work, tally.work)),
+            collectives=tally.collectives,
             resting=Memory(**run.memory.bytes),
             without_gradient=run.without_gradient,
         )
-
-
-def _rows(kind: Callable[..., Any], counted: Counter[tuple]) -> list[Any]:
-    return [kind(*key, count) for key, count in sorted(counted.items())]
 
 
 # ---------------------------------------------------------------------------------------------------------- the ranks
@@ -375,9 +282,9 @@ class _Run:
 
         self.setting = setting
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.memory = _Live(_widths(setting))
+        self.memory = Live(_widths(setting))
         self.without_gradient: tuple[str, ...] = ()
-        self.tally: _Tally | None = None
+        self.tally: Tally | None = None
         several = setting.tp * setting.dp > 1
         # The periodic comparisons read checksums, of which fake tensors have none.
         fixed: dict[str, Any] = {"prove": "never", "replica_check_steps": 0}
@@ -403,7 +310,8 @@ class _Run:
             for tensor in self.batch.values():
                 self.memory.name(tensor, "buffers")
         self.groups = self._groups()
-        with _wrapped_in(self.fake, _Tally(self.memory, "buckets", self.groups)):
+        overlaps = attributes(hooks, on_gpus=lambda mesh: self.setting.gpu)
+        with _wrapped_in(self.fake, Tally(self.memory, "buckets", self.groups)), overlaps:
             self.model, self.optimizer = self.accelerator.prepare(model, made)
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             self.model.register_comm_hook(self, _reduce_bucket)
@@ -425,6 +333,16 @@ class _Run:
         for buffer in self.model.buffers():
             self.memory.name(buffer, "buffers")
 
+    def learn(self) -> None:
+        """A forward, in which layers find those that share their input; see `styles.region.follow`."""
+        with self._seen_by(Tally(self.memory, "activations", self.groups)):
+            self.model(**self.batch)
+
+    @contextmanager
+    def _seen_by(self, tally: Tally) -> Iterator[None]:
+        with self.fake, tally, _attention_of_gpus() if self.setting.gpu else nullcontext(), tally.following():
+            yield
+
     def make_state(self) -> None:
         """The optimizer's state, as a step makes it; what zero1 gathers afterwards is of no use here."""
         with self.fake, ExitStack() as stack:
@@ -443,11 +361,11 @@ class _Run:
                     self.memory.name(value, "optimizer")
         self.optimizer.zero_grad()
 
-    def step(self, listed_at: int | None = None, points: bool = False) -> _Tally:
-        """A step, tallied; see `_Tally.listed_at` and `_Tally.points`."""
-        self.tally = tally = _Tally(self.memory, "activations", self.groups)
+    def step(self, listed_at: int | None = None, points: bool = False) -> Tally:
+        """A step, tallied; see `Tally.listed_at` and `Tally.points`."""
+        self.tally = tally = Tally(self.memory, "activations", self.groups)
         tally.listed_at, tally.pointed = listed_at, points
-        with self.fake, tally, _attention_of_gpus() if self.setting.gpu else nullcontext():
+        with self._seen_by(tally):
             tally.phase = "forward"
             outputs = self.model(**self.batch)
             loss = outputs.loss if hasattr(outputs, "loss") else outputs[0]
@@ -475,7 +393,7 @@ class _Run:
             found[storage._cdata] = storage.nbytes()
             return tensor.detach()
 
-        tally = _Tally(self.memory, "activations", self.groups)
+        tally = Tally(self.memory, "activations", self.groups)
         with self.fake, tally, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             outputs = self.model(**self.batch)
             size = sum(size for key, size in found.items() if key not in before)
@@ -564,190 +482,12 @@ def _reduce_bucket(run, bucket):  # DDP wants no annotations but classes, which 
     return done
 
 
-# -------------------------------------------------------------------------------------------------------- the tallies
-
-
-class _Live:
-    """The storages that are alive, and how many bytes they are by part."""
-
-    def __init__(self, widths: frozenset[int] = frozenset()) -> None:
-        self.widths = widths
-        self.bytes: dict[str, int] = {each.name: 0 for each in fields(Memory)}
-        self._parts: dict[int, tuple[str, int, str, str, tuple[int, ...]]] = {}
-        self._references: dict[int, weakref.ref] = {}
-
-    def see(self, tensor: Tensor, part: str, made: str) -> None:
-        """Count the storage of `tensor`, unless it is known."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._parts:
-            return
-        size = storage.nbytes()
-        if part in ("activations", "temporaries") and tensor.ndim > 1 and tensor.size(-1) in self.widths:
-            part = "logits"
-        self._parts[key] = (part, size, made, _short(tensor.dtype), tuple(tensor.shape))
-        self.bytes[part] += size
-        self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
-
-    def _forget(self, key: int) -> None:
-        part, size, *_ = self._parts.pop(key)
-        self._references.pop(key, None)
-        self.bytes[part] -= size
-
-    def name(self, tensor: Tensor | None, part: str) -> None:
-        """Say what the storage of `tensor` is for."""
-        if tensor is None:
-            return
-        key = tensor.untyped_storage()._cdata
-        if key not in self._parts:
-            self.see(tensor, part, "before")
-            return
-        before, size, made, dtype, shape = self._parts[key]
-        self.bytes[before] -= size
-        self.bytes[part] += size
-        self._parts[key] = (part, size, made, dtype, shape)
-
-    @property
-    def total(self) -> int:
-        return sum(self.bytes.values())
-
-    def known(self) -> set[int]:
-        return set(self._parts)
-
-    def listed(self) -> tuple[Held, ...]:
-        alike: Counter[tuple] = Counter()
-        for part, size, made, dtype, shape in self._parts.values():
-            alike[part, made, dtype, shape, size] += 1
-        return tuple(sorted(_rows(Held, alike), key=lambda row: -row.bytes * row.count))
-
-
-class _Tally(TorchDispatchMode):
-    """Sees every operation.
-
-    Attributes:
-        listed_at: Number of the operation after which what is alive is listed.
-        pointed: Whether what is alive is noted after each operation that does not depend on how DDP makes its buckets.
-        points: Those.
-    """
-
-    def __init__(self, memory: _Live, part: str, groups: Mapping[str, dist.ProcessGroup]):
-        super().__init__()
-        self.memory, self.part, self.phase = memory, part, ""
-        self.collectives: Counter[tuple] = Counter()
-        self.copies: Counter[tuple] = Counter()
-        self.kernels: Counter[str] = Counter()
-        self.peak, self.peak_at, self.peak_number, self._highest = dict(memory.bytes), "", -1, memory.total
-        self.work: Counter[tuple] = Counter()
-        self.points: list[Point] = []
-        self.pointed = False
-        self.listed_at: int | None = None
-        self.held: tuple[Held, ...] = ()
-        self.kept = self.excess = self.with_excess = 0
-        self._number = 0
-        self._groups = {tuple(dist.get_process_group_ranks(group)): name for name, group in groups.items()}
-
-    def enter(self, phase: str, part: str) -> None:
-        self.phase, self.part = phase, part
-
-    def see_gradients(self, params: list[nn.Parameter]) -> None:
-        """Find gradients that keep more alive than the gradients that share it, as those in DDP's buckets do."""
-        own: dict[int, list[int]] = {}
-        held: dict[int, int] = {}
-        for param in params:
-            if param.grad is not None:
-                storage = param.grad.untyped_storage()
-                held[storage._cdata] = storage.nbytes()
-                own.setdefault(storage._cdata, []).append(param.grad.nbytes)
-        larger = [key for key in held if held[key] > sum(own[key])]
-        self.excess = sum(held[key] - sum(own[key]) for key in larger)
-        self.with_excess = sum(len(own[key]) for key in larger)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        result = _run_fake(func, args, kwargs or {})
-        sends = func.namespace in ("c10d", "_c10d_functional")
-        if sends:
-            self._collective(func, args)
-        elif _runs(func):
-            self.kernels[self.phase] += 1
-            self._copy(func, args, result)
-            self._work(func, args, kwargs or {}, result)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.memory.see(tensor, self.part, f"{self.phase} {func._schema.name.split('::')[1]}")
-        total = self.memory.total
-        if total > self._highest:
-            self._highest, self.peak, self.peak_number = total, dict(self.memory.bytes), self._number
-            self.peak_at = f"{self.phase}: {func._schema.name.split('::')[1]}"
-        if self._number == self.listed_at:
-            self.held = self.memory.listed()
-        if self.pointed and not sends:
-            made = func._schema.name.split("::")[1]
-            lists = any(isinstance(arg, list) and arg and isinstance(arg[0], Tensor) for arg in args)
-            # A list is of all parameters, as many as there are layers.
-            shapes = (
-                () if lists else tuple(tuple(t.shape) for t in tree_leaves((args, result)) if isinstance(t, Tensor))
-            )
-            alike = hash((self.phase, made, shapes))
-            self.points.append(Point(self.phase, made, alike, tuple(self.memory.bytes.values())))
-        self._number += 1
-        return result
-
-    def _work(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
-        moved, dtype = 0, None
-        for leaf in tree_leaves((args, kwargs, result)):
-            if isinstance(leaf, Tensor):
-                moved += leaf.nbytes
-                dtype = dtype or leaf.dtype
-        count = flops(func, args, kwargs, result, skips_masked=True)
-        self.work[self.phase, _short(dtype) if dtype else "", count, moved] += 1
-
-    def _collective(self, func: Any, args: tuple) -> None:
-        name = func._schema.name.split("::")[1]
-        if name == "wait_tensor":
-            return
-        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-        largest = max(tensors, key=lambda tensor: tensor.nbytes)
-        # A list of outputs is as much as one large output.
-        lists = [arg for arg in args if isinstance(arg, list)]
-        size = max([sum(leaf.nbytes for leaf in tree_leaves(each)) for each in lists] or [largest.nbytes])
-        self.collectives[collective_name(name), _short(largest.dtype), size, self._group(args), self.phase] += 1
-
-    def _group(self, args: tuple) -> str:
-        for arg in args:
-            if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
-                ranks = dist.get_process_group_ranks(dist.ProcessGroup.unbox(arg))
-                return self._groups.get(tuple(ranks), "world")
-        return "world"
-
-    def _copy(self, func: Any, args: tuple, result: Any) -> None:
-        name = func._schema.name
-        if name == "aten::clone":
-            kind = "clone"
-        elif name == "aten::_to_copy":
-            kind = "cast" if args[0].dtype != result.dtype else "clone"
-        elif name == "aten::copy_":
-            kind = "copy"
-        elif name == "aten::cat":
-            kind = "cat"
-        else:
-            return
-        self.copies[kind, _short(result.dtype), tuple(result.shape), self.phase] += 1
-
-
 def _widths(setting: Setting) -> frozenset[int]:
     """The last dimension of logits, all of them or one rank's part."""
     if not setting.vocabulary:
         return frozenset()
     parts = {setting.vocabulary // setting.tp, -(-setting.vocabulary // setting.tp)}
     return frozenset({setting.vocabulary, -(-setting.vocabulary // setting.tp) * setting.tp, *parts})
-
-
-def _run_fake(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    if func._schema.name == "aten::_grouped_mm" and args[0].dtype != torch.bfloat16:
-        # The kernels take float32; torch's shapes of them are for bfloat16 only.
-        low = [arg.to(torch.bfloat16) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
-        return func(*low, **kwargs).to(args[0].dtype)
-    return func(*args, **kwargs)
 
 
 @contextmanager
@@ -770,42 +510,3 @@ def _attention_of_gpus() -> Iterator[None]:
 
     with attributes(nn.functional, scaled_dot_product_attention=attention):
         yield
-
-
-def collective_bytes(rows: Iterable[Collective], group: str) -> int:
-    """What the collectives of a group carry, all of them: see `Collective.bytes`."""
-    return sum(row.bytes * row.count for row in rows if row.group == group)
-
-
-def collective_name(operation: str) -> str:
-    """The function of `torch.distributed` for one of its operations: `all_reduce` for `allreduce_`."""
-    name = operation.strip("_")
-    return _FUNCTIONS.get(name, name)
-
-
-_FUNCTIONS = {
-    **{"allreduce": "all_reduce", "allreduce_coalesced": "all_reduce_coalesced", "allgather": "all_gather"},
-    **{"allgather_base": "all_gather_into_tensor", "reduce_scatter_base": "reduce_scatter_tensor"},
-}
-
-
-def _runs(func: Any) -> bool:
-    """Whether an operation has a kernel that does something: it is no view, and does not merely allocate."""
-    return not func.is_view and func._schema.name.split("::")[1] not in _IDLE
-
-
-_IDLE = {
-    "device",
-    "detach",
-    "empty",
-    "empty_like",
-    "new_empty",
-    "empty_strided",
-    "new_empty_strided",
-    "_unsafe_view",
-    "alias",
-}
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

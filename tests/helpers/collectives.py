@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel_tp_ddp.core.collectives import copy_to_tp, reduce_from_tp
-from accel_tp_ddp.tools.simulate import collective_name
+from accel_tp_ddp.tools.tally import collective_name
 
 EXAMPLES = 25
 TOLERANCE = 1e-12  # double precision; a sum, slice or factor that is wrong is off by far more

@@ -185,6 +185,32 @@ def test_it_is_off_where_algorithms_are_to_be_deterministic_and_for_small_inputs
     assert starts and not any(seen[index + 1][1] in weights for index in starts if index + 1 < len(seen))
 
 
+def uneven_slices(least):
+    """Of nine tokens the first rank has five and the second four; whether the input is small is not of the slice."""
+    model, plain = build_model("llama").train(), build_model("llama").train()
+    mesh = tp_mesh()
+    parallelize_with_map(model, mesh, replace(check_model(model, mesh), overlap=least, sequence_parallel=True))
+    kinds = []
+    for step in range(2):
+        ids = token_batch(step, samples=2, length=9)
+        for each in (model, plain):
+            each.zero_grad()
+            with Order() as order:
+                each(**ids).loss.backward()
+            kinds += [[name for name, _ in order.seen if name != "mm"]] if each is model else []
+    assert_tensors_close(full_gradients(model), gradients(plain), TOLERANCE, FLOOR)
+    return kinds[-1]
+
+
+@pytest.mark.parametrize("smaller", [0, 1], ids=["large", "small"])
+def test_ranks_agree_on_what_is_large_where_they_have_slices_of_several_lengths(smaller):
+    whole = 2 * 9 * 64
+    first, second = run_on_ranks(uneven_slices, 2, whole + smaller)
+    assert first == second
+    regathered = first.count("_allgather_base_") > run_on_ranks(uneven_slices, 2, None)[0].count("_allgather_base_")
+    assert regathered is not bool(smaller)
+
+
 def kept_for_the_backward(sequence_parallel):
     """Elements that the graph keeps, of the first forward and of the second."""
     with fake_tp() as mesh:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -18,7 +19,8 @@ from accel_tp_ddp.tools.estimate.cards import card, with_links
 from accel_tp_ddp.tools.estimate.depths import Depth, Model
 from accel_tp_ddp.tools.estimate.duration import duration, send_time
 from accel_tp_ddp.tools.estimate.extend import Extended, extended
-from accel_tp_ddp.tools.simulate import Collective, Memory, Setting, Work, collective_bytes, simulate, trace
+from accel_tp_ddp.tools.simulate import Setting, simulate, trace
+from accel_tp_ddp.tools.tally import Collective, Memory, Work, collective_bytes
 
 from ..helpers.ranks import run_on_ranks
 
@@ -108,7 +110,7 @@ def traced_and_simulated(path: str, changes: dict):
     return (Memory(*largest.bytes), made.resting, made.collectives), (run.peak, run.resting, run.collectives)
 
 
-@pytest.mark.parametrize("plugin", [{}, {"zero1": True}], ids=str)
+@pytest.mark.parametrize("plugin", [{}, {"zero1": True}, {"overlap": True}], ids=str)
 def test_a_trace_is_the_simulated_step(plugin, tmp_path):
     path = written(tmp_path, LLAMA)
     ((traced, simulated),) = run_on_ranks(traced_and_simulated, 1, path, {"tp": 2, "dp": 2, "plugin": plugin})
@@ -160,7 +162,7 @@ def test_reducing_gradients_shows_where_it_takes_longer_than_the_backward():
         row = Collective("all_reduce", "float32", size, "dp", "backward", count)
         at = duration(Extended(Memory(), "", Memory(), (backward,), (row,)), h100, 1, 8, 8)
         one = send_time(row, 8, h100)
-        assert at.exposed == pytest.approx(max(one, 4 * one - 1))
+        assert at.dp_exposed == pytest.approx(max(one, 4 * one - 1))
 
 
 #: A row of `cards.json` with figures of its own, as `python -m benchmarks.calibrated` measures it.
@@ -171,18 +173,32 @@ OWN = {
 }
 
 
+def test_of_a_collective_beside_work_what_is_longer_shows():
+    h100 = card("h100-80")
+    beside = (Work("backward", "bfloat16", int(989.4e12 * h100.matmul * 0.01), 0, 1),)  # ten milliseconds
+    for size in (10**7, 10**11):
+        rows = tuple(Collective("all_reduce", "bfloat16", size, "tp", "backward", 3, each) for each in ((), beside))
+        at = duration(Extended(Memory(), "", Memory(), (), rows), h100, 8, 1, 8)
+        one = send_time(rows[0], 8, h100)
+        assert at.tp == pytest.approx(6 * one)
+        assert at.tp_exposed == pytest.approx(3 * one + 3 * max(one - 0.01, 0))
+
+
 def test_on_cpu_ranks_nothing_runs_beside_something_else(tmp_path):
     path = tmp_path / "own.json"
     backward = Work("backward", "float32", 10**9, 0, 4)  # 0.1 s each
     row = Collective("all_reduce", "float32", 10**8, "dp", "backward", 2)  # 0.05 s each, and a start
     step = Extended(Memory(), "", Memory(), (backward,), (row,))
     path.write_text(json.dumps({**OWN, "apart": False}))
+    inside = replace(step, collectives=(replace(row, group="tp", beside=(backward,)),))
+    waited = duration(inside, card(str(path)), 2, 1, 8)
+    assert waited.tp_exposed == waited.tp == pytest.approx(2 * (0.05 + 300e-6))
     took = duration(step, card(str(path)), 1, 2, 8)
     assert took.backward == pytest.approx(0.4 + 4 * 20e-6) and took.bound == "compute"
-    assert took.exposed == took.dp == pytest.approx(2 * (0.05 + 300e-6))
+    assert took.dp_exposed == took.dp == pytest.approx(2 * (0.05 + 300e-6))
     path.write_text(json.dumps(OWN))
     beside = duration(step, card(str(path)), 1, 2, 8)
-    assert beside.backward == pytest.approx(0.4) and beside.exposed == pytest.approx(0.05 + 300e-6)
+    assert beside.backward == pytest.approx(0.4) and beside.dp_exposed == pytest.approx(0.05 + 300e-6)
 
 
 def test_results_in_fresh_memory_take_longer(tmp_path):

@@ -18,6 +18,7 @@ from accel_tp_ddp.core.errors import BadInputError
 from accel_tp_ddp.styles.linear import Rowwise
 from accel_tp_ddp.tools import simulate as simulation
 from accel_tp_ddp.tools.simulate import Setting, simulate
+from accel_tp_ddp.tools.tally import collective_name
 from benchmarks.simulate import config_of, main, minimum, per_layer, plain
 
 from ..helpers.ranks import run_on_ranks
@@ -90,6 +91,31 @@ def test_the_peak_is_that_of_torchs_memory_tracker(changes):
     assert bool(buckets) == (changes.get("dp") == 2)
 
 
+def beside_sums(changes, rows=1 << 12):
+    """For the sums of input gradients in the backward, floating-point operations between start and wait, by layer."""
+    values = {**LLAMA, "hidden_size": 1 << 12, "head_dim": 1 << 9}
+    run = simulate(lambda: plain(config_of(values)), setting(micro_batch=1, seq_len=rows, **changes))
+    return sorted(
+        sum(work.flops * work.count for work in row.beside)
+        for row in run.collectives
+        if row.phase == "backward" and row.group == "tp" and row.kind in ("all_reduce", "reduce_scatter_tensor")
+        for _ in range(row.count)
+    )[-2 * LAYERS :]
+
+
+@pytest.mark.parametrize("spread", [False, True], ids=["all-reduce", "reduce-scatter"])
+def test_on_gpus_weight_gradients_of_large_inputs_are_computed_beside_the_sums(runs, spread):
+    """As `overlap="auto"` does there; the first of a layer is that of q, k and v, the second of gate and up."""
+    plugin = {"sequence_parallel": spread}
+    hidden, rows = 1 << 12, 1 << 12
+    weights = 2 * WIDTH // TP, (1 + 2 * KEYS // HEADS) * hidden // TP
+    expected = sorted(2 * rows * hidden * width for width in weights * LAYERS)
+    assert runs(beside_sums, {"gpu": True, "plugin": plugin}) == expected
+    for off in ({"gpu": False, "plugin": plugin}, {"gpu": True, "plugin": {**plugin, "overlap": False}}):
+        assert not any(runs(beside_sums, off))
+    assert not any(runs(beside_sums, {"gpu": True, "plugin": plugin}, rows - 8))  # fewer than 16 Mi elements
+
+
 def counted_on_ranks():
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     model = parallelize(plain(config_of(LLAMA)), mesh)
@@ -105,7 +131,7 @@ def test_real_ranks_send_what_the_simulation_does(runs):
         if each.phase in ("forward", "backward"):
             sent[each.kind] += each.count
     for counted in run_on_ranks(counted_on_ranks, TP):
-        assert {simulation.collective_name(name): count for name, count in counted.items()} == sent
+        assert {collective_name(name): count for name, count in counted.items()} == sent
 
 
 def test_weights_and_state_are_what_arithmetic_says(runs):

@@ -8,7 +8,8 @@
 * A collective of n ranks takes what a ring does (Thakur, Rabenseifner and Gropp, IJHPCA 19(1), 2005, and nccl-tests,
   doc/PERFORMANCE.md): an all-reduce 2 (n - 1) / n of its bytes at the reached bandwidth of the slowest link, gathering
   and scattering (n - 1) / n of the joined bytes, a broadcast all of them. Each costs a start besides.
-* Tensor-parallel collectives are waited for: none overlaps. The tensor-parallel ranks are within a node.
+* Tensor-parallel collectives are waited for, but for those with which weight gradients overlap: of them what is longer
+  than the work between start and wait shows, on CPU ranks all. The tensor-parallel ranks are within a node.
 * The replicas' all-reduces of gradients overlap with the backward (Li et al., PVLDB 13(12), 2020): what is longer
   than the backward shows, and the last bucket always does; on CPU ranks all of it, as it takes the same cores.
   All-gathers of zero1 come after the step and show.
@@ -24,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..simulate import Collective, Work
+from ..tally import Collective, Work
 from .cards import Card
 from .extend import Extended
 
@@ -37,8 +38,8 @@ class Duration:
 
     Attributes:
         forward, backward, optimizer: Kernels, or their launches; clipping counts as the optimizer's.
-        tp: Collectives of a replica.
-        dp: Those over the replicas, and `exposed`: what of them shows.
+        tp: Collectives of a replica, and `tp_exposed`: what of them shows.
+        dp: Those over the replicas, and `dp_exposed`: what of them shows.
         flops: Of matrix products and attention on one rank.
         bound: What the kernels wait for most: "compute", "memory" or "launches".
     """
@@ -47,28 +48,30 @@ class Duration:
     backward: float
     optimizer: float
     tp: float
+    tp_exposed: float
     dp: float
-    exposed: float
+    dp_exposed: float
     flops: int
     bound: str
 
     @property
     def total(self) -> float:
-        return self.forward + self.backward + self.optimizer + self.tp + self.exposed
+        return self.forward + self.backward + self.optimizer + self.tp_exposed + self.dp_exposed
 
 
 def duration(step: Extended, card: Card, tp: int, dp: int, per_node: int) -> Duration:
     """How long the step of one of `tp x dp` ranks takes, with `per_node` ranks in a node."""
     phases, bounds = {}, {"compute": 0.0, "memory": 0.0, "launches": 0.0}
     for phase in ("forward", "backward", "clip", "step"):
-        compute, memory, launches = _kernels([row for row in step.work if row.phase == phase], card)
-        kernels = compute + memory
-        if card.apart:
-            compute, memory, launches = (0.0, 0.0, launches) if launches > kernels else (compute, memory, 0.0)
-        phases[phase] = compute + memory + launches
-        for name, seconds in (("compute", compute), ("memory", memory), ("launches", launches)):
+        spent = _kernels([row for row in step.work if row.phase == phase], card)
+        phases[phase] = sum(spent.values())
+        for name, seconds in spent.items():
             bounds[name] += seconds
-    inside = [row for row in step.collectives if row.group == "tp"]
+    inside = [
+        (row, send_time(row, tp, card, per_node if tp > per_node else 0))
+        for row in step.collectives
+        if row.group == "tp"
+    ]
     between = [row for row in step.collectives if row.group != "tp"]
     reduced = [row for row in between if row.phase == "backward"]
     adapters = max(per_node // tp, 1) if tp * dp > per_node else 0
@@ -79,16 +82,22 @@ def duration(step: Extended, card: Card, tp: int, dp: int, per_node: int) -> Dur
         forward=phases["forward"],
         backward=phases["backward"],
         optimizer=phases["clip"] + phases["step"],
-        tp=sum(send_time(row, tp, card, per_node if tp > per_node else 0) * row.count for row in inside),
+        tp=sum(seconds * row.count for row, seconds in inside),
+        tp_exposed=sum(max(seconds - _beside(row, card), 0.0) * row.count for row, seconds in inside),
         dp=overlapped + later,
-        exposed=(max(overlapped - phases["backward"], overlapped / number) if card.apart else overlapped) + later,
+        dp_exposed=(max(overlapped - phases["backward"], overlapped / number) if card.apart else overlapped) + later,
         flops=sum(row.flops * row.count for row in step.work),
         bound=max(bounds, key=lambda name: bounds[name]),
     )
 
 
-def _kernels(rows: Iterable[Work], card: Card) -> tuple[float, float, float]:
-    """Seconds of kernels bound by compute, of those bound by memory, and of the launches."""
+def _beside(row: Collective, card: Card) -> float:
+    """Seconds of what runs while a collective is under way."""
+    return sum(_kernels(row.beside, card).values()) if card.apart else 0.0
+
+
+def _kernels(rows: Iterable[Work], card: Card) -> dict[str, float]:
+    """Seconds of kernels bound by compute, of those bound by memory, and of launches; what does not show is 0."""
     compute = memory = launches = 0.0
     for row in rows:
         by_flops = row.flops / (card.peak(row.dtype) * card.matmul)
@@ -98,7 +107,9 @@ def _kernels(rows: Iterable[Work], card: Card) -> tuple[float, float, float]:
         else:
             memory += by_bytes * row.count
         launches += card.launch * row.count
-    return compute, memory, launches
+    if card.apart:
+        compute, memory, launches = (0.0, 0.0, launches) if launches > compute + memory else (compute, memory, 0.0)
+    return {"compute": compute, "memory": memory, "launches": launches}
 
 
 def send_time(row: Collective, ranks: int, card: Card, adapters: int = 0) -> float:

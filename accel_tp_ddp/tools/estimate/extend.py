@@ -15,7 +15,8 @@ from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import Any, TypeVar
 
-from ..simulate import Collective, Memory, Point, Trace, Work
+from ..simulate import Trace
+from ..tally import Collective, Memory, Point, Work
 
 __all__ = ["Extended", "extended"]
 

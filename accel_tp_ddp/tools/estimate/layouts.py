@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ...core.errors import BadInputError, PlanError
-from ..simulate import PRECISIONS, Setting, Trace, collective_bytes, trace
+from ..simulate import PRECISIONS, Setting, Trace, trace
+from ..tally import collective_bytes
 from ..target import said
 from .cards import GIB, Card, card, with_links
 from .depths import Depth, Model
@@ -198,7 +199,7 @@ class _Estimate:
             seq_len=request.seq_len,
             precision=request.precision,
             checkpointing=request.checkpointing,
-            gpu=True,
+            gpu=request.card is None or request.card.apart,
             vocabulary=self.model.vocabulary,
         )
         model = self.model
@@ -265,8 +266,8 @@ class _Estimate:
         best = ranked[0]
         others = [each for each in fits if each is not best]
         if not others:
-            rest = "the only size that is allowed" if len(ranked) == 1 else "the only one that fits"
-            why = f"it is {rest}"
+            allowed = "was asked for" if self.request.tp else "is allowed"
+            why = f"it is the only size that {allowed if len(ranked) == 1 else 'fits'}"
         elif best.time is None:
             why = "it is the smallest tp that fits, and so sends least within a replica"
         else:
@@ -376,7 +377,8 @@ def _parts(layout: Layout) -> tuple[str, dict[str, int]]:
 
 
 def _most_time(at: Duration) -> str:
-    spent = {"kernels": at.forward + at.backward + at.optimizer, "tp collectives": at.tp, "dp collectives": at.exposed}
+    spent = {"kernels": at.forward + at.backward + at.optimizer, "tp collectives": at.tp_exposed}
+    spent["dp collectives"] = at.dp_exposed
     most = max(spent, key=lambda name: spent[name])
     return f"kernels bound by {at.bound}" if most == "kernels" else most
 

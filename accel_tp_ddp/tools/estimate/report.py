@@ -30,7 +30,7 @@ def as_text(answer: Mapping[str, Any]) -> str:
         spent = best["seconds"]
         shares = {
             **{"forward": spent["forward"], "backward": spent["backward"], "optimizer": spent["optimizer"]},
-            **{"tp collectives": spent["tp"], "dp collectives that show": spent["exposed"]},
+            **{"tp collectives that show": spent["tp_exposed"], "dp collectives that show": spent["dp_exposed"]},
         }
         told = ", ".join(f"{name} {value / spent['total']:.0%}" for name, value in shares.items() if value)
         lines.append(f"time of {best['tp']} x {best['dp']}: {told}")
