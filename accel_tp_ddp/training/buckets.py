@@ -17,24 +17,25 @@ T = TypeVar("T")
 BUCKET_BYTES = 25 << 20  # as DDP's
 
 
-def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def buckets(tensors: Iterable[Tensor], most: int | None = None) -> Iterator[list[Tensor]]:
     """See `buckets_of`."""
-    return buckets_of(tensors, lambda tensor: tensor)
+    return buckets_of(tensors, lambda tensor: tensor, most)
 
 
-def buckets_of(parts: Iterable[T], tensor_of: Callable[[T], Tensor]) -> Iterator[list[T]]:
-    """What is sent together: of one data type, and no more than `BUCKET_BYTES` unless it is a single tensor.
+def buckets_of(parts: Iterable[T], tensor_of: Callable[[T], Tensor], most: int | None = None) -> Iterator[list[T]]:
+    """What is sent together: of one data type, and no more than `most` bytes unless it is a single tensor; None: `BUCKET_BYTES`.
 
     A large tensor is a bucket by itself, and takes no memory for a copy.
     """
+    most = BUCKET_BYTES if most is None else most
     filling: dict[torch.dtype, tuple[int, list[T]]] = {}
     for part in parts:
         tensor = tensor_of(part)
         size, bucket = filling.get(tensor.dtype, (0, []))
-        if tensor.nbytes >= BUCKET_BYTES:
+        if tensor.nbytes >= most:
             yield [part]
             continue
-        if size + tensor.nbytes > BUCKET_BYTES:
+        if size + tensor.nbytes > most:
             yield bucket
             size, bucket = 0, []
         filling[tensor.dtype] = size + tensor.nbytes, [*bucket, part]

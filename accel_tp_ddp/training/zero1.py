@@ -30,6 +30,7 @@ from ..core.collectives import gather_into
 from ..core.override import Override, install
 from ..core.pieces import FlatShard
 from ..core.shard import full_shape, shard_info
+from .buckets import buckets
 from .by_element import likeness, steps_by_element
 from .full_tensor_step import _with_closure_called, bare_optimizer, steps_on_full_tensors
 
@@ -455,7 +456,7 @@ def _buckets(entries: Iterable[_Entry], rank: int, size: int) -> Iterator[_Bucke
             alike.setdefault((param.dtype, param.device, entry.owner), []).append(param)
     for (dtype, _, owner), params in alike.items():
         if owner is not None:
-            for some in _filled(params, _BUCKET // dtype.itemsize):
+            for some in buckets(params, _BUCKET):
                 yield _FromOwner(owner, owner == rank, some)
             continue
         rest = []
@@ -466,18 +467,6 @@ def _buckets(entries: Iterable[_Entry], rank: int, size: int) -> Iterator[_Bucke
             else:
                 rest.append(flat)
         yield from _rows(rest, rank, size, _BUCKET // dtype.itemsize // size)
-
-
-def _filled(params: list[Tensor], most: int) -> Iterator[list[Tensor]]:
-    """Neighbours that have `most` elements together; more, if one alone has."""
-    some: list[Tensor] = []
-    for param in params:
-        if some and sum(map(torch.numel, some)) + param.numel() > most:
-            yield some
-            some = []
-        some.append(param)
-    if some:
-        yield some
 
 
 def _rows(params: list[Tensor], rank: int, size: int, longest: int) -> Iterator[_Rows]:
