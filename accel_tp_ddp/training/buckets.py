@@ -23,9 +23,14 @@ def buckets(tensors: Iterable[Tensor], most: int | None = None) -> Iterator[list
 
 
 def buckets_of(parts: Iterable[T], tensor_of: Callable[[T], Tensor], most: int | None = None) -> Iterator[list[T]]:
-    """What is sent together: of one data type, and no more than `most` bytes unless it is a single tensor; None: `BUCKET_BYTES`.
+    """What is sent together: of one data type, and no more than `most` bytes unless it is a single tensor.
 
     A large tensor is a bucket by itself, and takes no memory for a copy.
+
+    Args:
+        parts: What is or has a tensor each.
+        tensor_of: Gives that.
+        most: In bytes; None: `BUCKET_BYTES`.
     """
     most = BUCKET_BYTES if most is None else most
     filling: dict[torch.dtype, tuple[int, list[T]]] = {}
