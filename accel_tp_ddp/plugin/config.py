@@ -57,14 +57,14 @@ class TensorParallelDDPPlugin(ParallelismConfig):
         loss_parallel: Whether cross-entropy is computed from each rank's part of the vocabulary, with the output layer
             inside and without logits. True: in training, if the model is given labels; `outputs.logits` are then not
             computed, and say so when they are read. `"auto"`: where nobody reads them, which is known of Trainer's
-            own loss. False: never. Env `ACCEL_TP_DDP_LOSS_PARALLEL`, default `"auto"`.
+            own loss and of TRL's. False: never. Env `ACCEL_TP_DDP_LOSS_PARALLEL`, default `"auto"`.
         sequence_parallel: Whether residuals, norms and dropout between the blocks of a decoder layer are spread over
             the sequence in training: 1/tp of their activations, in as many bytes of communication. Env
             `ACCEL_TP_DDP_SEQUENCE_PARALLEL`, default False.
         overlap: Whether the sum of a column-parallel layer's input gradient over the ranks is under way while its
             weight gradient is computed: the same values. `"auto"`: on GPUs, for inputs of 16 Mi elements or more. Off
             under `torch.use_deterministic_algorithms`. Env `ACCEL_TP_DDP_OVERLAP`, default `"auto"`.
-        zero1: Whether each replica keeps the optimizer state of its part of every parameter only; see `Zero1`. Env
+        zero1: Whether each replica keeps the optimizer state of its part of every parameter only (docs/zero1.md). Env
             `ACCEL_TP_DDP_ZERO1`, default False.
         replica_check_steps: How often replicated parameters and the batch are compared over the ranks of a replica;
             0: never. Env `ACCEL_TP_DDP_REPLICA_CHECK_STEPS`, default 100.
