@@ -129,9 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, UpstreamError) as error:
         raise SystemExit(f"accel_tp_ddp.launch: {error}") from None
     if int(os.environ.get("RANK", "0")) == 0:
-        print(
-            f"accel_tp_ddp.launch: {plugin or 'no tensor parallelism asked for; the script runs as it is'}", flush=True
-        )
+        nothing = "no tensor parallelism asked for by options or the environment; the script runs as it is"
+        print(f"accel_tp_ddp.launch: {plugin or nothing}", flush=True)
     sys.excepthook = _print_from_the_script_on
     if module:
         sys.argv = [script, *args]

@@ -115,7 +115,8 @@ def _one_style(part: Spelled, value: str, rule: str) -> Style:
     factory = _STYLES[part.name]
     if factory is None:
         raise PlanError(
-            f"tensor-parallel plan: the style `{value}` of `{rule}` is not supported yet. Set `{rule}` to `replicate`."
+            f"tensor-parallel plan: the style `{value}` of `{rule}` is not supported yet. Set `{rule}` to "
+            "`replicate`. The plugin's sequence_parallel=True divides the sequence without it."
         )
     if part.called and not inspect.signature(factory).parameters:
         raise PlanError(

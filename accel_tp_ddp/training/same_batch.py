@@ -72,7 +72,7 @@ class _BatchWatch:
                     f"the ranks {ranks} hold one model replica together and need the same batch, but forward number "
                     f"{self._forwards} got different data: {rows}. Prepare the data loader with the accelerator, seed "
                     "what shuffles or augments alike on all ranks, and select data by "
-                    "`accelerator.data_parallel_rank`, not by process index."
+                    "`accelerator.process_index`, not by the RANK of the environment or of the process group."
                 )
 
     def _alike(self, named: Mapping[str, Tensor]) -> bool:
