@@ -181,12 +181,13 @@ def gather_to_tp_meanwhile(
     sizes: Sequence[int],
     others: Sequence[Tensor],
     meanwhile: Callable[[], Sequence[Tensor | None]],
+    before: Callable[[], None],
 ) -> tuple[Tensor, ...]:
     """`gather_to_tp`, whose reduce-scatter is under way while gradients of `others` are computed.
 
-    See `copy_to_tp_meanwhile`.
+    See `copy_to_tp_meanwhile`. `before` starts what collectives `meanwhile` waits for, on every rank.
     """
-    return _GatherToTP.apply(mesh, dim, tuple(sizes), meanwhile, tensor, *others)
+    return _GatherToTP.apply(mesh, dim, tuple(sizes), (before, meanwhile), tensor, *others)
 
 
 def split_from_tp(mesh: DeviceMesh, tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
@@ -438,7 +439,7 @@ class _GatherToTP(torch.autograd.Function):
         mesh: DeviceMesh,
         dim: int,
         sizes: tuple[int, ...],
-        meanwhile: Callable[[], Sequence[Tensor | None]] | None,
+        meanwhile: tuple[Callable[[], None], Callable[[], Sequence[Tensor | None]]] | None,
         tensor: Tensor,
         *others: Tensor,
     ):
@@ -456,8 +457,10 @@ def _scatter_gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple
     if ctx.meanwhile is None:
         scattered = None if grad is None else _reduce_scatter(ctx.mesh, grad, ctx.dim, ctx.sizes)
     else:
+        before, meanwhile = ctx.meanwhile
+        before()
         finish = None if grad is None else _start_reduce_scatter(ctx.mesh, grad, ctx.dim, ctx.sizes, True)
-        others = ctx.meanwhile()
+        others = meanwhile()
         scattered = None if finish is None else finish()
     return None, None, None, None, scattered, *others
 

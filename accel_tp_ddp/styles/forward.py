@@ -164,11 +164,12 @@ class ParallelForward:
         return tensor
 
     def casts(self) -> bool:
-        """Whether autocast's cast is all that the module does with its input, beside its product.
+        """Whether autocast's cast is all that the module does with its input, beside its product."""
+        return self._is_product
 
-        No hook of a user's may look at what it is given, which is to have the type it always has.
-        """
-        return self._is_product and all(
+    def is_seen(self) -> bool:
+        """Whether a hook of a user's may look at the input, on this rank; it is to see what it always sees."""
+        return not all(
             # One hook is that of `install_on`.
             len(before := host._forward_pre_hooks) + len(after := host._forward_hooks) == 1
             or sum(getattr(hook, "reads_input", True) for hook in (*before.values(), *after.values())) == 1

@@ -51,6 +51,10 @@ class Again:
         if self._finish is None:
             self._finish = self.gather(own)
 
+    def ensure(self) -> None:
+        """Begin it where no layer of this rank has; one with a hook is given another tensor than on other ranks."""
+        self.begin(self.own)
+
     def input(self) -> Tensor | None:
         """Waited for; None if no layer has begun it."""
         finish, self._finish = self._finish, None
@@ -113,9 +117,14 @@ def linear_with(
     """
     if torch.is_autocast_enabled(device := input.device.type):
         dtype = torch.get_autocast_dtype(device)
-        input, weight = input.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        input, weight = _cast(input, dtype), _cast(weight, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
     return _Linear.apply(waiting, again, input, weight, bias)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast does, which leaves float64 alone."""
+    return tensor if tensor.dtype is torch.float64 else tensor.to(dtype)
 
 
 def _product(grad: Tensor, input: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from ..core.collectives import copy_to_tp, copy_to_tp_meanwhile, split_from_tp
 from ..core.layout import Shared
 from ..core.randomness import RandomStream
 from .overlap import Again, Beside, CanWait, Waiting
+from .recompute import Checkpointed
 
 __all__ = ["Region", "Spread", "running_region"]
 
@@ -51,7 +52,12 @@ class Opener(CanWait, Protocol):
         """Whether all that the module does with its input is what autocast does in bf16.
 
         The cast is then made before the copy, once for all modules, and gradients are summed in bf16, half the bytes.
+        Hooks do not count, as one rank may have them alone: a main process that logs.
         """
+        ...
+
+    def is_seen(self) -> bool:
+        """Whether a hook of a user's, on this rank, looks at what the module is given."""
         ...
 
 
@@ -144,7 +150,8 @@ class Region:
             if not self._cast or (in_bf16(tensor) and opener.casts()):
                 if self._opener is not None and self.overlaps(tensor.numel()):
                     follow(self._opener, opener)
-                return self._copy  # type: ignore[return-value]  # there is one where there is a source
+                own: Any = self._copy  # there is one where there is a source
+                return _AsGiven.apply(own, tensor) if self._cast and opener.is_seen() else own
         cast = in_bf16(tensor) and opener.casts()
         source = tensor.to(torch.bfloat16) if cast else tensor
         beside = None if self.overlap is None else self.beside(source, source.numel(), opener)
@@ -155,7 +162,7 @@ class Region:
         if opener.keeps:
             self._opener = None if self.overlap is None else opener
             self._source, self._version, self._copy, self._cast = tensor, version, copy, cast
-        return copy
+        return _AsGiven.apply(copy, tensor) if cast and opener.is_seen() else copy
 
     def _enter_with(self, tensor: Tensor, partners: Sequence[Partner], beside: Beside | None = None) -> Tensor:
         offers = [(partner, name) for partner in partners for name in partner.partial_names()]
@@ -230,6 +237,7 @@ class Region:
 
     def attach(self, model: nn.Module) -> None:
         """Follow the forwards of the whole model, so that nothing outlives one, also where an exception ends it."""
+        model.register_forward_pre_hook(Checkpointed(model).set_hooks_apart)
         model.register_forward_pre_hook(self._begin_hook, prepend=True)
         model.register_forward_hook(self._end_hook, always_call=True)
 
@@ -262,6 +270,19 @@ def follow(opener: Opener, other: Opener) -> None:
     """Remember that `other` uses what `opener` has opened: the next time its weight gradient waits, too."""
     if other is not opener and other not in opener.followers:
         opener.followers.append(other)
+
+
+class _AsGiven(torch.autograd.Function):
+    """What a hook is to see: the values of `given`, before they were cast to `copy`, which gets the gradient."""
+
+    @staticmethod
+    def forward(ctx, copy: Tensor, given: Tensor):
+        ctx.dtype = copy.dtype
+        return given.view_as(given)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.to(ctx.dtype), None
 
 
 def in_bf16(tensor: Tensor) -> bool:

@@ -165,8 +165,9 @@ class Block:
         closes = self.calls is not None and alone
         for key, leaf in own.items():
             if closes:
-                source = leaf.to(torch.bfloat16) if in_bf16(leaf) and self._casts() else leaf
-                whole[key] = self._gather(spread, source)
+                cast = in_bf16(leaf) and self._casts()
+                joined = self._gather(spread, leaf.to(torch.bfloat16) if cast else leaf)
+                whole[key] = joined.to(leaf.dtype) if cast and self._is_seen() else joined
             else:
                 whole[key] = gather_from_tp(spread.mesh, leaf, 1, spread.sizes)
         self._open, region.between_blocks = spread, False
@@ -201,7 +202,7 @@ class Block:
             return gather_to_tp(spread.mesh, source, 1, spread.sizes)
         beside.again = Again(source, partial(start_gather_whole, spread.mesh, dim=1, sizes=spread.sizes))
         whole, *weights = gather_to_tp_meanwhile(
-            spread.mesh, source, 1, spread.sizes, beside.weights, beside.gradients
+            spread.mesh, source, 1, spread.sizes, beside.weights, beside.gradients, beside.again.ensure
         )
         region.set_gathered(whole, beside.passed(weights), beside.again)
         return whole
@@ -209,10 +210,15 @@ class Block:
     def _casts(self) -> bool:
         """Whether all that the block does with its input is what autocast does in bf16; see `Region.enter`."""
         assert self.calls is not None
+        return all(call.casts() for call in self.calls)
+
+    def _is_seen(self) -> bool:
+        """Whether a hook of a user's may look at what the block is given, on this rank, and so at its type."""
+        assert self.calls is not None
         for hook in (*self.module._forward_pre_hooks.values(), *self.module._forward_hooks.values()):
             if getattr(hook, "__self__", None) is not self and getattr(hook, "reads_input", True):
-                return False
-        return all(call.casts() for call in self.calls)
+                return True
+        return any(call.is_seen() for call in self.calls)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": None}

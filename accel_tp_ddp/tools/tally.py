@@ -278,6 +278,10 @@ class Tally(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 moved += leaf.nbytes
                 dtype = dtype or leaf.dtype
+        if not func._schema.returns:  # in place, as what works on lists of tensors: what it writes comes as no result
+            for argument, value in zip(func._schema.arguments, args):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    moved += sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
         count = flops(func, args, kwargs, result, skips_masked=True)
         row = self.phase, _short(dtype) if dtype else "", count, moved
         self.work[row] += 1
