@@ -52,12 +52,19 @@ class Memory:
 
 @dataclass(frozen=True, order=True)
 class Work:
-    """Kernels of a step that are alike. `flops`: of a matrix product or attention; `bytes`: read and written."""
+    """Kernels of a step that are alike.
+
+    Attributes:
+        flops: Of a matrix product or attention.
+        bytes: Read and written.
+        fresh: Of the largest tensor that one of them makes.
+    """
 
     phase: str
     dtype: str
     flops: int
     bytes: int
+    fresh: int
     count: int
 
 
@@ -273,17 +280,18 @@ class Tally(TorchDispatchMode):
         return result
 
     def _work(self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
-        moved, dtype = 0, None
-        for leaf in tree_leaves((args, kwargs, result)):
-            if isinstance(leaf, Tensor):
-                moved += leaf.nbytes
-                dtype = dtype or leaf.dtype
-        if not func._schema.returns:  # in place, as what works on lists of tensors: what it writes comes as no result
-            for argument, value in zip(func._schema.arguments, args):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    moved += sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
-        count = flops(func, args, kwargs, result, skips_masked=True)
-        row = self.phase, _short(dtype) if dtype else "", count, moved
+        schema = func._schema
+        given = _tensors((args, kwargs))
+        # What changes its arguments gives them as results again, or, on lists of tensors, none.
+        changed = _tensors([value for argument, value in zip(schema.arguments, args) if _is_written(argument)])
+        made = [] if changed else _tensors(result)
+        read = sum(tensor.nbytes for tensor in given)
+        if schema.name.split("::")[1] in _OVERWRITES:
+            read -= sum(tensor.nbytes for tensor in changed)
+        moved = read + sum(tensor.nbytes for tensor in changed or made)
+        fresh = max((tensor.nbytes for tensor in made), default=0)
+        dtype = _short((given or made)[0].dtype) if given or made else ""
+        row = self.phase, dtype, flops(func, args, kwargs, result, skips_masked=True), moved, fresh
         self.work[row] += 1
         for _, sent in self._under_way.values():
             sent.beside[row] += 1
@@ -372,6 +380,17 @@ _IDLE = {
     "_unsafe_view",
     "alias",
 }
+
+
+_OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def _short(dtype: torch.dtype) -> str:

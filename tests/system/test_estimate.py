@@ -20,7 +20,7 @@ from accel_tp_ddp.tools.estimate.depths import Depth, Model
 from accel_tp_ddp.tools.estimate.duration import duration, send_time
 from accel_tp_ddp.tools.estimate.extend import Extended, extended
 from accel_tp_ddp.tools.simulate import Setting, simulate, trace
-from accel_tp_ddp.tools.tally import Collective, Memory, Work, collective_bytes
+from accel_tp_ddp.tools.tally import Collective, Live, Memory, Tally, Work, collective_bytes
 
 from ..helpers.ranks import run_on_ranks
 
@@ -132,15 +132,35 @@ def test_flops_are_those_of_arithmetic(tmp_path):
     assert counted == 6 * tokens * weights + 2 * int(3.5 * scores)
 
 
+def bytes_of_optimizers():
+    """What AdamW moves for each element, of one step after the first, on lists of tensors and one by one."""
+    found = []
+    for foreach in (True, False):
+        param = torch.nn.Parameter(torch.zeros(1000))
+        optimizer = torch.optim.AdamW([param], foreach=foreach)
+        for _ in range(2):
+            param.grad = torch.ones(1000)
+            with Tally(Live(), "activations", {}) as tally:
+                optimizer.step()
+        found.append(sum(work[3] * count for work, count in tally.work.items() if work[3] >= 4000) / 4000)
+    return found
+
+
+def test_kernels_that_change_lists_in_place_count_what_they_write():
+    """AdamW: weight decay; first moment; second, times and plus a product; root, division, addition; the parameter."""
+    reads_and_writes = 2 + 3 + (2 + 4) + 2 + 2 + 2 + 4
+    assert bytes_of_optimizers() == [reads_and_writes, reads_and_writes]
+
+
 # -------------------------------------------------------------------------------------------------------- the time
 
 
 def test_a_kernel_takes_the_longer_of_its_operations_and_its_bytes():
     h100 = card("h100-80")
-    few, many = (Work("forward", "bfloat16", flops, 10**9, 1) for flops in (10**6, 10**15))
+    few, many = (Work("forward", "bfloat16", flops, 10**9, 0, 1) for flops in (10**6, 10**15))
     seconds = [duration(Extended(Memory(), "", Memory(), (row,), ()), h100, 1, 1, 8).forward for row in (few, many)]
     assert seconds == pytest.approx([1e9 / (3.35e12 * h100.memory_share), 1e15 / (989.4e12 * h100.matmul)])
-    tiny = Work("forward", "float32", 0, 8, 100)
+    tiny = Work("forward", "float32", 0, 8, 0, 100)
     launches = duration(Extended(Memory(), "", Memory(), (tiny,), ()), h100, 1, 1, 8)
     assert launches.forward == pytest.approx(100 * h100.launch) and launches.bound == "launches"
 
@@ -157,7 +177,7 @@ def test_a_ring_sends_each_byte_twice_to_reduce_and_once_to_gather():
 
 def test_reducing_gradients_shows_where_it_takes_longer_than_the_backward():
     h100 = card("h100-80")
-    backward = Work("backward", "bfloat16", int(989.4e12 * h100.matmul), 0, 1)  # a second
+    backward = Work("backward", "bfloat16", int(989.4e12 * h100.matmul), 0, 0, 1)  # a second
     for size, count in ((10**9, 4), (10**12, 4)):
         row = Collective("all_reduce", "float32", size, "dp", "backward", count)
         at = duration(Extended(Memory(), "", Memory(), (backward,), (row,)), h100, 1, 8, 8)
@@ -175,7 +195,7 @@ OWN = {
 
 def test_of_a_collective_beside_work_what_is_longer_shows():
     h100 = card("h100-80")
-    beside = (Work("backward", "bfloat16", int(989.4e12 * h100.matmul * 0.01), 0, 1),)  # ten milliseconds
+    beside = (Work("backward", "bfloat16", int(989.4e12 * h100.matmul * 0.01), 0, 0, 1),)  # ten milliseconds
     for size in (10**7, 10**11):
         rows = tuple(Collective("all_reduce", "bfloat16", size, "tp", "backward", 3, each) for each in ((), beside))
         at = duration(Extended(Memory(), "", Memory(), (), rows), h100, 8, 1, 8)
@@ -186,7 +206,7 @@ def test_of_a_collective_beside_work_what_is_longer_shows():
 
 def test_on_cpu_ranks_nothing_runs_beside_something_else(tmp_path):
     path = tmp_path / "own.json"
-    backward = Work("backward", "float32", 10**9, 0, 4)  # 0.1 s each
+    backward = Work("backward", "float32", 10**9, 0, 0, 4)  # 0.1 s each
     row = Collective("all_reduce", "float32", 10**8, "dp", "backward", 2)  # 0.05 s each, and a start
     step = Extended(Memory(), "", Memory(), (backward,), (row,))
     path.write_text(json.dumps({**OWN, "apart": False}))
@@ -203,10 +223,10 @@ def test_on_cpu_ranks_nothing_runs_beside_something_else(tmp_path):
 
 def test_results_in_fresh_memory_take_longer(tmp_path):
     path = tmp_path / "own.json"
-    works = [Work("forward", "float32", 0, size, 1) for size in (2**26, 2**27)]
+    works = [Work("forward", "float32", 0, 2**27, made, 1) for made in (0, 2**26)]
     path.write_text(json.dumps({**OWN, "fresh_gbs": 2}))
     took = duration(Extended(Memory(), "", Memory(), tuple(works), ()), card(str(path)), 1, 1, 8)
-    assert took.forward == pytest.approx(2**26 / 8e9 + 2**27 / 2e9)
+    assert took.forward == pytest.approx(2**27 / 8e9 + 2**27 / 2e9)
 
 
 def test_every_card_names_its_sources():

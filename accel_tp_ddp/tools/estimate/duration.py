@@ -101,7 +101,7 @@ def _kernels(rows: Iterable[Work], card: Card) -> dict[str, float]:
     compute = memory = launches = 0.0
     for row in rows:
         by_flops = row.flops / (card.peak(row.dtype) * card.matmul)
-        by_bytes = row.bytes / card.reached_bandwidth(row.bytes)
+        by_bytes = row.bytes / card.reached_bandwidth(row.fresh)
         if by_flops > by_bytes:
             compute += by_flops * row.count
         else:
