@@ -24,6 +24,10 @@ __all__ = [
 ]
 
 
+#: From which on glibc has each block from the system, and gives it back: its largest M_MMAP_THRESHOLD.
+LARGE = 2**25
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of storages that are alive, by what they are for.
@@ -57,7 +61,7 @@ class Work:
     Attributes:
         flops: Of a matrix product or attention.
         bytes: Read and written.
-        fresh: Of the largest tensor that one of them makes.
+        fresh: Of the tensors that one of them makes, those of `LARGE` bytes or more.
     """
 
     phase: str
@@ -289,7 +293,7 @@ class Tally(TorchDispatchMode):
         if schema.name.split("::")[1] in _OVERWRITES:
             read -= sum(tensor.nbytes for tensor in changed)
         moved = read + sum(tensor.nbytes for tensor in changed or made)
-        fresh = max((tensor.nbytes for tensor in made), default=0)
+        fresh = sum(tensor.nbytes for tensor in made if tensor.nbytes >= LARGE)
         dtype = _short((given or made)[0].dtype) if given or made else ""
         row = self.phase, dtype, flops(func, args, kwargs, result, skips_masked=True), moved, fresh
         self.work[row] += 1

@@ -223,10 +223,10 @@ def test_on_cpu_ranks_nothing_runs_beside_something_else(tmp_path):
 
 def test_results_in_fresh_memory_take_longer(tmp_path):
     path = tmp_path / "own.json"
-    works = [Work("forward", "float32", 0, 2**27, made, 1) for made in (0, 2**26)]
+    works = [Work("forward", "float32", 0, 3 * 2**26, made, 1) for made in (0, 2**26)]
     path.write_text(json.dumps({**OWN, "fresh_gbs": 2}))
     took = duration(Extended(Memory(), "", Memory(), tuple(works), ()), card(str(path)), 1, 1, 8)
-    assert took.forward == pytest.approx(2**27 / 8e9 + 2**27 / 2e9)
+    assert took.forward == pytest.approx(3 * 2**26 / 8e9 + 3 * 2**26 / 2e9)
 
 
 def test_every_card_names_its_sources():

@@ -149,12 +149,17 @@ def run(*options, folder):
     return {figures.pop("name"): figures for figures in json.loads(file.read_text())["contenders"]}, done.stdout
 
 
+#: One of each kind: the features of this package are compared with plain DDP by other tests.
+SOME = [PLAIN, OURS, "torch styles + DDP", "transformers tp x dp_replicate", LOCAL]
+
+
 @pytest.mark.timeout(600)
-def test_the_command_compares_all_that_are_installed(tmp_path):
-    found, table = run("--rounds", "1", folder=tmp_path)
-    assert list(found) == list(CONTENDERS) and all(name in table for name in CONTENDERS)
+@pytest.mark.parametrize("only", [SOME, pytest.param(list(CONTENDERS), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_the_command_compares_those_that_are_installed(only, tmp_path):
+    found, table = run("--rounds", "1", "--only", *only, folder=tmp_path)
+    assert list(found) == only and all(name in table for name in only)
     here = {name: figures for name, figures in found.items() if "error" not in figures}
-    absent = {name for name in CONTENDERS if name.startswith("DeepSpeed") and find_spec("deepspeed") is None}
+    absent = {name for name in only if name.startswith("DeepSpeed") and find_spec("deepspeed") is None}
     for name in found.keys() - here.keys() - absent:
         assert name in VARIANTS and name != OURS, found[name]["error"]
         assert "not available" in found[name]["error"] or "unexpected keyword" in found[name]["error"]

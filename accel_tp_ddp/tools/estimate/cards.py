@@ -17,7 +17,6 @@ from ...core.errors import BadInputError, nearest
 __all__ = ["Card", "card", "card_names", "with_links"]
 
 GB, GIB = 10**9, 2**30
-FRESH = 2**25  # glibc's largest M_MMAP_THRESHOLD
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class Card:
         matmul, memory_share, links: Which shares of those are reached.
         launch: Seconds in which the host launches a kernel.
         start: Seconds until a collective's first bytes arrive, in a node.
-        fresh: Bandwidth of a kernel that makes a tensor of more than `FRESH` bytes; None: as of any other. On CPU
-            ranks the C library keeps no such block, so it comes as fresh pages, each of which is a fault.
+        fresh: Bandwidth of an addition that makes a large tensor; None: as of any other. On CPU ranks that comes as
+            fresh pages, each of which is a fault.
         apart: Whether kernels run beside the host that launches them, and beside collectives of the replicas. On CPU
             ranks, which are their own host, all take turns.
         source: Where this is from.
@@ -57,9 +56,15 @@ class Card:
     apart: bool = True
     source: str = ""
 
-    def reached_bandwidth(self, made: int) -> float:
-        """Bytes a second of a kernel that makes a tensor of so many."""
-        return self.fresh if self.fresh is not None and made > FRESH else self.bandwidth * self.memory_share
+    @property
+    def reached_bandwidth(self) -> float:
+        """Bytes a second of a kernel."""
+        return self.bandwidth * self.memory_share
+
+    @property
+    def fault(self) -> float:
+        """Seconds that a byte of a large new tensor takes before it is written; an addition moves three for each."""
+        return 3 * (1 / self.fresh - 1 / self.reached_bandwidth) if self.fresh is not None else 0.0
 
     def peak(self, dtype: str) -> float:
         return self.bf16 if dtype in ("bfloat16", "float16") else self.fp32

@@ -2,7 +2,8 @@
 
 * A kernel takes the longer of its floating-point operations at the reached peak and its bytes at the reached bandwidth
   (the roofline of Williams, Waterman and Patterson, CACM 52(4), 2009). Bytes are those of its inputs and outputs, each
-  once: kernels are not fused, as they are not in an eager model.
+  once: kernels are not fused, as they are not in an eager model. On CPU ranks the pages of a large new tensor come
+  before either, see `Card.fresh`.
 * Python launches kernels one by one: a phase takes at least its number of kernels times the time of a launch; on CPU
   ranks, which are not apart from their host, these add up.
 * A collective of n ranks takes what a ring does (Thakur, Rabenseifner and Gropp, IJHPCA 19(1), 2005, and nccl-tests,
@@ -101,7 +102,8 @@ def _kernels(rows: Iterable[Work], card: Card) -> dict[str, float]:
     compute = memory = launches = 0.0
     for row in rows:
         by_flops = row.flops / (card.peak(row.dtype) * card.matmul)
-        by_bytes = row.bytes / card.reached_bandwidth(row.fresh)
+        by_bytes = row.bytes / card.reached_bandwidth
+        memory += row.fresh * card.fault * row.count
         if by_flops > by_bytes:
             compute += by_flops * row.count
         else:
