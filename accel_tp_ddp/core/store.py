@@ -1,16 +1,18 @@
 """Ranks that wait for one another through the store: no collective, so no collective's timeout runs meanwhile.
 
 Whether the main process is alone with what every rank has to call is found out here, before a collective; and here it
-lets the others know, step by step, what it does by itself.
+lets the others know, step by step, what it does by itself. What nobody is to wait for is put on a board.
 """
 
 from __future__ import annotations
 
+import json
 import time
+from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["Channel", "PEERS_TIMEOUT", "SILENCE", "missing_peers"]
+__all__ = ["Board", "Channel", "PEERS_TIMEOUT", "SILENCE", "missing_peers"]
 
 #: Seconds that the main process waits for the others.
 PEERS_TIMEOUT = 60.0
@@ -101,3 +103,41 @@ class Channel:
             pause = min(2 * pause, 0.02)
         self._count += 1
         return self._store.get(key).decode()
+
+
+class Board:
+    """Where ranks put up what the others may look at when they come by; no call waits for another rank.
+
+    Args:
+        name: The same on all ranks, and no other board's.
+    """
+
+    def __init__(self, name: str):
+        self._prefix = f"accel_tp_ddp/board/{name}"
+
+    def post(self, topic: str, value: Any) -> None:
+        """Add this rank's `value` to `topic`, once. Anything JSON can hold; all ranks can see it when this returns."""
+        store: Any = dist.distributed_c10d._get_default_store()
+        key = f"{self._prefix}/{topic}"
+        store.append(key, json.dumps([dist.get_rank(), value]) + "\n")
+        store.check([key])  # is answered, which an append is not
+
+    def read(self, topic: str) -> dict[int, Any]:
+        """What is there by now, by rank."""
+        store = dist.distributed_c10d._get_default_store()
+        # `get` waits for what is not there. This changes nothing, and gives what is there, or else what it is told.
+        found = store.compare_set(f"{self._prefix}/{topic}", "[]", "[]").decode()
+        return dict(json.loads(line) for line in found.splitlines() if line != "[]")
+
+    def leave(self, topic: str) -> bool:
+        """This rank has seen enough of `topic`, which the last one removes; whether that was this one."""
+        store = dist.distributed_c10d._get_default_store()
+        is_last = store.add(f"{self._prefix}/{topic}/left", 1) == dist.get_world_size()
+        if is_last:
+            self.remove(topic)
+        return is_last
+
+    def remove(self, topic: str) -> None:
+        store = dist.distributed_c10d._get_default_store()
+        for key in (f"{self._prefix}/{topic}", f"{self._prefix}/{topic}/left"):
+            store.delete_key(key)

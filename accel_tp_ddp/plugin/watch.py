@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import atexit
 import json
+import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import Optimizer
 
-from ..core.override import Override, install, install_for_all
+from ..core.override import Override, attributes, install, install_for_all
 from ..loss.vocab_parallel import _CrossEntropy
 from ..training.watch import Watch
 
@@ -39,10 +40,12 @@ class Settings(Protocol):
 def hook_watch(accelerator: Accelerator, plugin: Settings) -> None:
     """Count what is trained with `accelerator`, beside whatever else the plugin has replaced."""
 
-    def peak(dtype: torch.dtype) -> float | None:
-        return plugin.peak_tflops * 1e12 if plugin.peak_tflops else peak_of(accelerator.device, dtype)
+    device = accelerator.device
 
-    watch = Watch(plugin.watch, plugin.tp_size, accelerator.device.type, peak, (_CrossEntropy,))
+    def peak(dtype: torch.dtype) -> float | None:  # which holds no accelerator: `_watches` would never let it go
+        return plugin.peak_tflops * 1e12 if plugin.peak_tflops else peak_of(device, dtype)
+
+    watch = Watch(plugin.watch, plugin.tp_size, device.type, peak, (_CrossEntropy,))
     _watches[accelerator] = watch
     install(accelerator, OVERRIDES, watch)
 
@@ -57,8 +60,9 @@ def hook_watch(accelerator: Accelerator, plugin: Settings) -> None:
 def _at_exit(known: weakref.ref[Watch]) -> None:
     """The last resort, of a script that ends its training by ending."""
     watch = known()
-    if watch is not None:
-        watch.finish(together=False)
+    if watch is not None and watch.is_main:  # others have nothing to print, and may not reach the store any more
+        failed = getattr(sys, "last_value", None) is not None  # others are to know at once
+        watch.finish(together=False, wait=not failed)
 
 
 def peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -122,22 +126,64 @@ def _join_uneven_inputs(
 def _log(watch: Watch, stock: Callable, accelerator: Accelerator, /, *args: Any, **kwargs: Any) -> None:
     values, *others = args or (kwargs.pop("values"),)
     stock({**values, **watch.fresh()}, *others, **kwargs)
+    given = {**dict(zip(("step", "log_kwargs"), others)), **kwargs}
+    if given.get("step") is not None:  # or else nothing can be added to the row that was written
+        watch.belongs(_adding_to_step(weakref.ref(accelerator), given["step"], given.get("log_kwargs") or {}))
+
+
+def _adding_to_step(
+    known: weakref.ref[Accelerator], step: int, options: Mapping[str, Mapping[str, Any]]
+) -> Callable[[dict[str, float]], None]:
+    """How to let trackers have more values of a step; not those on all ranks, which may have to be called together."""
+
+    def put(values: dict[str, float]) -> None:
+        accelerator = known()
+        for tracker in accelerator.trackers if accelerator is not None else ():
+            if tracker.main_process_only:
+                tracker.log(values, step=step, **options.get(tracker.name, {}))
+
+    return put
 
 
 def _end_training(watch: Watch, stock: Callable, accelerator: Accelerator, /) -> None:
     # With tensor parallelism all ranks have to call this; without, a script may leave it to the main process.
     watch.finish(together=watch.tp_size > 1 or accelerator.num_processes == 1)
+    watch.flush()
     stock()
 
 
 def _log_of_trainer(
     watch: Watch, stock: Callable, trainer: Any, /, logs: dict[str, float], start_time: float | None = None
 ) -> None:
-    if "loss" in logs:
+    is_step = "loss" in logs
+    is_end = {"train_loss", "train_runtime"} <= logs.keys()  # of all of it, at its end; a script may log one of them
+    if is_step:
         logs.update(watch.fresh())
     stock(logs, start_time)
-    if "train_loss" in logs:  # of all of it, at its end
+    if is_step:
+        watch.belongs(_adding_to_last_row(trainer))
+    if is_end:
         watch.finish(together=True)
+        watch.flush()
+
+
+def _adding_to_last_row(trainer: Any) -> Callable[[dict[str, float]], None]:
+    """How to let Trainer's latest row have more values, in its history and for the trackers of `report_to`.
+
+    Other callbacks are left alone: they may talk to those of other ranks, whose rows may get their values later.
+    """
+    row, step, epoch = trainer.state.log_history[-1], trainer.state.global_step, trainer.state.epoch
+
+    def put(values: dict[str, float]) -> None:
+        row.update(values)
+        with attributes(trainer.state, global_step=step, epoch=epoch):
+            for callback in trainer.callback_handler.callbacks:
+                if type(callback).__module__.startswith("transformers.integrations."):
+                    callback.on_log(
+                        *(trainer.args, trainer.state, trainer.control), model=trainer.model, logs=dict(values)
+                    )
+
+    return put
 
 
 def _row(name: str, function: Callable[..., Any], line: int, reason: str) -> Override:

@@ -1,8 +1,9 @@
 """How fast a training is: tokens a second, the share of the GPUs' peak, memory, time in collectives.
 
-Forwards and steps are counted on the host; nothing is sent and no device is waited for but where a report is due.
-What costs more is sampled: the operations of a forward in the first one and then ever more rarely, the time in
-tensor-parallel collectives in one step of a report's steps.
+Forwards and steps are counted on the host; nothing is sent and no device is waited for but where a report is due. What
+a rank has to report it puts up for the others. It looks for theirs at its next steps, so that no rank ever waits for
+another one, which may take other steps. What costs more is sampled: the operations of a forward in the first one and
+then ever more rarely, the time in tensor-parallel collectives in one step of a report's steps.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import re
 import resource
 import sys
 import time
-from collections import defaultdict
+import weakref
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,20 +29,27 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core import collectives
-from ..core.control import gather_objects
 from ..core.flops import factors, flops
 from ..core.override import attributes
 from ..core.shard import shard_info
+from ..core.store import Board
 from ..core.wrappers import unwrap
 
 __all__ = ["Watch"]
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+#: Seconds that the end of a training waits for what the other ranks have to report.
+FINAL_WAIT = 3.0
+#: How many reports a rank keeps that others have no part in yet. Of more, the oldest is told without them.
+KEPT = 8
 #: The functions of `core.collectives` that all compute collectives go through.
 _TIMED = ("_sum_in_place", "gather_into", "_reduce_scatter")
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 _GIB = 2**30
+_boards = 0
 
 
 class Watch:
@@ -64,20 +74,34 @@ class Watch:
         self.every, self.tp_size, self.device_type, self.peak = every, tp_size, device_type, peak
         self.take_gradients = take_gradients
         self.reports: list[_Report] = []
-        self.alone = False  # whether other replicas may take fewer steps, so that nobody can be waited for
+        self.noted = 0  # how many this rank had a part in
+        self.alone = False  # whether other replicas may take fewer steps, so that reports would not be of the same
         self._steps = 0  # since the last report, as all ranks count them
         self._taken = 0  # since then by this one
         self._forwards: list[_Forwards] = []
         self._stepping = False
-        self._begun: float | None = None
+        self._begun: float | None = None  # None: nothing was trained since `finish`
         self._timer: _Timer | None = None
-        self._share: float | None = None
         self._counting = False
-        self._fresh: dict[str, float] = {}
+        self._board: Board | None = None
+        self._round = 0  # how many trainings have come to their end
+        self._number = 0  # of this rank's latest report in the round
+        self._due: deque[_Due] = deque()
+        self._fresh: list[tuple[Callable[[dict[str, float]], None] | None, dict[str, float]]] = []
+        self._rank, self._ranks = 0, 1
         self._told = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank is the one that prints."""
+        return self._rank == 0
 
     def follow(self, model: nn.Module) -> None:
         """Count the forwards of a prepared model, as it is called."""
+        global _boards
+        if not self._forwards:  # here, as ranks prepare the same models, but may make other accelerators
+            self._board = Board(f"watch/{_boards}")
+            _boards += 1
         if not any(getattr(hook, "watch", None) is self for hook in model._forward_pre_hooks.values()):
             forwards = _Forwards(self)
             self._forwards.append(forwards)
@@ -110,27 +134,83 @@ class Watch:
         self._taken += 1
         if self._timer is not None:
             self._timer.stop()
+        self._look()  # first, so that a report is told at the same step however far the others are by now
         if self._steps >= self.every and not self.alone:
-            self.report()
+            self._note()
 
-    def report(self) -> None:
-        """Tell what was since the last report. Collective over all ranks, which have taken as many steps."""
-        if self._begun is None or not self._taken:
-            return
+    def _note(self) -> None:
+        """A report is due: put up this rank's part."""
+        self._number += 1
+        self.noted += 1
+        due = _Due(f"{self._round}/{self._number}", self._take())
+        self._due.append(due)
+        if self._ranks > 1:
+            self._ask(lambda board: board.post(due.topic, due.own), None)
+        if self._ranks == 1 or self._board is None:
+            self._look()
+
+    def _look(self) -> None:
+        """Tell the reports that all ranks have put up their parts of. Waits for none."""
+        while self._due:
+            due = self._due[0]
+            known = self._known(due.topic, due.own)
+            if len(known) < self._ranks and len(self._due) <= KEPT and self._board is not None:
+                return
+            self._pass(due, known)
+
+    def _pass(self, due: _Due, known: Mapping[int, _Own]) -> None:
+        self._due.popleft()
+        self._tell(known, due.put)
+        if self._ranks > 1:
+            self._ask(lambda board: board.leave(due.topic), False)
+        if len(known) < self._ranks:  # nobody will leave it as the last one
+            number = int(due.topic.rpartition("/")[2]) - KEPT
+            self._ask(lambda board: board.remove(f"{self._round}/{number}"), None)
+
+    def _tell(self, known: Mapping[int, _Own], put: Callable[[dict[str, float]], None] | None) -> None:
+        report = _Report.of(known[self._rank].steps, known, self._ranks, self.tp_size)
+        self.reports.append(report)
+        if report.known == self._ranks:  # a rate of some replicas would look like a slow one of all
+            self._fresh = [each for each in self._fresh if each[0] is not None] + [(put, report.values())]
+        self._log(f"steps to {sum(report.steps for report in self.reports):,}: {report}")
+
+    def _known(self, topic: str, own: _Own | None = None) -> dict[int, _Own]:
+        """What is known of a report, by rank in their order."""
+        known = {rank: _Own(*each) for rank, each in self._read(topic).items()}
+        if own is not None:
+            known[self._rank] = own
+        return dict(sorted(known.items()))
+
+    def _read(self, topic: str) -> dict[int, Any]:
+        nothing: dict[int, Any] = {}
+        return self._ask(lambda board: board.read(topic), nothing) if self._ranks > 1 else nothing
+
+    def _ask(self, ask: Callable[[Board], T], otherwise: T) -> T:
+        if self._board is not None:
+            try:
+                return ask(self._board)
+            except Exception:  # the store is gone, or cannot do it: what is watched goes on
+                self._board = None
+        return otherwise
+
+    def _take(self) -> _Own:
+        """What this rank has done since it was last asked."""
+        assert self._begun is not None
+        if dist.is_available() and dist.is_initialized():
+            self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         tokens = sum(forwards.take_tokens() for forwards in self._forwards)  # waits for the device
         if self.device_type == "cuda":
             torch.cuda.synchronize()
         share = self._timer.share() if self._timer is not None else None
         operations, needed = self._operations()
-        own = _Own(time.perf_counter() - self._begun, tokens, operations, needed, peak_memory(self.device_type), share)
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        ranks = gather_objects(own) if several else [own]
-        report = _Report.of(self._taken, ranks, self.tp_size)
-        self.reports.append(report)
-        self._fresh = report.values()
+        if needed is None and not self._taken:
+            needed = 0.0
+        now = time.perf_counter()
+        memory = peak_memory(self.device_type)
+        own = _Own(self._taken, now - self._begun, tokens, operations, needed, memory, share)
         self._steps = self._taken = 0
-        self._timer, self._begun = None, time.perf_counter()
-        self._log(f"steps to {sum(report.steps for report in self.reports):,}: {report}")
+        self._timer, self._begun = None, now
+        return own
 
     def _operations(self) -> tuple[float, float | None]:
         """How many there were, and how long the device takes for them at its peak."""
@@ -147,9 +227,26 @@ class Watch:
         return operations, operations / peak if peak else None
 
     def fresh(self) -> dict[str, float]:
-        """The values of the last report, once."""
-        values, self._fresh = self._fresh, {}
+        """The values of the last report that goes into no earlier row, once. Those that do go there."""
+        self.flush()
+        values = self._fresh[-1][1] if self._fresh else {}
+        self._fresh = []
         return values
+
+    def belongs(self, put: Callable[[dict[str, float]], None]) -> None:
+        """A row of values was written: reports that are due, and could not be told yet, are to go there by `put`."""
+        for due in self._due:
+            due.put = due.put or put
+
+    def flush(self) -> None:
+        """Let values go into the rows they belong to."""
+        placed = [(put, values) for put, values in self._fresh if put is not None]
+        self._fresh = [each for each in self._fresh if each[0] is None]
+        for put, values in placed:
+            try:
+                put(values)
+            except Exception as error:  # a tracker that has been closed, say: what is watched goes on
+                logger.warning("the values of a report could not be logged: %s: %s", type(error).__name__, error)
 
     @contextmanager
     def without_others(self) -> Iterator[None]:
@@ -160,16 +257,25 @@ class Watch:
         finally:
             self.alone, self._steps = False, 0
 
-    def finish(self, together: bool) -> None:
+    def finish(self, together: bool, wait: bool = True) -> None:
         """Tell about the whole training, if that was not told yet.
 
         Args:
             together: Whether all ranks call this, so that steps since the last report can be added.
+            wait: Whether to wait, `FINAL_WAIT` seconds at most, for what the other ranks have to report.
         """
         if self._timer is not None:
             self._timer.stop()
-        if together and not self.alone:
-            self.report()
+        deadline = time.monotonic() + (FINAL_WAIT if wait else 0.0)
+        if together and not self.alone and self._begun is not None:
+            self._conclude(deadline)
+        else:
+            self._look()
+            while self._due and time.monotonic() < deadline:
+                time.sleep(0.005)
+                self._look()
+            while self._due:
+                self._pass(self._due[0], self._known(self._due[0].topic, self._due[0].own))
         if len(self.reports) > self._told:
             self._told = len(self.reports)
             whole = _Report.whole(self.reports)
@@ -177,8 +283,41 @@ class Watch:
             middle = f" (median of {len(rates)} reports {median(rates):,.0f})" if len(rates) > 1 else ""
             self._log(f"{whole.steps:,} steps in {whole.seconds:,.1f} s, {whole.tokens:,} tokens: {whole}{middle}")
 
+    def _conclude(self, deadline: float) -> None:
+        """The last report of a round: the steps since the one before, and those that some ranks have not reported."""
+        own, topic = self._take(), f"{self._round}/end"
+        ends: dict[int, tuple[int, _Own]] = {self._rank: (self._number, own)}
+        if self._ranks > 1:
+            self._ask(lambda board: board.post(topic, (self._number, own)), None)
+        while True:
+            self._look()
+            ends.update({rank: (number, _Own(*each)) for rank, (number, each) in self._read(topic).items()})
+            if len(ends) == self._ranks or self._board is None or time.monotonic() > deadline:
+                break
+            time.sleep(0.005)
+        self._look()  # whoever has come to its end has put up all before
+        numbers = [number for number, _ in ends.values()]
+        left = range(self._number - len(self._due) + 1, max(numbers) + 1)
+        parts: dict[int, list[_Own]] = defaultdict(list)
+        for due in self._due:
+            parts[self._rank].append(due.own)
+        for number in left:
+            for rank, each in self._known(f"{self._round}/{number}").items():
+                if rank != self._rank:
+                    parts[rank].append(each)
+        for rank, (_, each) in ends.items():
+            parts[rank].append(each)
+        known = {rank: _Own.joined(parts[rank]) for rank in sorted(parts)}
+        if any(each.steps for each in known.values()):
+            self._tell(known, self._due[-1].put if self._due else None)
+        if len(ends) == self._ranks > 1 and self._ask(lambda board: board.leave(topic), False):
+            for number in range(min(numbers) + 1, max(numbers) + 1):
+                self._ask(lambda board: board.remove(f"{self._round}/{number}"), None)
+        self._due.clear()
+        self._round, self._number, self._begun = self._round + 1, 0, None
+
     def _log(self, line: str) -> None:
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        if not self.is_main:
             return
         if not logger.hasHandlers():  # asked for, so it is seen also where nobody has set up logging
             logger.addHandler(logging.StreamHandler())
@@ -190,6 +329,7 @@ class Watch:
 class _Own(NamedTuple):
     """What one rank has seen since the last report. `needed`: seconds for its operations at its device's peak."""
 
+    steps: int
     seconds: float
     tokens: int
     operations: float
@@ -197,31 +337,61 @@ class _Own(NamedTuple):
     memory: int
     share: float | None
 
+    @classmethod
+    def joined(cls, parts: Sequence[_Own]) -> _Own:
+        """One after the other."""
+        needed = [part.needed for part in parts if part.needed is not None]
+        shares = [part.share for part in parts if part.share is not None]
+        return cls(
+            steps=sum(part.steps for part in parts),
+            seconds=sum(part.seconds for part in parts),
+            tokens=sum(part.tokens for part in parts),
+            operations=sum(part.operations for part in parts),
+            needed=sum(needed) if len(needed) == len(parts) else None,
+            memory=max(part.memory for part in parts),
+            share=sum(shares) / len(shares) if shares else None,
+        )
+
+
+@dataclass
+class _Due:
+    """A report that this rank has put up its part of, and how its values get into the row that they belong to."""
+
+    topic: str
+    own: _Own
+    put: Callable[[dict[str, float]], None] | None = None
+
 
 class _Report(NamedTuple):
-    """Some steps of all ranks. `mfu` and `share` are None where they are not known."""
+    """Some steps of `known` of all ranks. `mfu` and `share` are None where they are not known."""
 
     steps: int
     seconds: float
     tokens: int
     operations: float
     mfu: float | None
-    memory: tuple[int, ...]
+    memory: tuple[int, ...]  # 0 of ranks that are not known
     share: float | None
+    known: int
 
     @classmethod
-    def of(cls, steps: int, ranks: Sequence[_Own], tp_size: int) -> _Report:
+    def of(cls, steps: int, known: Mapping[int, _Own], size: int, tp_size: int) -> _Report:
+        ranks = list(known.values())
         seconds = ranks[0].seconds
+        tokens = {
+            rank // tp_size: own.tokens for rank, own in known.items()
+        }  # a replica's ranks have the same batches
         needed = [rank.needed for rank in ranks if rank.needed is not None]
         shares = [rank.share for rank in ranks if rank.share is not None]
         return cls(
             steps=steps,
             seconds=seconds,
-            tokens=sum(rank.tokens for rank in ranks[::tp_size]),  # the ranks of a replica have the same batches
+            tokens=sum(tokens.values()),
             operations=sum(rank.operations for rank in ranks),
             mfu=sum(needed) / len(ranks) / seconds if len(needed) == len(ranks) else None,
-            memory=tuple(rank.memory for rank in ranks),
+            memory=tuple(known[rank].memory if rank in known else 0 for rank in range(size)),
             share=sum(shares) / len(shares) if shares else None,
+            known=len(known),
         )
 
     @classmethod
@@ -237,6 +407,7 @@ class _Report(NamedTuple):
             mfu=sum(used) / seconds if len(used) == len(reports) else None,
             memory=tuple(max(ranks) for ranks in zip(*(report.memory for report in reports))),
             share=sum(shares) / len(shares) if shares else None,
+            known=min(report.known for report in reports),
         )
 
     @property
@@ -261,6 +432,8 @@ class _Report(NamedTuple):
             parts.append(f"{self.share:.1%} of a step in tensor-parallel collectives")
         if self.tokens:
             parts.insert(0, f"{self.rate:,.0f} tokens/s")
+        if self.known < len(self.memory):
+            parts.append(f"from {self.known} of {len(self.memory)} ranks")
         return ", ".join(parts)
 
 
@@ -288,7 +461,7 @@ class _Forwards:
         positions, tokens = _size_of(args, kwargs)
         self._positions += positions
         self._tokens = self._tokens + tokens
-        reports = len(self.watch.reports)
+        reports = self.watch.noted
         due = reports >= self._next and self._mode is None
         if due:
             self._next = max(1, 2 * reports)
@@ -409,43 +582,64 @@ class _Timer:
 
     def __init__(self, device_type: str):
         self.on_gpu = device_type == "cuda"
-        self._spans: list[tuple[Any, Any]] = []
-        self._patches: ExitStack | None = ExitStack()
-        replaced = {name: self._timed(getattr(collectives, name)) for name in _TIMED}
-        self._patches.enter_context(attributes(collectives, **replaced))
-        self._begin = self._now()
+        self.spans: list[tuple[Any, Any]] = []
+        if not list(_timers):
+            _patch_collectives()
+        _timers.add(self)
+        weakref.finalize(self, _put_collectives_back)  # of a step that was given up, with all that belongs to it
+        self._begin = self.now()
         self._end: Any = None
 
-    def _now(self) -> Any:
+    def now(self) -> Any:
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def _timed(self, function: Callable) -> Callable:
-        @functools.wraps(function)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            begin = self._now()
-            result = function(*args, **kwargs)
-            self._spans.append((begin, self._now()))
-            return result
-
-        return run
-
     def stop(self) -> None:
         """Once."""
-        if self._patches is not None:
-            self._patches.close()
-            self._patches, self._end = None, self._now()
+        if self in _timers:
+            _timers.discard(self)
+            _put_collectives_back()
+            self._end = self.now()
 
     def share(self) -> float | None:
         """After the device has come to the end; None where there was nothing to time."""
         whole = self._between(self._begin, self._end)
-        return sum(self._between(*span) for span in self._spans) / whole if whole else None
+        return sum(self._between(*span) for span in self.spans) / whole if whole else None
 
     def _between(self, begin: Any, end: Any) -> float:
         return begin.elapsed_time(end) if self.on_gpu else end - begin
+
+
+#: Those that are running. Steps of several accelerators may overlap in any way.
+_timers: weakref.WeakSet[_Timer] = weakref.WeakSet()
+_patches = ExitStack()
+
+
+def _patch_collectives() -> None:
+    """While any timer is running, let all of them know how long collectives take."""
+    _patches.close()  # what a timer has left that came to no end: it may not have been put back yet
+    replaced = {name: _timed(getattr(collectives, name)) for name in _TIMED}
+    _patches.enter_context(attributes(collectives, **replaced))
+
+
+def _put_collectives_back() -> None:
+    if not list(_timers):  # its length may count some that are gone
+        _patches.close()
+
+
+def _timed(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        begun = [(timer, timer.now()) for timer in _timers]
+        result = function(*args, **kwargs)
+        for timer, begin in begun:
+            timer.spans.append((begin, timer.now()))
+        return result
+
+    return run
 
 
 def peak_memory(device_type: str) -> int:

@@ -1,5 +1,6 @@
 """What `watch` counts is what an outside count says, it changes nothing, and it is nowhere when it is off."""
 
+import gc
 import logging
 import os
 import time
@@ -10,13 +11,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import TorchDynamoPlugin, tqdm
+from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerCallback
 
 from accel_tp_ddp import TensorParallelDDPPlugin
 from accel_tp_ddp.core import collectives
 from accel_tp_ddp.plugin import watch
 from accel_tp_ddp.plugin.accelerator import OVERRIDES as WITHOUT_WATCH
+from accel_tp_ddp.training.watch import FINAL_WAIT, KEPT, Watch
 
 from ..helpers.logs import Lines
 from ..helpers.models import VOCABULARY, build_model
@@ -107,10 +111,11 @@ def test_the_main_process_tells_trackers_and_prints_a_line_a_report_and_one_at_t
     first, second = run_on_ranks(script, 2, 2, 2)
     assert second["rows"] == [] and second["lines"] == []
     keys = {"tp/tokens_per_second", "tp/mfu", "tp/peak_memory_gib"}
+    # A report is told at the next step, by a row of its own with the step that it belongs to.
     assert [(step, row.keys() - {"tp/collective_share"}) for step, row in first["rows"]] == [
-        *((0, {"mine"}), (1, {"mine"} | keys), (2, {"mine"}), (3, {"mine"} | keys))
+        *((0, {"mine"}), (1, {"mine"}), (1, keys), (2, {"mine"}), (3, {"mine"}), (3, keys))
     ]
-    for (_, row), report in zip(first["rows"][1::2], first["reports"]):
+    for (_, row), report in zip(first["rows"][2::3], first["reports"], strict=True):
         assert row["tp/tokens_per_second"] == pytest.approx(report["tokens"] / report["seconds"])
         assert row["tp/mfu"] == pytest.approx(report["operations"] / report["seconds"] / (2 * PEAK * 1e12))
         assert row["tp/peak_memory_gib"] == max(report["memory"]) / 2**30 > 0.05
@@ -150,6 +155,7 @@ def operations(tp, name, lora, checkpointing, loss_parallel):
     model, optimizer = accelerator.prepare(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]))
     accelerator.backward(model(**next(batches(0))).loss)
     optimizer.step()
+    watch._watches[accelerator].finish(together=True)
     (report,) = watch._watches[accelerator].reports
     return report.operations
 
@@ -192,6 +198,8 @@ def watched(spec, every):
     frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     record = train(spec)
     found = list(watch._watches.values())
+    for each in found:
+        each.finish(together=True)
     tokens = [report.tokens for each in found for report in each.reports]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - frames
     return (record.losses, record.gradient_norms, record.weights, graphs), tokens
@@ -260,14 +268,13 @@ def numbers_of_collectives(every, steps):
     return counts, timed, collectives._sum_in_place is stock
 
 
-def test_no_collective_is_added_but_where_a_report_is_due():
+def test_no_collective_is_added():
     off, _, _ = run_on_ranks(numbers_of_collectives, 4, 0, 4)[0]
     on, timed, put_back = run_on_ranks(numbers_of_collectives, 4, 2, 4)[0]
     assert timed == [False, True, False, False] or timed == [False, True, False, True]
     assert put_back
     for step, (ours, theirs) in enumerate(zip(on, off)):
-        assert ours[:2] == theirs[:2], step
-        assert (ours[2] > theirs[2]) == (step % 2 == 1), step
+        assert ours == theirs, step
 
 
 def joined(every):
@@ -287,6 +294,7 @@ def joined(every):
         taken = [step(batch) for batch in loader]
     for batch in inputs(1, samples=4).split(2):
         step(batch)
+    watch._watches[accelerator].finish(together=True)
     return len(taken), [report.steps for report in watch._watches[accelerator].reports]
 
 
@@ -294,6 +302,155 @@ def test_replicas_that_take_unlike_numbers_of_steps_wait_for_nobody():
     ranks = run_on_ranks(joined, 4, 2)
     assert [taken for taken, _ in ranks] == [3, 3, 2, 2]
     assert [reports for _, reports in ranks] == [[5], [5], [4], [4]]
+
+
+# --- ranks that do not do the same -----------------------------------------------------------------------------------
+
+
+def skipping(every, together):
+    """The second replica does not take its second step, though it has done the backward."""
+    lines, plugin = Lines(), TensorParallelDDPPlugin(tp_size=1, watch=every)
+    logging.getLogger("accel_tp_ddp").addHandler(lines)
+    accelerator = Accelerator(parallelism_config=plugin, cpu=True)
+    model = build_model("llama")
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    losses, tokens = [], []
+    for step, batch in enumerate(batches(accelerator.process_index, [8] * 6)):
+        losses.append(model(**batch).loss)
+        accelerator.backward(losses[-1])
+        if (accelerator.process_index, step) != (1, 1):
+            optimizer.step()
+        optimizer.zero_grad()
+        tokens.append(int(batch["attention_mask"].sum()))
+    begin = time.perf_counter()
+    for own in [watch._watches[accelerator]] if every else []:
+        own.finish(together=together)
+    waited = time.perf_counter() - begin
+    logging.getLogger("accel_tp_ddp").removeHandler(lines)
+    reports = [report for own in watch._watches.values() for report in own.reports] if every else []
+    return [loss.item() for loss in losses], [report._asdict() for report in reports], lines.lines, tokens, waited
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_replica_that_skips_a_step_is_waited_for_by_nobody(together):
+    plain, ours = (run_on_ranks(skipping, 2, every, together, timeout=60) for every in (0, 2))
+    assert [rank[0] for rank in ours] == [rank[0] for rank in plain]
+    (_, reports, lines, first, waited), (_, _, nothing, second, _) = ours
+    assert nothing == []
+    assert [report["steps"] for report in reports] == [2, 2, 2]
+    assert [report["tokens"] for report in reports[:2]] == [sum(first[:2] + second[:3]), sum(first[2:4] + second[3:5])]
+    assert [line.partition(":")[0] for line in lines[:3]] == ["steps to 2", "steps to 4", "steps to 6"]
+    if together:  # its last step is known at the end
+        assert reports[2]["tokens"] == sum(first[4:] + second[5:])
+        assert not any("from" in line for line in lines)
+        assert waited < FINAL_WAIT
+    else:
+        assert reports[2]["tokens"] == sum(first[4:])
+        assert ["from 1 of 2 ranks" in line for line in lines] == [False, False, True, True]
+        assert waited < 3 * FINAL_WAIT
+
+
+def unequal(steps):
+    """Two reports together, and then as many steps as the rank has batches left."""
+    own, model = Watch(1, 1, "cpu", lambda dtype: None), nn.Linear(2, 2)
+    own.follow(model)
+    rank = torch.distributed.get_rank()
+
+    def take(count, together=True):
+        for _ in range(count):
+            model(torch.ones(1, 2)).sum().backward()
+            if together:
+                torch.distributed.barrier()
+            own.step()
+
+    take(2)
+    with own.without_others():
+        take(steps[rank], together=False)
+    begin = time.perf_counter()
+    own.finish(together=True)
+    own.finish(together=True)  # there is nothing more to tell
+    waited = time.perf_counter() - begin
+    take(1)
+    own.finish(together=True)
+    return [(report.steps, report.known) for report in own.reports], waited
+
+
+@pytest.mark.parametrize("steps", [(1, 0), (0, 1), (0, 0), (2, 1)], ids=str)
+def test_a_rank_that_took_no_step_since_the_last_report_is_at_the_end_too(steps):
+    for rank, (reports, waited) in enumerate(run_on_ranks(unequal, 2, steps, timeout=60)):
+        assert reports == [(1, 2), (1, 2), *([(steps[rank], 2)] if any(steps) else []), (1, 2)]
+        assert waited < FINAL_WAIT
+
+
+def keys(both):
+    """How many keys the store has after more and more reports; the second rank has some only if `both` have."""
+    own, model = Watch(1, 1, "cpu", lambda dtype: None), nn.Linear(2, 2)
+    own.follow(model)
+    counts = []
+    store = torch.distributed.distributed_c10d._get_default_store()
+    for _ in range(4):
+        for _ in range(2 * KEPT):
+            model(torch.ones(1, 2)).sum().backward()
+            if both:
+                torch.distributed.barrier()
+            if both or torch.distributed.get_rank() == 0:
+                own.step()
+        torch.distributed.barrier()
+        counts.append(store.num_keys())
+        torch.distributed.barrier()
+    return counts, {report.known for report in own.reports}
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_the_store_does_not_grow_with_the_reports(both):
+    (counts, known), (_, others) = run_on_ranks(keys, 2, both, timeout=60)
+    assert known == ({2} if both else {1}) and others == ({2} if both else set())
+    assert max(counts[1:]) - min(counts[1:]) <= (2 if both else 0), counts
+
+
+def timed_in_turns():
+    stock = [getattr(collectives, name) for name in ("_sum_in_place", "gather_into", "_reduce_scatter")]
+    own, models = [Watch(2, 2, "cpu", lambda dtype: None) for _ in range(2)], [nn.Linear(2, 2) for _ in range(2)]
+    for each, model in zip(own, models):
+        each.follow(model)
+    seen = []
+    for _ in range(8):
+        for model in models:
+            model(torch.ones(1, 2)).sum().backward()
+        for each in own:
+            seen.append(collectives._sum_in_place is not stock[0])
+            each.step()
+    left = [getattr(collectives, name) for name in ("_sum_in_place", "gather_into", "_reduce_scatter")]
+    return seen, left == stock
+
+
+def test_what_times_collectives_is_put_back_where_two_accelerators_take_turns():
+    seen, put_back = run_on_ranks(timed_in_turns, 1)[0]
+    assert put_back and any(seen)
+
+
+def given_up():
+    """A step that is timed ends by an error; whether collectives are timed then, and when its accelerator is gone."""
+    stock = collectives._sum_in_place
+    plugin = TensorParallelDDPPlugin(tp_size=2, watch=2, replica_check_steps=0)
+    accelerator = Accelerator(parallelism_config=plugin, cpu=True)
+    model = build_model("llama")
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    first, second = batches(0, (8, 8))
+    accelerator.backward(model(**first).loss)
+    optimizer.step()
+    with pytest.raises(TypeError):
+        accelerator.backward(model(**second))  # no loss
+    timed = collectives._sum_in_place is not stock
+    accelerator.free_memory()
+    del accelerator, model, optimizer, plugin
+    for _ in range(3):  # some of it is held by what the first time collects
+        gc.collect()
+    return timed, collectives._sum_in_place is stock
+
+
+def test_what_times_collectives_is_put_back_when_a_step_was_given_up():
+    assert run_on_ranks(given_up, 2) == [(True, True)] * 2
 
 
 # --- Trainer ---------------------------------------------------------------------------------------------------------
@@ -320,6 +477,76 @@ def test_trainer_logs_what_it_logs_and_that_only_where_asked(tmp_path):
         ] == (theirs)
         assert sum(tokens) == seen and len(tokens) == 3  # the last step is added at the end of training
         assert nothing == [] and not any("tp/" in name for row in theirs for name in row)
+
+
+class Telling(TrainerCallback):
+    """Logs rows of its own in the middle of a training."""
+
+    def __init__(self, everywhere):
+        self.everywhere, self.trainer = everywhere, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2 and (self.everywhere or state.is_world_process_zero):
+            self.trainer.log({"train_loss": 1.0})
+
+
+def telling(tp, folder, every, everywhere):
+    lines, callback = Lines(), Telling(everywhere)
+    logging.getLogger("accel_tp_ddp").addHandler(lines)
+    os.environ["ACCEL_TP_DDP_WATCH"] = str(every)
+    callback.trainer = trainer = make_trainer(tp, folder, Case())
+    trainer.add_callback(callback)
+    trainer.train()
+    logging.getLogger("accel_tp_ddp").removeHandler(lines)
+    rows = [
+        {name: value for name, value in untimed(row).items() if "tp/" not in name} for row in trainer.state.log_history
+    ]
+    return rows, lines.lines
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_row_that_a_callback_logs_is_not_the_end_of_training(everywhere, tmp_path):
+    on, off = (run_on_ranks(telling, 2, 2, str(tmp_path), every, everywhere, timeout=60) for every in (3, 0))
+    assert [rows for rows, _ in on] == [rows for rows, _ in off]
+    assert [line.partition(" in ")[0].partition(":")[0] for line in on[0][1]] == [
+        "steps to 3",
+        "steps to 5",
+        "5 steps",
+    ]
+    assert on[1][1] == []
+
+
+class Row(TrainerCallback):
+    """Keeps the step and the names of what is logged."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        kinds = [kind for kind in ("loss", "train_loss", "tp/tokens_per_second") if kind in logs]
+        self.rows.append((state.global_step, *kinds))
+
+
+class Reported(Row):
+    """As a tracker of `report_to`: those are told by where they are from."""
+
+    __module__ = "transformers.integrations.integration_utils"
+
+
+def told_to_callbacks(tp, folder):
+    os.environ["ACCEL_TP_DDP_WATCH"] = "2"
+    trainer, tracker, other = make_trainer(tp, folder, Case({"max_steps": 4})), Reported(), Row()
+    trainer.add_callback(tracker)
+    trainer.add_callback(other)
+    trainer.train()
+    return tracker.rows, other.rows
+
+
+def test_trackers_of_trainer_have_a_report_at_the_step_it_belongs_to(tmp_path):
+    for tracker, other in run_on_ranks(told_to_callbacks, 2, 2, str(tmp_path)):
+        rows = [(1, "loss"), (2, "loss"), (3, "loss"), (4, "loss"), (4, "train_loss")]
+        assert other == rows
+        assert tracker == [*rows[:2], (2, "tp/tokens_per_second"), *rows[2:], (4, "tp/tokens_per_second")]
 
 
 def bars(tp, folder):
