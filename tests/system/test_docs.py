@@ -78,23 +78,51 @@ def test_python_blocks_parse_and_import_what_there_is(page, block):
             assert {keyword.arg for keyword in node.keywords} <= fields.keys(), ast.unparse(node)
 
 
-def test_the_quick_start_runs_as_it_stands(tmp_path):
-    """Its script under its own command, and then what it says to do with the result, in one process."""
-    train, load = BLOCKS.findall((DOCS / "quickstart.md").read_text(encoding="utf-8"))
+LAUNCHED = "python -m accel_tp_ddp.launch --cpu --num_processes 4 train.py"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["launched", "all commands"]
+)
+def test_the_quick_start_runs_as_it_stands(whole, tmp_path):
+    """Its script under its own commands, and then what it says to do with the result, in one process."""
+    text = (DOCS / "quickstart.md").read_text(encoding="utf-8")
+    train, load = BLOCKS.findall(text)
     (tmp_path / "train.py").write_text(train)
     (tmp_path / "load.py").write_text(load)
-    command = "python -m accel_tp_ddp.launch --cpu --num_processes 4 train.py"
-    assert command in (DOCS / "quickstart.md").read_text(encoding="utf-8")
+    (tmp_path / "load_merged.py").write_text(load.replace('("model")', '("merged")'))
+    for folder in ("benchmarks", "recipes"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    blocks = re.findall(r"^```\n(.*?)^```", BLOCKS.sub("", text), re.M | re.S)
+    commands = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    assert LAUNCHED in commands and commands[0] == "pip install ."  # whoever runs this has installed it
+    chosen = [*commands[1:], "python load.py", "python load_merged.py"] if whole else [LAUNCHED, "python load.py"]
+    for command in chosen:
+        done = subprocess.run(
+            in_this_environment(command), env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == 0, command + done.stdout + done.stderr[-5000:]
+    results = ["model", *(["merged"] if whole else [])]
+    assert all(json.loads((tmp_path / name / "config.json").read_text())["vocab_size"] == 128 for name in results)
+    assert (tmp_path / "state").is_dir()
+
+
+def environment() -> dict[str, str]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "PARALLELISM_CONFIG_"))}
-    environment = {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, *command.split()[1:]]
-    words[words.index("--num_processes") : words.index("--num_processes")] = ["--main_process_port", "0"]
-    for each in (words, [sys.executable, "load.py"]):
-        done = subprocess.run(each, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stdout + done.stderr[-5000:]
-    assert (tmp_path / "state").is_dir() and json.loads((tmp_path / "model/config.json").read_text())[
-        "vocab_size"
-    ] == 128
+    return {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def in_this_environment(command: str) -> list[str]:
+    modules = {"accelerate": "accelerate.commands.accelerate_cli", "accel-tp-ddp": "accel_tp_ddp.cli"}
+    words = command.split()
+    setting = [words.pop(0)] if "=" in words[0] else []
+    program, *rest = words
+    own = [*(["-m", modules[program]] if program in modules else []), *rest]
+    for option in ("--num_processes", "--config_file"):
+        if option in own:  # any port, where others may run too
+            own[own.index(option) : own.index(option)] = ["--main_process_port", "0"]
+    return ["env", *setting, sys.executable, *own]
 
 
 # --- links and the site ----------------------------------------------------------------------------------------------
