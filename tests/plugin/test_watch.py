@@ -210,8 +210,8 @@ def watched(spec, every):
     [
         (4, Spec("llama", tp=2, accumulation=2)),
         (2, Spec("qwen3_moe", tp=2, checkpointing="non_reentrant", mixed_precision="bf16")),
-        (2, Spec("llama", tp=2, lora=True)),
-        (2, Spec("llama", tp=2, compiled="whole", samples=8, steps=4)),
+        pytest.param(2, Spec("llama", tp=2, lora=True), marks=pytest.mark.slow),
+        pytest.param(2, Spec("llama", tp=2, compiled="whole", samples=8, steps=4), marks=pytest.mark.slow),
         (2, Spec("llama", tp=2, compiled="by layer", samples=8, steps=4)),
     ],
     ids=["accumulation", "checkpointing", "lora", "compiled", "compiled by layer"],

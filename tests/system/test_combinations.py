@@ -62,6 +62,12 @@ def ordered(run: dict[str, Any]) -> dict[str, Any]:
 
 
 RUNS = list(covering_array())
+HERE = 7  # which have every value of every feature; all of them have every two
+
+
+def test_the_runs_that_are_not_slow_have_every_value():
+    for name in RUNS[0]:
+        assert {run[name] for run in RUNS[:HERE]} == {run[name] for run in RUNS}
 
 
 def test_every_two_values_meet():
@@ -78,7 +84,11 @@ def name_of(run: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" if value is not True else name for name, value in run.items() if value)
 
 
-@pytest.mark.parametrize("run", RUNS, ids=name_of)
+@pytest.mark.parametrize(
+    "run",
+    [*RUNS[:HERE], *(pytest.param(run, marks=pytest.mark.slow) for run in RUNS[HERE:])],
+    ids=name_of,
+)
 def test_features_together_train_as_plain_ddp(run):
     script = {name: value for name, value in run.items() if name not in (*OF_THE_PLUGIN, "layout")}
     spec, (tp, dp) = Spec(**script), LAYOUTS[run["layout"]]

@@ -71,6 +71,7 @@ def test_a_script_runs_unchanged_with_the_sizes_of_the_launchers_yaml(tmp_path, 
     assert_same_run(tmp_path, plain)
 
 
+@pytest.mark.slow
 def test_a_module_runs_unchanged_with_the_sizes_of_options(tmp_path, plain):
     config, own = YAML.format(processes=4), ("-m", "accel_tp_ddp.launch", "--tp_size", "2", "-m")
     launch(tmp_path, config, *own, "tests.scripts.ordinary", *ARGUMENTS)
@@ -143,7 +144,7 @@ def test_bad_input_is_one_line_that_says_what_to_change(args, said):
 # --- what Accelerate ships -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", ["test_ops", "test_sync"])
+@pytest.mark.parametrize("script", ["test_ops", pytest.param("test_sync", marks=pytest.mark.slow)])
 def test_accelerates_own_tests_pass_at_tp2_dp2(script, tmp_path):
     launch(tmp_path, TP2_DP2, SCRIPTS / "shipped.py", script)
 

@@ -88,6 +88,7 @@ mixed_precision: 'no'
 """
 
 
+@pytest.mark.slow
 def test_a_trainer_script_on_a_text_file_logs_what_it_logs_under_plain_ddp(tmp_path):
     (tmp_path / "plain.yaml").write_text(PLAIN)
     logs = {}
@@ -104,7 +105,9 @@ def test_a_trainer_script_on_a_text_file_logs_what_it_logs_under_plain_ddp(tmp_p
         assert ours == pytest.approx(theirs, rel=2e-4)
 
 
-@pytest.mark.parametrize("recipe", UNAWARE)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=() if name == "sft_trl.py" else pytest.mark.slow) for name in UNAWARE]
+)
 def test_a_recipe_that_knows_nothing_of_it_runs_under_the_launcher(recipe, tmp_path):
     options, measure, improved = UNAWARE[recipe]
     options += f" --max_steps 20 --eval_strategy no --save_strategy no --output_dir {tmp_path} --use_cpu"

@@ -38,7 +38,7 @@ def test_another_batch_on_a_peer_is_an_error_on_every_rank_at_the_first_forward(
     for error in run_on_ranks(forwards, 4, "process", expect_raise=True):
         assert error.type_name == "ValueError"
         assert "forward number 1" in error.message and "`input_ids`" in error.message
-        assert "[2, 6]" in error.message and "data_parallel_rank" in error.message
+        assert "[2, 6]" in error.message and "process_index" in error.message
         assert "ranks [0, 1]" in error.message or "ranks [2, 3]" in error.message
 
 
