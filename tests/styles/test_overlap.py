@@ -59,10 +59,18 @@ def doubled(module, args):
 
 
 def compared(
-    name, sequence_parallel=False, checkpointing=None, autocast=False, lora=False, hooked=False, length=10, **options
+    name,
+    sequence_parallel=False,
+    checkpointing=None,
+    autocast=False,
+    lora=False,
+    hooked=False,
+    length=10,
+    dtype=torch.float32,
+    **options,
 ):
     """Against the unsharded model, and to the bit against the sharded one that does not overlap."""
-    reference = build_model(name, **options).train()
+    reference = build_model(name, **options).to(dtype).train()
     if lora:
         torch.manual_seed(0)
         reference = get_peft_model(
@@ -94,6 +102,7 @@ def compared(
 OPTIONS = {
     "alone": {},
     "autocast": {"autocast": True},
+    "autocast, which leaves float64 alone": {"autocast": True, "dtype": torch.float64},
     "sequence": {"sequence_parallel": True},
     "checkpointed": {"checkpointing": False},
     "checkpointed, reentrant": {"checkpointing": True},
