@@ -14,10 +14,11 @@ from torch.nn.functional import linear
 from ..core.collectives import copy_to_tp
 from ..core.layout import Shared
 from ..core.shard import ShardInfo, restore_shards
+from .hooks import has_users_hooks, hook_around
 from .overlap import linear_with
 from .region import Region
 
-__all__ = ["ParallelForward", "call_behind", "hook_around"]
+__all__ = ["ParallelForward", "call_behind"]
 
 
 class Runner(Protocol):
@@ -169,12 +170,7 @@ class ParallelForward:
 
     def is_seen(self) -> bool:
         """Whether a hook of a user's may look at the input, on this rank; it is to see what it always sees."""
-        return not all(
-            # One hook is that of `install_on`.
-            len(before := host._forward_pre_hooks) + len(after := host._forward_hooks) == 1
-            or sum(getattr(hook, "reads_input", True) for hook in (*before.values(), *after.values())) == 1
-            for host in self._hosts
-        )
+        return any(has_users_hooks(host) for host in self._hosts)
 
     def partial_names(self) -> list[str]:
         """Own parameters whose gradients are partial and wanted."""
@@ -234,21 +230,6 @@ class ParallelForward:
     def __getstate__(self) -> dict[str, Any]:
         idle = {"offered": {}, "followers": [], "computing": False, "idle": False, "defer": None}
         return {**self.__dict__, **idle}
-
-
-def hook_around(module: nn.Module, before: Callable, after: Callable | None = None) -> None:
-    """Register a first forward pre-hook, given keyword arguments too, and a last forward hook that is always called.
-
-    With keys that are the same in all layers, as `install_on` says.
-    """
-    hooks: Any = module._forward_pre_hooks
-    key = min([0, *hooks, *module._forward_hooks]) - 1  # torch's are not negative
-    hooks[key] = before
-    hooks.move_to_end(key, last=False)
-    module._forward_pre_hooks_with_kwargs[key] = True
-    if after is not None:
-        module._forward_hooks[key] = after
-        module._forward_hooks_always_called[key] = True
 
 
 def call_behind(forward: Any) -> ParallelForward | None:

@@ -35,7 +35,8 @@ AnyLayer = TypeVar("AnyLayer", bound=CanWait)
 class Again:
     """The input of layers that is not kept: gathered once more in the backward, from this rank's slice.
 
-    Begun by the first of them, so that it is under way while their input gradients are computed.
+    Begun by the first of them, so that it is under way while their input gradients are computed, and at the latest by
+    `ensure`, before it is waited for.
 
     Args:
         own: The slice.
@@ -55,10 +56,11 @@ class Again:
         """Begin it where no layer of this rank has; one with a hook is given another tensor than on other ranks."""
         self.begin(self.own)
 
-    def input(self) -> Tensor | None:
-        """Waited for; None if no layer has begun it."""
+    def input(self) -> Tensor:
+        """Waited for."""
+        assert self._finish is not None, "it was ensured"
         finish, self._finish = self._finish, None
-        return None if finish is None else finish()
+        return finish()
 
 
 class Waiting:

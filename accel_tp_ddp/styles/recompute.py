@@ -14,6 +14,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
 
+from .hooks import users_hooks
+
 __all__ = ["Checkpointed"]
 
 
@@ -30,10 +32,9 @@ class Checkpointed:
         for part in self.parts:
             if part.training and part.gradient_checkpointing:
                 for module in part.modules():
-                    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                        for key, hook in hooks.items() if hooks else ():
-                            if key >= 0 and type(hook) is not _Apart:  # this package's are negative, see `hook_around`
-                                hooks[key] = _Apart(hook)
+                    for hooks, key, hook in users_hooks(module):
+                        if type(hook) is not _Apart:
+                            hooks[key] = _Apart(hook)  # in its place: the table keeps its size and its order
 
 
 class _Apart:
@@ -41,7 +42,6 @@ class _Apart:
 
     def __init__(self, hook: Any):
         self.hook = hook
-        self.reads_input = getattr(hook, "reads_input", True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with saved_tensors_hooks(_itself, _itself):

@@ -41,7 +41,8 @@ from ..core.collectives import (
     start_gather_whole,
 )
 from ..core.layout import chunk_ranges
-from .forward import ParallelForward, hook_around
+from .forward import ParallelForward
+from .hooks import has_users_hooks, hook_around
 from .overlap import Again
 from .region import Region, Spread, in_bf16
 
@@ -215,10 +216,7 @@ class Block:
     def _is_seen(self) -> bool:
         """Whether a hook of a user's may look at what the block is given, on this rank, and so at its type."""
         assert self.calls is not None
-        for hook in (*self.module._forward_pre_hooks.values(), *self.module._forward_hooks.values()):
-            if getattr(hook, "__self__", None) is not self and getattr(hook, "reads_input", True):
-                return True
-        return any(call.is_seen() for call in self.calls)
+        return has_users_hooks(self.module) or any(call.is_seen() for call in self.calls)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": None}

@@ -16,7 +16,7 @@ import sys
 import time
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -326,6 +326,12 @@ class Watch:
         logger.info("%s", line)
 
 
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 class _Own(NamedTuple):
     """What one rank has seen since the last report. `needed`: seconds for its operations at its device's peak."""
 
@@ -341,7 +347,6 @@ class _Own(NamedTuple):
     def joined(cls, parts: Sequence[_Own]) -> _Own:
         """One after the other."""
         needed = [part.needed for part in parts if part.needed is not None]
-        shares = [part.share for part in parts if part.share is not None]
         return cls(
             steps=sum(part.steps for part in parts),
             seconds=sum(part.seconds for part in parts),
@@ -349,7 +354,7 @@ class _Own(NamedTuple):
             operations=sum(part.operations for part in parts),
             needed=sum(needed) if len(needed) == len(parts) else None,
             memory=max(part.memory for part in parts),
-            share=sum(shares) / len(shares) if shares else None,
+            share=_mean(part.share for part in parts),
         )
 
 
@@ -378,11 +383,9 @@ class _Report(NamedTuple):
     def of(cls, steps: int, known: Mapping[int, _Own], size: int, tp_size: int) -> _Report:
         ranks = list(known.values())
         seconds = ranks[0].seconds
-        tokens = {
-            rank // tp_size: own.tokens for rank, own in known.items()
-        }  # a replica's ranks have the same batches
+        # A replica's ranks have the same batches.
+        tokens = {rank // tp_size: own.tokens for rank, own in known.items()}
         needed = [rank.needed for rank in ranks if rank.needed is not None]
-        shares = [rank.share for rank in ranks if rank.share is not None]
         return cls(
             steps=steps,
             seconds=seconds,
@@ -390,7 +393,7 @@ class _Report(NamedTuple):
             operations=sum(rank.operations for rank in ranks),
             mfu=sum(needed) / len(ranks) / seconds if len(needed) == len(ranks) else None,
             memory=tuple(known[rank].memory if rank in known else 0 for rank in range(size)),
-            share=sum(shares) / len(shares) if shares else None,
+            share=_mean(rank.share for rank in ranks),
             known=len(known),
         )
 
@@ -398,7 +401,6 @@ class _Report(NamedTuple):
     def whole(cls, reports: Sequence[_Report]) -> _Report:
         seconds = sum(report.seconds for report in reports)
         used = [report.mfu * report.seconds for report in reports if report.mfu is not None]
-        shares = [report.share for report in reports if report.share is not None]
         return cls(
             steps=sum(report.steps for report in reports),
             seconds=seconds,
@@ -406,7 +408,7 @@ class _Report(NamedTuple):
             operations=sum(report.operations for report in reports),
             mfu=sum(used) / seconds if len(used) == len(reports) else None,
             memory=tuple(max(ranks) for ranks in zip(*(report.memory for report in reports))),
-            share=sum(shares) / len(shares) if shares else None,
+            share=_mean(report.share for report in reports),
             known=min(report.known for report in reports),
         )
 
