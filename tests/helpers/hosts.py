@@ -16,6 +16,8 @@ import signal
 import subprocess
 from pathlib import Path
 
+from .launched import user_environment
+
 __all__ = ["CAN_MAKE_HOSTS", "Hosts"]
 
 
@@ -26,7 +28,6 @@ def _can_make_hosts() -> bool:
 
 
 CAN_MAKE_HOSTS = _can_make_hosts()
-ROOT = Path(__file__).parents[2]
 
 
 def _ip(*words: str) -> None:
@@ -80,12 +81,10 @@ class Hosts:
         return [file.read_bytes().replace(b"\0", b" ").decode() for file in files if file.exists()]
 
     def start(self, number: int, *words: str, cwd: Path, **environment: str) -> subprocess.Popen:
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "PARALLELISM_CONFIG_"))}
-        own = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
         process = subprocess.Popen(
             ["ip", "netns", "exec", self.names[number], *words],
             cwd=cwd,
-            env={**inherited, **own},
+            env=user_environment(**{"ACCELERATE_USE_CPU": "true", **environment}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import pytest
 import yaml
 
 import accel_tp_ddp
+
+from ..helpers.launched import user_environment
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -100,17 +101,17 @@ def test_the_quick_start_runs_as_it_stands(whole, tmp_path):
     chosen = [*commands[1:], "python load.py", "python load_merged.py"] if whole else [LAUNCHED, "python load.py"]
     for command in chosen:
         done = subprocess.run(
-            in_this_environment(command), env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=280
+            in_this_environment(command),
+            env=user_environment(),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=280,
         )
         assert done.returncode == 0, command + done.stdout + done.stderr[-5000:]
     results = ["model", *(["merged"] if whole else [])]
     assert all(json.loads((tmp_path / name / "config.json").read_text())["vocab_size"] == 128 for name in results)
     assert (tmp_path / "state").is_dir()
-
-
-def environment() -> dict[str, str]:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "PARALLELISM_CONFIG_"))}
-    return {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def in_this_environment(command: str) -> list[str]:

@@ -17,9 +17,9 @@ from accel_tp_ddp.cli import main
 from accel_tp_ddp.tools.doctor import doctor
 from accel_tp_ddp.tools.links import _compare, _Stop, check_ranks
 
+from ..helpers.launched import user_environment
 from ..helpers.ranks import run_on_ranks
 
-ROOT = Path(__file__).parents[2]
 GOOD = {
     **{"distributed_type": "MULTI_GPU", "num_machines": 1, "num_processes": 4, "main_process_port": 0},
     **{"mixed_precision": "no", "parallelism_config": {"parallelism_config_tp_size": 2}},
@@ -40,8 +40,7 @@ def fixes(report):
 def test_ranks_under_the_users_own_launch_line(tmp_path):
     """Real `accelerate launch`, real gloo ranks; the report is what rank 0 has found."""
     path = config(tmp_path, num_processes=2)
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "PARALLELISM_CONFIG_"))}
-    environment = {**inherited, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = user_environment(ACCELERATE_USE_CPU="true")
     line = f"{sys.executable} -m accelerate.commands.launch --config_file {path}"
     command = [sys.executable, "-m", "accel_tp_ddp.cli", "doctor", "--launch", line, "--timeout", "60", "--json"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from ..helpers.launched import user_environment
 from ..helpers.ranks import run_on_ranks
 from ..scripts.elastic import STEPS, train
 
@@ -22,14 +22,8 @@ def rows(folder):
 
 
 def torchrun(folder, *args):
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "PARALLELISM_CONFIG_"))}
-    environment = {
-        **inherited,
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(SCRIPT.parents[2]),
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see docs/checkpoints.md
-    }
+    # On the second see docs/checkpoints.md.
+    environment = user_environment(ACCELERATE_USE_CPU="true", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     launcher = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     command = [sys.executable, *launcher, "--nproc-per-node", "4", "--max-restarts", "2", SCRIPT, folder, *args]
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=280)

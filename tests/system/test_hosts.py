@@ -11,7 +11,8 @@ import pytest
 from safetensors.torch import load_file
 
 from ..helpers.compare import assert_tensors_close
-from ..helpers.hosts import CAN_MAKE_HOSTS, ROOT, Hosts
+from ..helpers.hosts import CAN_MAKE_HOSTS, Hosts
+from ..helpers.launched import ROOT
 from ..helpers.ranks import run_on_ranks
 from ..scripts.elastic import STEPS, train
 

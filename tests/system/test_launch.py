@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ..helpers.compare import assert_tensors_close
+from ..helpers.launched import user_environment
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 ROOT = SCRIPTS.parents[1]
@@ -38,8 +39,7 @@ def launch(folder, config, *args, check=True):
 
 
 def run(folder, module, *args, check=True):
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "PARALLELISM_CONFIG_"))}
-    environment = {**inherited, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = user_environment(ACCELERATE_USE_CPU="true")
     command = [sys.executable, "-m", module, *map(str, args)]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=250)
     assert not check or done.returncode == 0, done.stdout + done.stderr[-8000:]

@@ -1,10 +1,11 @@
 """recipes/notebook.ipynb: its code cells run from top to bottom, as one program, with real forked ranks."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+
+from ..helpers.launched import user_environment
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "recipes" / "notebook.ipynb"
@@ -15,8 +16,7 @@ def test_the_notebook_runs_and_its_losses_are_those_of_plain_ddp(tmp_path):
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(not cell.get("outputs") for cell in notebook["cells"]), "it is kept without outputs"
     (tmp_path / "cells.py").write_text("\n\n".join(cells))
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "PARALLELISM_CONFIG_"))}
-    environment = {**inherited, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment = user_environment(TMPDIR=str(tmp_path), HF_HUB_OFFLINE="1")
     command = [sys.executable, "cells.py"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
